@@ -1,0 +1,89 @@
+"""Datasets named in YAML: registering them, and checking them before anything expensive starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from detectron2.utils.file_io import PathManager
+
+from focal_d2.errors import UserError
+
+_ENTRY_KEYS = {"NAME", "ANNOTATIONS", "IMAGES"}
+
+
+def register_coco_datasets(entries: list[dict[str, str]]) -> None:
+    """Register the datasets of `DATASETS.FOCAL`; a name given again replaces the earlier one.
+
+    Args:
+        entries: each {NAME, ANNOTATIONS: COCO json file, IMAGES: folder of the images}.
+
+    Raises:
+        UserError: for a missing or unknown key, or a name that detectron2 already has.
+    """
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict) or set(entry) != _ENTRY_KEYS:
+            raise UserError(
+                f"DATASETS.FOCAL[{i}] is {entry!r}; it needs the keys {', '.join(sorted(_ENTRY_KEYS))}"
+            )
+        name, annotations, images = entry["NAME"], entry["ANNOTATIONS"], entry["IMAGES"]
+        if name in DatasetCatalog:
+            if not MetadataCatalog.get(name).get("from_focal_yaml", False):
+                raise UserError(f'DATASETS.FOCAL[{i}].NAME "{name}" is the name of another dataset')
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        DatasetCatalog.register(
+            name, lambda n=name, a=annotations, r=images: load_coco_json(a, r, n)
+        )
+        MetadataCatalog.get(name).set(
+            json_file=annotations, image_root=images, evaluator_type="coco", from_focal_yaml=True
+        )
+
+
+def check_datasets(cfg: CfgNode, *, training: bool) -> None:
+    """Check the names, files and class counts of the datasets that a run will use.
+
+    Args:
+        cfg: the full config.
+        training: whether `DATASETS.TRAIN` is used, besides `DATASETS.TEST`.
+
+    Raises:
+        UserError: for a name that is not registered, an annotation file that is missing, or classes
+            that do not fit `MODEL.RETINANET.NUM_CLASSES`.
+    """
+    if training and not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
+    for key in ("DATASETS.TRAIN", "DATASETS.TEST") if training else ("DATASETS.TEST",):
+        for name in cfg.DATASETS[key.split(".")[1]]:
+            check_dataset(key, name, cfg.MODEL.RETINANET.NUM_CLASSES)
+
+
+def check_dataset(key: str, name: str, num_classes: int) -> None:
+    """Check one dataset; see `check_datasets`. `key` is the config key that names it."""
+    if name not in DatasetCatalog:
+        known = ", ".join(sorted(DatasetCatalog.list()))
+        raise UserError(f'{key}: dataset "{name}" is not registered; registered: {known}')
+    metadata = MetadataCatalog.get(name)
+    annotations = metadata.get("json_file")
+    if annotations and "://" not in annotations and not PathManager.isfile(annotations):
+        hint = "; run `make data`" if name.startswith("neon_trees_") else ""
+        raise UserError(f'{key}: dataset "{name}": annotation file not found: {annotations}{hint}')
+    classes = metadata.get("thing_classes")
+    if classes is None:
+        # COCO files tell their classes only when they are read. Reading now costs seconds; finding out
+        # after training costs the night.
+        records = DatasetCatalog.get(name)
+        classes = metadata.get("thing_classes") or range(1 + max(_category_ids(records), default=-1))
+    if len(classes) != num_classes:
+        names = ", ".join(map(str, classes[:5])) + (", …" if len(classes) > 5 else "")
+        raise UserError(
+            f'{key}: dataset "{name}" has {len(classes)} classes ({names}) but '
+            f"MODEL.RETINANET.NUM_CLASSES is {num_classes}: set MODEL.RETINANET.NUM_CLASSES {len(classes)}"
+        )
+
+
+def _category_ids(records: Iterable[dict[str, Any]]) -> Iterable[int]:
+    return (a["category_id"] for record in records for a in record.get("annotations", ()))

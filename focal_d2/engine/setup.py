@@ -1,0 +1,139 @@
+"""From a config file and overrides to a checked config, and from a config to a running job's set-up."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_setup
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from focal_d2.config import add_focal_config, check_choice
+from focal_d2.data import register_coco_datasets
+from focal_d2.errors import UserError
+
+_OPTIMIZERS = ("SGD", "AdamW")
+
+
+def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """Read a YAML config over the defaults, apply overrides, and check what needs no data.
+
+    `MODEL.DEVICE` may be "auto": CUDA where there is a device, else CPU. The datasets of
+    `DATASETS.FOCAL` are registered.
+
+    Args:
+        config_file: path of the YAML file, or "" for the defaults alone.
+        overrides: KEY VALUE pairs.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    if config_file:
+        if not os.path.isfile(config_file):
+            raise UserError(f"config file not found: {config_file}")
+        with _config_errors(cfg, config_file):
+            cfg.merge_from_file(config_file)
+    if len(overrides) % 2:
+        raise UserError(f"overrides must be KEY VALUE pairs; got {' '.join(overrides)}")
+    with _config_errors(cfg, "command line"):
+        cfg.merge_from_list(list(overrides))
+    _resolve_device(cfg)
+    check_choice("SOLVER.FOCAL.OPTIMIZER", cfg.SOLVER.FOCAL.OPTIMIZER, _OPTIMIZERS)
+    for key, registry, value in (
+        ("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE),
+        ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME),
+    ):
+        check_choice(key, value, tuple(sorted(name for name, _ in registry)))
+    register_coco_datasets(cfg.DATASETS.FOCAL)
+    cfg.freeze()
+    return cfg
+
+
+@contextmanager
+def _config_errors(cfg: CfgNode, source: str) -> Iterator[None]:
+    """Name the source, and the nearest legal key, in whatever yaml and yacs raise."""
+    try:
+        yield
+    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+        reason = " ".join(str(error.args[0] if error.args else error).split())
+        unknown = re.search(r"[Nn]on-existent (?:config )?key: (\S+)", reason)
+        if unknown:
+            key = unknown.group(1)
+            near = difflib.get_close_matches(key, _leaf_keys(cfg), n=1)
+            reason = f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+        raise UserError(f"{source}: {reason}") from error
+
+
+def _leaf_keys(node: CfgNode, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, value in node.items():
+        if isinstance(value, CfgNode):
+            keys += _leaf_keys(value, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _resolve_device(cfg: CfgNode) -> None:
+    has_cuda = torch.cuda.is_available()
+    if cfg.MODEL.DEVICE == "auto":
+        cfg.MODEL.DEVICE = "cuda" if has_cuda else "cpu"
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError:
+        raise UserError(f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}"; legal values: auto, cpu, cuda') from None
+    if device.type == "cuda" and not has_cuda:
+        raise UserError(
+            f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}" but PyTorch finds no CUDA device here: '
+            "set MODEL.DEVICE cpu (or auto)"
+        )
+    if device.type == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        # detectron2's AMP trainer insists on CUDA and a loss scaler; bfloat16 on a CPU needs neither.
+        cfg.SOLVER.AMP.ENABLED = False
+        cfg.MODEL.FOCAL.AMP.ENABLED = True
+
+
+def set_up_job(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Do what detectron2's `default_setup` does, but keep its pages of config off the console.
+
+    They are in OUTPUT_DIR/log.txt; the config is in OUTPUT_DIR/config.yaml.
+
+    Raises:
+        UserError: if OUTPUT_DIR cannot be written.
+    """
+    try:
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        with quiet_console(cfg):
+            default_setup(cfg, args)
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: {error}") from error
+    # Our own records go where detectron2's go.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="focal_d2")
+
+
+@contextmanager
+def quiet_console(cfg: CfgNode) -> Iterator[None]:
+    """Let only warnings through to the console; log files still get everything."""
+    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
+    # A file handler is a stream handler too; only the exact type writes to the console.
+    console = [h for h in logger.handlers if type(h) is logging.StreamHandler]
+    levels = [h.level for h in console]
+    for handler in console:
+        handler.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for handler, level in zip(console, levels, strict=True):
+            handler.setLevel(level)

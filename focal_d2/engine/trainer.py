@@ -1,0 +1,174 @@
+"""Training and evaluation: detectron2's `DefaultTrainer` with a few hooks replaced."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import weakref
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import DefaultTrainer, default_argument_parser, launch
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
+
+from focal_d2.data import FocalDatasetMapper, check_datasets
+from focal_d2.engine.checkpoint import FocalCheckpointer
+from focal_d2.engine.progress import ProgressBar
+from focal_d2.engine.setup import load_config, set_up_job
+from focal_d2.errors import UserError
+from focal_d2.evaluation import FocalCOCOEvaluator, format_results
+
+logger = logging.getLogger(__name__)
+
+
+class FocalTrainer(DefaultTrainer):
+    """detectron2's trainer with our mapper, optimizers, evaluator, checks and progress bar.
+
+    After `train`, `last_results` has the last evaluation: dataset -> task -> metric -> per cent.
+    """
+
+    last_results: dict[str, Any]
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
+        """Build the model; its printed structure goes to no log (detectron2's takes 200 lines)."""
+        model = build_model(cfg)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        logger.info(
+            f"{cfg.MODEL.META_ARCHITECTURE}: {millions:.1f} million parameters, on {cfg.MODEL.DEVICE}"
+        )
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """Build the optimizer that `SOLVER.FOCAL.OPTIMIZER` names, with detectron2's parameter groups."""
+        if cfg.SOLVER.FOCAL.OPTIMIZER == "SGD":
+            return build_optimizer(cfg, model)
+        groups = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        )
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        return optimizer(groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Build detectron2's training loader with our mapper."""
+        return build_detection_train_loader(cfg, mapper=FocalDatasetMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Build detectron2's test loader with our mapper."""
+        mapper = FocalDatasetMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """Evaluate boxes as COCO does; predictions go to OUTPUT_DIR/inference/DATASET."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        return FocalCOCOEvaluator(
+            dataset_name,
+            tasks=("bbox",),
+            output_dir=folder,
+            # pycocotools: detectron2's fast one needs its compiled extension.
+            use_fast_impl=False,
+            # A cached conversion would outlive a change of the dataset.
+            allow_cached_coco=False,
+        )
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """Evaluate on `DATASETS.TEST` and log a table; see `DefaultTrainer.test` for the return value."""
+        results = super().test(cfg, model, evaluators)
+        if comm.is_main_process():
+            by_dataset = {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
+            logger.info("Average precision and recall, per cent:\n" + format_results(by_dataset))
+        return results
+
+    def build_hooks(self) -> list[Any]:
+        """Add the progress bar on a terminal, and check weights when they are loaded."""
+        self.checkpointer = FocalCheckpointer(
+            self.model, self.cfg.OUTPUT_DIR, partial=True, trainer=weakref.proxy(self)
+        )
+        hooks = super().build_hooks()
+        if _on_terminal():
+            hooks.insert(-1, ProgressBar())
+        return hooks
+
+    def build_writers(self) -> list[EventWriter]:
+        """Build detectron2's writers; on a terminal the progress bar replaces the printed lines."""
+        writers = super().build_writers()
+        if _on_terminal():
+            writers = [w for w in writers if not isinstance(w, CommonMetricPrinter)]
+        return writers
+
+
+def _on_terminal() -> bool:
+    return comm.is_main_process() and sys.stdout.isatty()
+
+
+def job_arguments() -> argparse.ArgumentParser:
+    """Build the argument parser of `train_net.py`: detectron2's own."""
+    return default_argument_parser()
+
+
+def launch_job(args: argparse.Namespace) -> None:
+    """Run the job on this machine's share of the processes; see `run`.
+
+    Args:
+        args: of `job_arguments`.
+
+    Raises:
+        UserError: for more GPUs than there are.
+    """
+    devices = torch.cuda.device_count()
+    if args.num_gpus > max(devices, 1):
+        raise UserError(f"--num-gpus {args.num_gpus}: PyTorch finds {devices} CUDA devices here")
+    launch(
+        run,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Train, or evaluate with `--eval-only`, as one of the job's processes.
+
+    Args:
+        args: of `job_arguments`.
+
+    Returns:
+        The last evaluation as `DefaultTrainer.test` gives it; None if there was none.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    check_datasets(cfg, training=not args.eval_only)
+    if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
+        raise UserError("--eval-only needs a checkpoint: add MODEL.WEIGHTS FILE (or --resume)")
+    set_up_job(cfg, args)
+    if args.eval_only:
+        model = FocalTrainer.build_model(cfg)
+        checkpointer = FocalCheckpointer(model, cfg.OUTPUT_DIR, partial=False)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        return FocalTrainer.test(cfg, model)
+    trainer = FocalTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+    return getattr(trainer, "_last_eval_results", None)

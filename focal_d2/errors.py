@@ -1,0 +1,22 @@
+"""The one exception for a user's mistake: a single line that names the file or key, the value and the choices."""
+
+from __future__ import annotations
+
+_PREFIX = "UserError: "
+
+
+class UserError(ValueError):
+    """A mistake in the user's input; entry points print it as one line and exit with status 2."""
+
+
+def user_message(error: BaseException) -> str | None:
+    """Find the user's line in `error`, or None if it is a fault of the program.
+
+    Data loader workers and spawned ranks re-raise with a formatted traceback as the message; its last
+    line then carries the original error.
+    """
+    text = str(error).strip()
+    last = text.rsplit("\n", 1)[-1]
+    if _PREFIX in last and "\n" in text:
+        return last.split(_PREFIX, 1)[1]
+    return " ".join(text.split()) if isinstance(error, UserError) else None

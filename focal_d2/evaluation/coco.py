@@ -1,0 +1,42 @@
+"""COCO evaluation with detectron2's evaluator and pycocotools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from detectron2.evaluation import COCOEvaluator
+from tabulate import tabulate
+
+# Where pycocotools' summary has the average recall at most 1, 10 and 100 detections an image.
+_RECALL_STATS = {6: "AR@{0}", 7: "AR@{1}", 8: "AR@{2}"}
+
+
+class FocalCOCOEvaluator(COCOEvaluator):
+    """detectron2's evaluator that also reports average recall (AR@100 and the like)."""
+
+    def _derive_coco_results(
+        self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
+    ) -> dict[str, float]:
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        for stat, name in _RECALL_STATS.items():
+            value = float("nan") if coco_eval is None else float(coco_eval.stats[stat])
+            results[name.format(*self._max_dets_per_image)] = 100 * value if value >= 0 else float("nan")
+        return results
+
+
+def format_results(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Draw a Markdown table of the box metrics.
+
+    Args:
+        results: dataset name -> task ("bbox") -> metric -> per cent.
+
+    Returns:
+        One row a dataset, one column a metric; per-class figures are left to the log.
+    """
+    rows = [
+        {"dataset": dataset, **{k: v for k, v in tasks["bbox"].items() if not k.startswith("AP-")}}
+        for dataset, tasks in results.items()
+        if "bbox" in tasks
+    ]
+    return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f")

@@ -1,0 +1,7 @@
+"""The detector: registered meta-architecture and backbone, head, losses."""
+
+from focal_d2.modeling.backbone import build_focal_resnet_fpn_backbone
+from focal_d2.modeling.head import FocalRetinaNetHead
+from focal_d2.modeling.retinanet import FocalRetinaNet
+
+__all__ = ["FocalRetinaNet", "FocalRetinaNetHead", "build_focal_resnet_fpn_backbone"]

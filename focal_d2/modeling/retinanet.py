@@ -1,0 +1,280 @@
+"""FocalRetinaNet: RetinaNet on detectron2's `DenseDetector`.
+
+Shapes: N images, L levels, A anchors a cell, R anchors an image (all levels), K classes, P positive anchors
+of the batch. Boxes are XYXY in absolute pixels. Labels are int64: [0, K) a class, K background, -1 ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import batched_nms
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    Backbone,
+    build_anchor_generator,
+    build_backbone,
+)
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.utils.events import get_event_storage, has_event_storage
+from torch import Tensor, nn
+
+from focal_d2.config import check_choice, focal_config
+from focal_d2.modeling.head import FocalRetinaNetHead
+from focal_d2.modeling.losses import (
+    BOX_LOSSES,
+    NORMALIZERS,
+    LossNormalizer,
+    SigmoidFocalLoss,
+    box_loss,
+)
+from focal_d2.ops import IGNORE_LABEL
+
+
+class AnchorTargets(NamedTuple):
+    """What the anchors of a batch shall predict."""
+
+    labels: Tensor  # (N, R) int64
+    positive: Tensor  # (N, R) bool
+    gt_boxes: Tensor  # (P, 4) float, in the order of positive.nonzero()
+
+
+@META_ARCH_REGISTRY.register()
+class FocalRetinaNet(DenseDetector):
+    """RetinaNet (arXiv 1708.02002), interchangeable with detectron2's.
+
+    It reads the same `MODEL.RETINANET.*` keys, gives the same losses, gradients and detections, and its
+    state dict has the same names plus `loss_normalizer.ema`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: nn.Module,
+        head_in_features: list[str],
+        anchor_generator: nn.Module,
+        box2box_transform: Box2BoxTransform,
+        anchor_matcher: Matcher,
+        num_classes: int,
+        cls_loss: nn.Module,
+        box_loss_type: str,
+        smooth_l1_beta: float,
+        loss_normalizer: LossNormalizer,
+        test_score_thresh: float,
+        test_topk_candidates: int,
+        test_nms_thresh: float,
+        max_detections_per_image: int,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+        amp: bool,
+        channels_last: bool,
+    ) -> None:
+        """Compose the detector.
+
+        Args:
+            backbone: detectron2 backbone.
+            head: features -> (L × (N, A·K, H, W) logits, L × (N, A·4, H, W) deltas).
+            head_in_features: names of the backbone's outputs that the head reads, finest first.
+            anchor_generator: features -> L × `Boxes`.
+            box2box_transform: the R-CNN parametrisation of boxes.
+            anchor_matcher: (M, R) IoU matrix -> matched box and {1, 0, -1} of each anchor.
+            num_classes: K, without background.
+            cls_loss: (L × logits, (N, R) labels) -> sum; see `focal_d2.modeling.losses`.
+            box_loss_type: one of `BOX_LOSSES`.
+            smooth_l1_beta: see `focal_d2.modeling.losses.box_loss`.
+            loss_normalizer: number of positives -> divisor of both losses.
+            test_score_thresh: detections need a higher score.
+            test_topk_candidates: at most so many candidates of a level go on to NMS.
+            test_nms_thresh: IoU above which NMS drops the lower-scored box of the same class.
+            max_detections_per_image: at most so many detections are returned.
+            pixel_mean: a value for each channel, subtracted from the image.
+            pixel_std: a value for each channel that divides the result.
+            amp: run backbone and head under bfloat16 autocast.
+            channels_last: keep weights and images in NHWC.
+        """
+        super().__init__(
+            backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
+        self.num_classes = num_classes
+        self.anchor_generator = anchor_generator
+        self.box2box_transform = box2box_transform
+        self.anchor_matcher = anchor_matcher
+        self.cls_loss = cls_loss
+        self.box_loss_type = box_loss_type
+        self.smooth_l1_beta = smooth_l1_beta
+        self.loss_normalizer = loss_normalizer
+        self.test_score_thresh = test_score_thresh
+        self.test_topk_candidates = test_topk_candidates
+        self.test_nms_thresh = test_nms_thresh
+        self.max_detections_per_image = max_detections_per_image
+        self.amp = amp
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Read `MODEL.RETINANET.*` and `MODEL.FOCAL.*`.
+
+        Raises:
+            UserError: for a value outside a key's choices.
+        """
+        retinanet, focal = cfg.MODEL.RETINANET, focal_config(cfg)
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        for name in retinanet.IN_FEATURES:
+            check_choice("MODEL.RETINANET.IN_FEATURES entry", name, tuple(shapes))
+        feature_shapes = [shapes[name] for name in retinanet.IN_FEATURES]
+        return {
+            "backbone": backbone,
+            "head": FocalRetinaNetHead(cfg, feature_shapes),
+            "head_in_features": retinanet.IN_FEATURES,
+            "anchor_generator": build_anchor_generator(cfg, feature_shapes),
+            "box2box_transform": Box2BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS),
+            "anchor_matcher": Matcher(
+                retinanet.IOU_THRESHOLDS, retinanet.IOU_LABELS, allow_low_quality_matches=True
+            ),
+            "num_classes": retinanet.NUM_CLASSES,
+            "cls_loss": SigmoidFocalLoss(
+                num_classes=retinanet.NUM_CLASSES,
+                alpha=retinanet.FOCAL_LOSS_ALPHA,
+                gamma=retinanet.FOCAL_LOSS_GAMMA,
+            ),
+            "box_loss_type": check_choice(
+                "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", retinanet.BBOX_REG_LOSS_TYPE, BOX_LOSSES
+            ),
+            "smooth_l1_beta": retinanet.SMOOTH_L1_LOSS_BETA,
+            "loss_normalizer": LossNormalizer(
+                kind=check_choice("MODEL.FOCAL.LOSS.NORMALIZER", focal.LOSS.NORMALIZER, NORMALIZERS)
+            ),
+            "test_score_thresh": retinanet.SCORE_THRESH_TEST,
+            "test_topk_candidates": retinanet.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": retinanet.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "amp": focal.AMP.ENABLED,
+            "channels_last": focal.CHANNELS_LAST,
+        }
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Losses in training, detections in evaluation; see detectron2's `DenseDetector.forward`."""
+        if not self.amp:
+            return super().forward(batched_inputs)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            return super().forward(batched_inputs)
+
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        """Normalise, pad and batch: an `ImageList` of (N, C, H, W) in the configured memory format."""
+        images = super().preprocess_image(batched_inputs)
+        tensor = images.tensor.contiguous(memory_format=self.memory_format)
+        return ImageList(tensor, images.image_sizes)
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: list[list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        """Return `loss_cls` and `loss_box_reg`, scalars, each divided by the normaliser.
+
+        Args:
+            images: unused; part of the base class's interface.
+            features: L × (N, C, H, W).
+            predictions: L × (N, A·K, H, W) logits and L × (N, A·4, H, W) deltas.
+            gt_instances: N × `Instances` with gt_boxes (M, 4) and gt_classes (M).
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            logits, deltas = predictions
+            anchors = Boxes.cat(self.anchor_generator(features))
+            targets = self.label_anchors(anchors, gt_instances)
+            num_positives = targets.positive.sum()
+            if has_event_storage():
+                get_event_storage().put_scalar(
+                    "num_pos_anchors", num_positives.item() / len(gt_instances)
+                )
+            normalizer = self.loss_normalizer(num_positives)
+
+            image_index, anchor_index = targets.positive.nonzero(as_tuple=True)  # (P,), (P,)
+            all_deltas = torch.cat([permute_to_N_HWA_K(x, 4) for x in deltas], dim=1)  # (N, R, 4)
+            loss_box_reg = box_loss(
+                all_deltas[image_index, anchor_index].float(),
+                anchors.tensor[anchor_index],
+                targets.gt_boxes,
+                transform=self.box2box_transform,
+                loss_type=self.box_loss_type,
+                smooth_l1_beta=self.smooth_l1_beta,
+            )
+            return {
+                "loss_cls": self.cls_loss(logits, targets.labels) / normalizer,
+                "loss_box_reg": loss_box_reg / normalizer,
+            }
+
+    @torch.no_grad()
+    def label_anchors(self, anchors: Boxes, gt_instances: list[Instances]) -> AnchorTargets:
+        """Match every anchor to at most one box by IoU (paper, section 4).
+
+        Departure from the paper, as in detectron2: each box also gets its best anchors, however low
+        their IoU ("low-quality matches").
+
+        Args:
+            anchors: R boxes.
+            gt_instances: N × `Instances` with gt_boxes (M, 4) and gt_classes (M); M may be 0.
+        """
+        labels = torch.full(
+            (len(gt_instances), len(anchors)),
+            self.num_classes,
+            dtype=torch.int64,
+            device=anchors.device,
+        )
+        positive = torch.zeros_like(labels, dtype=torch.bool)
+        gt_boxes = [anchors.tensor.new_zeros(0, 4)]
+        for image_labels, image_positive, gt in zip(labels, positive, gt_instances, strict=True):
+            if len(gt) == 0:
+                continue
+            matched, outcome = self.anchor_matcher(pairwise_iou(gt.gt_boxes, anchors))
+            image_positive.copy_(outcome == 1)
+            chosen = matched[image_positive]
+            image_labels[outcome == -1] = IGNORE_LABEL
+            image_labels[image_positive] = gt.gt_classes[chosen]
+            gt_boxes.append(gt.gt_boxes.tensor[chosen])
+        return AnchorTargets(labels, positive, torch.cat(gt_boxes))
+
+    def forward_inference(
+        self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
+    ) -> list[Instances]:
+        """Threshold, keep each level's best, decode, and suppress per class.
+
+        Returns:
+            N × `Instances` with pred_boxes (D, 4), scores (D) falling, pred_classes (D), in the padded
+            image's pixels.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
+            anchors = self.anchor_generator(features)
+            results = []
+            for i, image_size in enumerate(images.image_sizes):
+                candidates = self._decode_multi_level_predictions(
+                    anchors,
+                    [x[i].float().sigmoid() for x in logits],
+                    [x[i].float() for x in deltas],
+                    self.test_score_thresh,
+                    self.test_topk_candidates,
+                    image_size,
+                )
+                keep = batched_nms(
+                    candidates.pred_boxes.tensor,
+                    candidates.scores,
+                    candidates.pred_classes,
+                    self.test_nms_thresh,
+                )
+                results.append(candidates[keep[: self.max_detections_per_image]])
+            return results

@@ -1,0 +1,13 @@
+#!/usr/bin/env python
+"""Train or evaluate a detector: detectron2's own arguments, any config with focal_d2's names in it."""
+
+from focal_d2.engine import exit_on_user_error, job_arguments, launch_job
+
+
+def main() -> None:
+    launch_job(job_arguments().parse_args())
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
