@@ -12,6 +12,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
     from focal_d2.config import add_focal_config
     from focal_d2.engine import Detections, Predictor
+    from focal_d2.errors import UserError
     from focal_d2.modeling import FocalRetinaNet, build_focal_resnet_fpn_backbone
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "Detections",
     "FocalRetinaNet",
     "Predictor",
+    "UserError",
     "add_focal_config",
     "build_focal_resnet_fpn_backbone",
 ]

@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake: a single line that names the file or key, the value and the choices."""
+"""The one exception for a user's mistake: one line that names the file or key, the value and the choices."""
 
 from __future__ import annotations
 

@@ -64,7 +64,9 @@ def main() -> None:
 def list_images(source: Path) -> list[Path]:
     if not source.exists():
         raise UserError(f"--input {source}: no such file or folder")
-    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES) if source.is_dir() else [source]
+    paths = (
+        sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES) if source.is_dir() else [source]
+    )
     if not paths:
         raise UserError(f"--input {source}: no images in it ({', '.join(sorted(SUFFIXES))})")
     return paths

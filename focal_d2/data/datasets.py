@@ -35,9 +35,7 @@ def register_coco_datasets(entries: list[dict[str, str]]) -> None:
                 raise UserError(f'DATASETS.FOCAL[{i}].NAME "{name}" is the name of another dataset')
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
-        DatasetCatalog.register(
-            name, lambda n=name, a=annotations, r=images: load_coco_json(a, r, n)
-        )
+        DatasetCatalog.register(name, lambda n=name, a=annotations, r=images: load_coco_json(a, r, n))
         MetadataCatalog.get(name).set(
             json_file=annotations, image_root=images, evaluator_type="coco", from_focal_yaml=True
         )

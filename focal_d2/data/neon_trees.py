@@ -11,6 +11,7 @@ tests. Another forest (OSBS, SOAP) is a second test set.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -70,9 +71,7 @@ def register() -> None:
     for split in SPLITS:
         folder = datasets_root() / "neon_trees"
         name, annotations, images = f"neon_trees_{split}", folder / f"{split}.json", folder / split
-        DatasetCatalog.register(
-            name, lambda n=name, a=annotations, i=images: _load(n, a, i)
-        )
+        DatasetCatalog.register(name, lambda n=name, a=annotations, i=images: _load(n, a, i))
         MetadataCatalog.get(name).set(
             thing_classes=CLASSES,
             json_file=str(annotations),
@@ -87,7 +86,7 @@ def _load(name: str, annotations: Path, images: Path) -> list[dict[str, Any]]:
     return load_coco_json(str(annotations), str(images), name)
 
 
-def prepare(root: Path, wheel: Path | None = None, recipe: Recipe = Recipe()) -> Path:  # noqa: B008
+def prepare(root: Path, wheel: Path | None = None, recipe: Recipe = Recipe()) -> Path:
     """Cut the pictures into tiles under `root`/neon_trees, unless they are there already.
 
     The folder appears whole or not at all.
@@ -171,11 +170,7 @@ def tiles_of(split: str, width: int, height: int, recipe: Recipe) -> list[Tile]:
         return [Tile(x, y, x + recipe.tile, y + recipe.tile) for y in tops for x in lefts]
     xs = _adjoining(int(width * recipe.test_from), width, recipe.tile)
     ys = _adjoining(0, height, recipe.tile)
-    return [
-        Tile(x0, y0, x1, y1)
-        for y0, y1 in zip(ys, ys[1:], strict=False)
-        for x0, x1 in zip(xs, xs[1:], strict=False)
-    ]
+    return [Tile(x0, y0, x1, y1) for y0, y1 in itertools.pairwise(ys) for x0, x1 in itertools.pairwise(xs)]
 
 
 def _overlapping(start: int, stop: int, recipe: Recipe) -> list[int]:
@@ -209,9 +204,7 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
-def _write_split(
-    source: Path, cut: Path, split: str, pictures: tuple[str, ...], recipe: Recipe
-) -> None:
+def _write_split(source: Path, cut: Path, split: str, pictures: tuple[str, ...], recipe: Recipe) -> None:
     (cut / split).mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -222,9 +215,7 @@ def _write_split(
         height, width = pixels.shape[:2]
         for tile in tiles_of(split, width, height, recipe):
             name = f"{picture}_{tile.left}_{tile.top}.png"
-            cv2.imwrite(
-                str(cut / split / name), pixels[tile.top : tile.bottom, tile.left : tile.right]
-            )
+            cv2.imwrite(str(cut / split / name), pixels[tile.top : tile.bottom, tile.left : tile.right])
             image_id = len(images) + 1
             size = {"width": tile.right - tile.left, "height": tile.bottom - tile.top}
             images.append({"id": image_id, "file_name": name, **size})

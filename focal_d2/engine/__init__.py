@@ -5,4 +5,12 @@ from focal_d2.engine.predictor import Detections, Predictor
 from focal_d2.engine.setup import load_config
 from focal_d2.engine.trainer import FocalTrainer, job_arguments, launch_job
 
-__all__ = ["Detections", "FocalTrainer", "Predictor", "exit_on_user_error", "job_arguments", "launch_job", "load_config"]
+__all__ = [
+    "Detections",
+    "FocalTrainer",
+    "Predictor",
+    "exit_on_user_error",
+    "job_arguments",
+    "launch_job",
+    "load_config",
+]

@@ -15,9 +15,7 @@ from focal_d2.errors import UserError
 class FocalCheckpointer(DetectionCheckpointer):
     """detectron2's checkpointer that refuses weights of another architecture instead of warning."""
 
-    def __init__(
-        self, model: Any, save_dir: str = "", *, partial: bool, **checkpointables: Any
-    ) -> None:
+    def __init__(self, model: Any, save_dir: str = "", *, partial: bool, **checkpointables: Any) -> None:
         """Wrap a model.
 
         Args:

@@ -108,7 +108,5 @@ def draw_boxes(
         cv2.rectangle(canvas, (x0, y0), (x1, y1), color, thickness, cv2.LINE_AA)
         if captions:
             origin = (x0, max(y0 - 2, 8))
-            cv2.putText(
-                canvas, captions[i], origin, cv2.FONT_HERSHEY_SIMPLEX, 0.35, color, 1, cv2.LINE_AA
-            )
+            cv2.putText(canvas, captions[i], origin, cv2.FONT_HERSHEY_SIMPLEX, 0.35, color, 1, cv2.LINE_AA)
     return canvas

@@ -7,6 +7,7 @@ import difflib
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -67,7 +68,9 @@ def _config_errors(cfg: CfgNode, source: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
-        reason = " ".join(str(error.args[0] if error.args else error).split())
+        # str() of a KeyError is its message in quotes.
+        text = error.args[0] if isinstance(error, KeyError) else error
+        reason = " ".join(str(text).split())
         unknown = re.search(r"[Nn]on-existent (?:config )?key: (\S+)", reason)
         if unknown:
             key = unknown.group(1)
@@ -127,8 +130,8 @@ def set_up_job(cfg: CfgNode, args: argparse.Namespace) -> None:
 def quiet_console(cfg: CfgNode) -> Iterator[None]:
     """Let only warnings through to the console; log files still get everything."""
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
-    # A file handler is a stream handler too; only the exact type writes to the console.
-    console = [h for h in logger.handlers if type(h) is logging.StreamHandler]
+    # detectron2 writes its log file through a plain stream handler as well.
+    console = [h for h in logger.handlers if getattr(h, "stream", None) is sys.stdout]
     levels = [h.level for h in console]
     for handler in console:
         handler.setLevel(logging.WARNING)

@@ -33,12 +33,9 @@ def build_focal_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
         )
     if resnets.DEPTH in _BASIC_BLOCK_DEPTHS and resnets.RES2_OUT_CHANNELS != 64:
         raise UserError(
-            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}; "
-            f"ResNet-{resnets.DEPTH} needs 64"
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}; ResNet-{resnets.DEPTH} needs 64"
         )
-    p6_from = check_choice(
-        "MODEL.FOCAL.FPN.P6_FROM", focal_config(cfg).FPN.P6_FROM, ("res5", "p5")
-    )
+    p6_from = check_choice("MODEL.FOCAL.FPN.P6_FROM", focal_config(cfg).FPN.P6_FROM, ("res5", "p5"))
     bottom_up = build_resnet_backbone(cfg, input_shape)
     shapes = bottom_up.output_shape()
     missing = sorted({*fpn.IN_FEATURES, "res5"} - shapes.keys())

@@ -27,6 +27,7 @@ class FocalRetinaNetHead(RetinaNetHead):
         """Read `MODEL.RETINANET.*` and `MODEL.FOCAL.HEAD.CHANNELS`.
 
         Args:
+            cfg: full config.
             input_shape: shapes of the feature levels, P3 first.
 
         Raises:

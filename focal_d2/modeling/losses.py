@@ -38,9 +38,7 @@ class SigmoidFocalLoss(nn.Module):
         per_level = [permute_to_N_HWA_K(x, self.num_classes) for x in logits]  # (N, H·W·A, K)
         level_labels = labels.split([x.shape[1] for x in per_level], dim=1)
         sums = [
-            sigmoid_focal_loss(
-                x, y, num_classes=self.num_classes, alpha=self.alpha, gamma=self.gamma
-            )
+            sigmoid_focal_loss(x, y, num_classes=self.num_classes, alpha=self.alpha, gamma=self.gamma)
             for x, y in zip(per_level, level_labels, strict=True)
         ]
         return torch.stack(sums).sum()

@@ -99,9 +99,7 @@ class FocalRetinaNet(DenseDetector):
             amp: run backbone and head under bfloat16 autocast.
             channels_last: keep weights and images in NHWC.
         """
-        super().__init__(
-            backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
-        )
+        super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
         self.num_classes = num_classes
         self.anchor_generator = anchor_generator
         self.box2box_transform = box2box_transform
@@ -198,9 +196,7 @@ class FocalRetinaNet(DenseDetector):
             targets = self.label_anchors(anchors, gt_instances)
             num_positives = targets.positive.sum()
             if has_event_storage():
-                get_event_storage().put_scalar(
-                    "num_pos_anchors", num_positives.item() / len(gt_instances)
-                )
+                get_event_storage().put_scalar("num_pos_anchors", num_positives.item() / len(gt_instances))
             normalizer = self.loss_normalizer(num_positives)
 
             image_index, anchor_index = targets.positive.nonzero(as_tuple=True)  # (P,), (P,)

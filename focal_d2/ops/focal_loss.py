@@ -55,7 +55,7 @@ def sigmoid_focal_loss(
     """
     if logits.shape[-1:] != (num_classes,) or logits.shape[:-1] != labels.shape:
         raise ValueError(
-            f"logits {tuple(logits.shape)} must be labels' shape {tuple(labels.shape)} plus (K={num_classes},)"
+            f"logits {tuple(logits.shape)} must be labels' {tuple(labels.shape)} plus (K={num_classes},)"
         )
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, not {labels.dtype}")

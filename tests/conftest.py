@@ -1,0 +1,110 @@
+"""Shared pieces: small models, small datasets, a seed before every test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+import focal_d2
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 - detectron2's augmentations draw from the global generator
+
+
+def make_cfg(**overrides: object) -> CfgNode:
+    """A ResNet-18 RetinaNet that is small and, thanks to group norm, sane with random weights.
+
+    Keyword arguments are keys with dots written as double underscores.
+    """
+    cfg = get_cfg()
+    focal_d2.add_focal_config(cfg)
+    cfg.merge_from_file(str(REPOSITORY / "configs/Base-FocalRetinaNet.yaml"))
+    settings = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.WEIGHTS": "",
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "MODEL.RESNETS.DEPTH": 18,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+        "MODEL.RESNETS.NORM": "GN",
+        "MODEL.FPN.OUT_CHANNELS": 32,
+        "MODEL.RETINANET.NUM_CONVS": 1,
+        "MODEL.RETINANET.NUM_CLASSES": 3,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "INPUT.MIN_SIZE_TRAIN": (0,),
+        "INPUT.MIN_SIZE_TEST": 0,
+        "DATALOADER.NUM_WORKERS": 0,
+        "SEED": 1,
+    }
+    settings.update({key.replace("__", "."): value for key, value in overrides.items()})
+    cfg.merge_from_list([x for pair in settings.items() for x in pair])
+    return cfg
+
+
+class CocoDataset:
+    """Grey images with one bright square a class, in COCO format on disk."""
+
+    def __init__(self, folder: Path, *, images: int = 4, size: int = 64, classes: int = 3) -> None:
+        self.name = f"squares_{folder.name}"
+        self.images = folder / "images"
+        self.annotations = folder / "annotations.json"
+        self.images.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        records, boxes = [], []
+        for i in range(images):
+            pixels = rng.integers(90, 110, (size, size, 3), dtype=np.uint8)
+            for k in range(classes):
+                x, y = rng.integers(0, size - 24, 2).tolist()
+                pixels[y : y + 24, x : x + 24, k % 3] = 255
+                boxes.append(
+                    {
+                        "id": len(boxes) + 1,
+                        "image_id": i,
+                        "category_id": k + 1,
+                        "bbox": [x, y, 24, 24],
+                        "area": 576,
+                        "iscrowd": 0,
+                    }
+                )
+            cv2.imwrite(str(self.images / f"{i}.png"), pixels)
+            records.append({"id": i, "file_name": f"{i}.png", "width": size, "height": size})
+        categories = [{"id": k + 1, "name": f"class{k}"} for k in range(classes)]
+        self.annotations.write_text(
+            json.dumps({"images": records, "annotations": boxes, "categories": categories})
+        )
+
+    @property
+    def entry(self) -> dict[str, str]:
+        """As in `DATASETS.FOCAL`."""
+        return {
+            "NAME": self.name,
+            "ANNOTATIONS": str(self.annotations),
+            "IMAGES": str(self.images),
+        }
+
+
+@pytest.fixture
+def coco_dataset(tmp_path: Path) -> Callable[..., CocoDataset]:
+    """Make datasets in this test's folder; what it registers is forgotten afterwards."""
+    return lambda name="train", **kwargs: CocoDataset(tmp_path / name, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _forget_datasets() -> object:
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)

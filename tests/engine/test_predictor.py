@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data.detection_utils import read_image
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+
+from focal_d2 import Detections, Predictor, UserError
+from focal_d2.data import register_coco_datasets
+from focal_d2.engine.predictor import draw_boxes
+from tests.conftest import make_cfg
+
+
+@pytest.fixture
+def cfg_and_image(coco_dataset, tmp_path):
+    data = coco_dataset(images=1, size=96)
+    register_coco_datasets([data.entry])
+    cfg = make_cfg(
+        DATASETS__TEST=(data.name,),
+        MODEL__WEIGHTS=str(tmp_path / "model.pth"),
+        MODEL__RETINANET__SCORE_THRESH_TEST=0.01,
+        INPUT__MIN_SIZE_TEST=128,
+    )
+    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+    return cfg, data.images / "0.png"
+
+
+@pytest.mark.parametrize("image_format", ["BGR", "RGB"])
+def test_predictor_finds_what_detectron2s_finds(cfg_and_image, image_format):
+    cfg, path = cfg_and_image
+    cfg.INPUT.FORMAT = image_format
+    predictor = Predictor(cfg)
+    found = predictor(path)
+    expected = DefaultPredictor(cfg)(read_image(str(path), "BGR"))["instances"]
+    assert isinstance(found, Detections)
+    assert len(found.boxes) > 5
+    np.testing.assert_allclose(found.boxes, expected.pred_boxes.tensor.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(found.scores, expected.scores.numpy(), rtol=1e-5)
+    np.testing.assert_array_equal(found.classes, expected.pred_classes.numpy())
+    assert found.boxes.max() <= 96  # in the image's own pixels
+
+
+def test_predictor_takes_pixels_too(cfg_and_image):
+    cfg, path = cfg_and_image
+    predictor = Predictor(cfg)
+    for a, b in zip(predictor(path), predictor(read_image(str(path), "BGR")), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_predictor_names_the_unreadable_image(cfg_and_image, tmp_path):
+    predictor = Predictor(cfg_and_image[0])
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"cannot read image .*bad\.png"):
+        predictor(bad)
+
+
+def test_predictor_needs_weights():
+    with pytest.raises(UserError, match="MODEL.WEIGHTS is empty"):
+        Predictor(make_cfg())
+
+
+def test_draw_boxes_leaves_the_image_alone():
+    image = np.zeros((40, 40, 3), np.uint8)
+    drawn = draw_boxes(image, np.array([[5, 5, 20, 30]]), color=(0, 0, 255))
+    assert image.max() == 0
+    assert drawn[5, 10, 2] > 200
+    assert drawn[20, 5, 2] > 200
+    assert drawn[:, :, :2].max() == 0
+    assert drawn[15, 10].max() == 0

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from focal_d2 import UserError
+from focal_d2.engine import load_config
+from tests.conftest import REPOSITORY
+
+DEMO = str(REPOSITORY / "configs/neon_trees/focal_retinanet_R_18_FPN_demo.yaml")
+CPU = ["MODEL.DEVICE", "cpu"]
+
+
+def test_overrides_win_over_the_file():
+    cfg = load_config(DEMO, [*CPU, "SOLVER.MAX_ITER", "7"])
+    assert cfg.SOLVER.MAX_ITER == 7
+    assert cfg.MODEL.RESNETS.DEPTH == 18
+    assert cfg.is_frozen()
+
+
+def test_device_auto_is_what_there_is():
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert expected == load_config(DEMO, ["MODEL.DEVICE", "auto"]).MODEL.DEVICE
+
+
+def test_amp_on_a_cpu_is_bfloat16_in_the_model():
+    cfg = load_config("", [*CPU, "SOLVER.AMP.ENABLED", "True"])
+    assert not cfg.SOLVER.AMP.ENABLED  # detectron2's trainer for it insists on CUDA
+    assert cfg.MODEL.FOCAL.AMP.ENABLED
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ("MODEL: {RETINANET: {NUM_CLASES: 3}}", "NUM_CLASES; did you mean .*NUM_CLASSES"),
+        ("MODEL: {FOCAL: {HEAD: {CHANNELS: many}}}", "MODEL.FOCAL.HEAD.CHANNELS"),
+        ("SOLVER: {MAX_ITER: ten}", "Type mismatch.*SOLVER.MAX_ITER"),
+        ("MODEL: [1, 2", "while parsing"),
+        ("_BASE_: nowhere.yaml", "nowhere.yaml"),
+        ("MODEL: {META_ARCHITECTURE: FocalRetinanet}", "legal values: .*FocalRetinaNet"),
+        ("MODEL: {BACKBONE: {NAME: resnet}}", "build_focal_resnet_fpn_backbone"),
+        ("MODEL: {DEVICE: gpu}", "auto, cpu, cuda"),
+        ("SOLVER: {FOCAL: {OPTIMIZER: Adam}}", "SGD, AdamW"),
+    ],
+)
+def test_bad_yaml_gives_one_line(tmp_path, text, match):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    overrides = [] if "DEVICE" in text else CPU
+    with pytest.raises(UserError, match=match) as error:
+        load_config(str(path), overrides)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides, match",
+    [
+        (["MODEL.FOCAL.AMP"], "KEY VALUE pairs"),
+        (
+            ["MODEL.FOCAL.AMPS.ENABLED", "True"],
+            "unknown key MODEL.FOCAL.AMPS.ENABLED; did you mean",
+        ),
+        (["SOLVER.MAX_ITER", "1.5"], "SOLVER.MAX_ITER"),
+    ],
+)
+def test_bad_overrides_give_one_line(overrides, match):
+    with pytest.raises(UserError, match=match):
+        load_config("", overrides)
+
+
+def test_missing_file_is_named():
+    with pytest.raises(UserError, match="config file not found: no/such.yaml"):
+        load_config("no/such.yaml")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda_says_what_to_set():
+    with pytest.raises(UserError, match="MODEL.DEVICE cpu"):
+        load_config("", ["MODEL.DEVICE", "cuda"])

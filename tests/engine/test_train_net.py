@@ -1,0 +1,216 @@
+"""`train_net.py` as its users run it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.utils.logger import setup_logger
+
+from tests.conftest import REPOSITORY
+from train_net import exit_on_user_error, main
+
+
+@pytest.fixture
+def job(coco_dataset, tmp_path):
+    """Write a config for a tiny job; returns the config file and the dataset."""
+    data = coco_dataset(images=6)
+    config = {
+        "_BASE_": str(REPOSITORY / "configs/Base-FocalRetinaNet.yaml"),
+        "SEED": 1,
+        "OUTPUT_DIR": str(tmp_path / "out"),
+        "MODEL": {
+            "DEVICE": "cpu",
+            "BACKBONE": {"FREEZE_AT": 0},
+            "RESNETS": {"DEPTH": 18, "RES2_OUT_CHANNELS": 64, "NORM": "BN"},
+            "FPN": {"NORM": "BN", "OUT_CHANNELS": 64},
+            "RETINANET": {
+                "NUM_CLASSES": 3,
+                "NUM_CONVS": 1,
+                "NORM": "GN",
+                "SCORE_THRESH_TEST": 0.001,
+            },
+        },
+        "DATASETS": {"FOCAL": [data.entry], "TRAIN": [data.name], "TEST": [data.name]},
+        "DATALOADER": {"NUM_WORKERS": 0},
+        "SOLVER": {
+            "IMS_PER_BATCH": 2,
+            "MAX_ITER": 8,
+            "CHECKPOINT_PERIOD": 4,
+            "WARMUP_ITERS": 2,
+            "BASE_LR": 0.001,
+            "FOCAL": {"OPTIMIZER": "AdamW"},
+        },
+        "INPUT": {"MIN_SIZE_TRAIN": [0], "MIN_SIZE_TEST": 0},
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path, data
+
+
+@pytest.fixture(autouse=True)
+def _fresh_loggers():
+    """A job's log handlers hold the streams and folders of the test that ran it."""
+    yield
+    setup_logger.cache_clear()
+    for name in ("detectron2", "fvcore", "focal_d2"):
+        logging.getLogger(name).handlers.clear()
+
+
+def run_main(monkeypatch, *argv: object) -> int:
+    """Run the command in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, argv)])
+    try:
+        with exit_on_user_error():
+            main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def final_ap(folder: Path) -> dict:
+    return {k: v for k, v in metrics(folder)[-1].items() if k.startswith("bbox/")}
+
+
+def test_train_evaluate_resume(job, tmp_path, monkeypatch, capsys):
+    config, data = job
+    out = tmp_path / "out"
+    assert run_main(monkeypatch, "--config-file", config) == 0
+    trained = final_ap(out)
+    assert trained["bbox/AR@100"] > 0
+    assert {"model_0000003.pth", "model_final.pth", "config.yaml", "log.txt"} <= {
+        p.name for p in out.iterdir()
+    }
+    console = capsys.readouterr().out
+    assert "| " + data.name in console  # the table
+    assert "Full config" not in console  # pages of it are in log.txt
+    assert "Running with full config" in (out / "log.txt").read_text()
+
+    # --eval-only gives the same figures to the last digit, from the written config as well.
+    predictions = out / "inference" / data.name / "coco_instances_results.json"
+    before = json.loads(predictions.read_text())
+    weights = ["MODEL.WEIGHTS", out / "model_final.pth", "OUTPUT_DIR", tmp_path / "eval"]
+    evaluate = ["--eval-only", "--config-file", out / "config.yaml", *weights]
+    assert run_main(monkeypatch, *evaluate) == 0
+    after = json.loads((tmp_path / "eval/inference" / data.name / "coco_instances_results.json").read_text())
+    assert after == before
+
+    # --resume goes on from the last checkpoint, normaliser included.
+    saved = torch.load(out / "model_final.pth")
+    assert saved["iteration"] == 7
+    assert saved["model"]["loss_normalizer.ema"].item() != 100
+    assert run_main(monkeypatch, "--config-file", config, "--resume", "SOLVER.MAX_ITER", 11) == 0
+    assert "Starting training from iteration 8" in (out / "log.txt").read_text()
+    resumed = torch.load(out / "model_final.pth")
+    assert resumed["iteration"] == 10
+
+
+def test_resume_without_a_checkpoint_starts_anew(job, tmp_path, monkeypatch):
+    config, _ = job
+    args = ["--config-file", config, "--resume", "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()"]
+    assert run_main(monkeypatch, *args) == 0
+    assert (tmp_path / "out/model_final.pth").is_file()
+
+
+def empty_all_images(data) -> None:
+    coco = json.loads(data.annotations.read_text())
+    data.annotations.write_text(json.dumps({**coco, "annotations": []}))
+
+
+def test_images_without_boxes_train_if_the_config_says_so(job, tmp_path, monkeypatch):
+    config, data = job
+    empty_all_images(data)
+    args = ["--config-file", config, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 3]
+    assert run_main(monkeypatch, *args, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False) == 0
+    assert metrics(tmp_path / "out")[-1]["loss_box_reg"] == 0
+
+
+def break_image(data) -> None:
+    (data.images / "3.png").write_bytes(b"")
+
+
+def break_annotations(data) -> None:
+    data.annotations.unlink()
+
+
+def other_architecture(data) -> None:
+    torch.save({"model": {"layer.weight": torch.zeros(2)}}, data.images.parent / "other.pth")
+
+
+@pytest.mark.parametrize(
+    "spoil, arguments, expected",
+    [
+        (None, ["--config-file", "nowhere.yaml"], "config file not found: nowhere.yaml"),
+        (None, ["SOLVER.MAX_ITERS", "3"], "unknown key SOLVER.MAX_ITERS; did you mean"),
+        (None, ["SOLVER.MAX_ITER", "three"], "SOLVER.MAX_ITER"),
+        (None, ["DATASETS.TRAIN", "('mine',)"], '"mine" is not registered; registered: '),
+        (None, ["MODEL.RETINANET.NUM_CLASSES", "80"], "has 3 classes (class0, class1, class2) but "
+         "MODEL.RETINANET.NUM_CLASSES is 80: set MODEL.RETINANET.NUM_CLASSES 3"),
+        (None, ["MODEL.WEIGHTS", "nowhere.pth"], "weights file not found: nowhere.pth"),
+        (other_architecture, ["MODEL.WEIGHTS", "{folder}/other.pth"], "it lacks backbone.bottom_up."),
+        (break_image, [], "cannot read image {folder}/images/3.png"),
+        (break_image, ["DATALOADER.NUM_WORKERS", "2"], "cannot read image {folder}/images/3.png"),
+        (break_annotations, [], "annotation file not found: {folder}/annotations.json"),
+        (None, ["--num-gpus", "64"], "--num-gpus 64"),
+        (None, ["--eval-only"], "--eval-only needs a checkpoint"),
+        (None, ["OUTPUT_DIR", "/proc/nowhere"], "OUTPUT_DIR /proc/nowhere"),
+        pytest.param(
+            None, ["MODEL.DEVICE", "cuda"], "no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA"),
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input_gives_one_line_and_status_2(job, monkeypatch, capfd, spoil, arguments, expected):
+    config, data = job
+    if spoil:
+        spoil(data)
+    folder = data.images.parent
+    arguments = [a.format(folder=folder) for a in arguments]
+    if "--config-file" not in arguments:
+        arguments = ["--config-file", str(config), *arguments]
+    assert run_main(monkeypatch, *arguments) == 2
+    captured = capfd.readouterr()
+    errors = [x for x in captured.err.splitlines() if x.startswith("train_net.py: error: ")]
+    assert len(errors) == 1
+    assert expected.format(folder=folder) in errors[0]
+    assert "Traceback" not in captured.err + captured.out
+
+
+@pytest.mark.slow
+def test_bad_input_in_a_shell(tmp_path):
+    command = [sys.executable, str(REPOSITORY / "train_net.py"), "--config-file", "nowhere.yaml"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ}, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr == "train_net.py: error: config file not found: nowhere.yaml\n"
+    assert result.stdout == ""
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), exit_on_user_error():
+        _ = 1 / 0
+
+
+def test_progress_bar_shows_loss_and_time_left_on_a_terminal(job, monkeypatch, capsys):
+    config, _ = job
+    monkeypatch.setattr("focal_d2.engine.trainer._on_terminal", lambda: True)
+    args = ["--config-file", config, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 3]
+    assert run_main(monkeypatch, *args) == 0
+    captured = capsys.readouterr()
+    bar = captured.err.split("\r")[-1]
+    assert "training: 100%" in bar
+    assert "3/3 [" in bar
+    assert "loss=" in bar
+    assert "total_loss" not in captured.out  # the bar replaces the lines

@@ -1,0 +1,214 @@
+"""FocalRetinaNet against detectron2's RetinaNet: same weights, images and boxes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+import focal_d2
+from tests.conftest import make_cfg
+
+SIZE = (128, 160)
+
+
+def make_pair(**overrides):
+    """The two models with the same random weights, with some scores above the prior."""
+    ours = build_model(make_cfg(**overrides))
+    theirs = build_model(make_cfg(MODEL__META_ARCHITECTURE="RetinaNet", **overrides))
+    with torch.no_grad():
+        for parameter in ours.head.cls_score.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    incompatible = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert incompatible.unexpected_keys == ["loss_normalizer.ema"]
+    assert incompatible.missing_keys == []
+    return ours, theirs
+
+
+def make_image(num_boxes: int, num_classes: int, size=SIZE) -> dict:
+    h, w = size
+    centers = torch.rand(num_boxes, 2) * torch.tensor([w, h])
+    halves = (torch.rand(num_boxes, 2) * 3 + 1).exp() / 2  # sides of 3 to 55 pixels
+    boxes = Boxes(torch.cat([centers - halves, centers + halves], 1))
+    boxes.clip(size)
+    instances = Instances(size, gt_boxes=boxes)
+    instances.gt_classes = torch.randint(0, num_classes, (num_boxes,))
+    return {"image": torch.randint(0, 256, (3, h, w), dtype=torch.uint8), "instances": instances}
+
+
+SCENES = {
+    "plain": (3, 5),
+    "one_empty": (4, 0),
+    "all_empty": (0, 0),
+    "crowded": (300, 2),
+}
+
+
+def losses_and_gradients(model, batch):
+    model.zero_grad()
+    with EventStorage():
+        losses = model(batch)
+        sum(losses.values()).backward()
+    return losses, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize("box_loss_type", ["smooth_l1", "giou", "diou", "ciou"])
+@pytest.mark.parametrize("num_classes", [1, 80])
+def test_losses_and_gradients_equal_detectron2(num_classes, box_loss_type, scene):
+    ours, theirs = make_pair(
+        MODEL__RETINANET__NUM_CLASSES=num_classes,
+        MODEL__RETINANET__BBOX_REG_LOSS_TYPE=box_loss_type,
+        MODEL__RETINANET__SMOOTH_L1_LOSS_BETA=0.1,
+    )
+    batch = [make_image(n, num_classes) for n in SCENES[scene]]
+    for _ in range(2):  # twice: the normaliser moves alike
+        actual, actual_grads = losses_and_gradients(ours, batch)
+        expected, expected_grads = losses_and_gradients(theirs, batch)
+        assert actual.keys() == expected.keys() == {"loss_cls", "loss_box_reg"}
+        for name in actual:
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=0)
+        assert actual_grads.keys() == expected_grads.keys()
+        for name, grad in actual_grads.items():
+            difference = (grad - expected_grads[name]).norm()
+            assert difference <= 1e-4 * expected_grads[name].norm(), name
+
+
+@pytest.mark.parametrize("num_classes", [1, 80])
+def test_targets_equal_detectron2_and_have_ignored_anchors(num_classes):
+    ours, theirs = make_pair(MODEL__RETINANET__NUM_CLASSES=num_classes)
+    batch = [make_image(n, num_classes) for n in (7, 0, 300)]
+    instances = [x["instances"] for x in batch]
+    features = [torch.zeros(1, 1, 128 // s, 160 // s) for s in (8, 16, 32, 64, 128)]
+    anchors = ours.anchor_generator(features)
+    targets = ours.label_anchors(Boxes.cat(anchors), instances)
+    labels, boxes = (torch.stack(x) for x in theirs.label_anchors(anchors, instances))
+    assert torch.equal(targets.labels, labels)
+    assert torch.equal(targets.gt_boxes, boxes[targets.positive])
+    assert set(targets.labels[0].tolist()) >= {-1, num_classes}
+
+
+@pytest.mark.parametrize("num_classes", [1, 80])
+def test_detections_equal_detectron2(num_classes):
+    ours, theirs = make_pair(
+        MODEL__RETINANET__NUM_CLASSES=num_classes, MODEL__RETINANET__SCORE_THRESH_TEST=0.02
+    )
+    ours.eval(), theirs.eval()
+    batch = [
+        {**make_image(0, num_classes), "height": 256, "width": 320},
+        make_image(0, num_classes, size=(96, 130)),
+    ]
+    with torch.no_grad():
+        for actual, expected in zip(ours(batch), theirs(batch), strict=True):
+            actual, expected = actual["instances"], expected["instances"]
+            assert len(actual) > 10
+            assert actual.image_size == expected.image_size
+            assert torch.equal(actual.pred_classes, expected.pred_classes)
+            torch.testing.assert_close(actual.scores, expected.scores)
+            torch.testing.assert_close(actual.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+def test_model_zoo_yaml_is_a_one_line_change():
+    models = []
+    for meta_architecture in ("RetinaNet", "FocalRetinaNet"):
+        cfg = get_cfg()
+        focal_d2.add_focal_config(cfg)
+        cfg.merge_from_file(model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
+        cfg.merge_from_list(["MODEL.META_ARCHITECTURE", meta_architecture, "MODEL.DEVICE", "cpu"])
+        models.append(build_model(cfg))
+    theirs, ours = (m.state_dict() for m in models)
+    assert [n for n in ours if n != "loss_normalizer.ema"] == list(theirs)
+    assert all(ours[n].shape == tensor.shape for n, tensor in theirs.items())
+    models[1].load_state_dict(theirs, strict=True)
+
+
+def test_initial_classification_loss_is_what_the_prior_predicts():
+    model = build_model(make_cfg(MODEL__FOCAL__LOSS__NORMALIZER="paper", MODEL__RETINANET__NUM_CLASSES=10))
+    anchors, positives = 9 * (16 * 20 + 8 * 10 + 4 * 5 + 2 * 3 + 1 * 2), 9 * 0
+    with torch.no_grad():
+        empty = model([make_image(0, 10)])["loss_cls"].item()
+    # π = 0.01, α = 0.25, γ = 2: a negative costs 0.75 · 0.01² · -ln 0.99 = 7.538e-7.
+    assert positives == 0
+    assert empty == pytest.approx(anchors * 10 * 7.538e-7, rel=0.02)
+
+    image = make_image(5, 10)
+    with EventStorage() as storage, torch.no_grad():
+        crowded = model([image])["loss_cls"].item()
+    positives = storage.latest()["num_pos_anchors"][0]
+    # A positive costs 0.25 · 0.99² · -ln 0.01 = 1.1284; the negatives' share is small beside it.
+    negatives = anchors * 10 * 7.538e-7 / positives
+    assert crowded == pytest.approx(1.1284 + negatives, rel=0.02)
+
+
+def test_bias_is_minus_log_odds_of_the_prior():
+    model = build_model(make_cfg())
+    assert model.head.cls_score.bias.unique().item() == pytest.approx(-math.log(99), rel=1e-6)
+    assert model.head.cls_score.bias.unique().item() == pytest.approx(-4.595, abs=1e-3)
+
+
+def test_training_needs_no_event_storage():
+    model = build_model(make_cfg())
+    assert model([make_image(2, 3)])["loss_cls"].isfinite()
+
+
+def test_empty_images_train_without_nan():
+    model = build_model(make_cfg())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(3):
+        losses = model([make_image(0, 3), make_image(0, 3)])
+        assert losses["loss_box_reg"].item() == 0
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_amp_and_channels_last_change_little():
+    overrides = {"MODEL__RETINANET__SCORE_THRESH_TEST": 0.02}
+    plain = build_model(make_cfg(**overrides))
+    fast = build_model(
+        make_cfg(MODEL__FOCAL__AMP__ENABLED=True, MODEL__FOCAL__CHANNELS_LAST=True, **overrides)
+    )
+    fast.load_state_dict(plain.state_dict())
+    assert fast.head.cls_score.weight.is_contiguous(memory_format=torch.channels_last)
+    batch = [make_image(5, 3)]
+    with torch.no_grad():
+        expected, actual = plain(batch), fast(batch)
+    for name in expected:
+        assert actual[name].dtype == torch.float32
+        torch.testing.assert_close(actual[name], expected[name], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(
+    "key, value, match",
+    [
+        ("MODEL__RETINANET__BBOX_REG_LOSS_TYPE", "iou", "smooth_l1, giou, diou, ciou"),
+        ("MODEL__FOCAL__LOSS__NORMALIZER", "mean", "ema, paper"),
+        ("MODEL__FOCAL__FPN__P6_FROM", "c5", "res5, p5"),
+        ("MODEL__RETINANET__IN_FEATURES", ["p2"], "p3, p4, p5, p6, p7"),
+        ("MODEL__RETINANET__NUM_CONVS", 0, "at least 1"),
+        ("MODEL__RETINANET__PRIOR_PROB", 0.0, "between 0 and 1"),
+        ("MODEL__RESNETS__DEPTH", 51, "18, 34, 50, 101, 152"),
+        ("MODEL__RESNETS__RES2_OUT_CHANNELS", 256, "needs 64"),
+        ("MODEL__RESNETS__OUT_FEATURES", ["res4", "res5"], "lacks res3"),
+    ],
+)
+def test_illegal_values_name_the_key(key, value, match):
+    with pytest.raises(focal_d2.UserError, match=match) as error:
+        build_model(make_cfg(**{key: value}))
+    assert key.replace("__", ".").split(" ")[0] in str(error.value)
+
+
+def test_config_without_our_keys_says_what_to_call():
+    cfg = get_cfg()
+    cfg.merge_from_list(["MODEL.META_ARCHITECTURE", "FocalRetinaNet", "MODEL.DEVICE", "cpu"])
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    with pytest.raises(focal_d2.UserError, match="add_focal_config"):
+        build_model(cfg)
