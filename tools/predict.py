@@ -4,19 +4,13 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
-from detectron2.data import DatasetCatalog
 
-from focal_d2.data import check_datasets
-from focal_d2.engine import Detections, Predictor, exit_on_user_error, load_config
-from focal_d2.engine.predictor import draw_boxes, read_bgr
-from focal_d2.errors import UserError
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
-YELLOW, GREEN = (0, 220, 255), (80, 255, 80)  # BGR
+from focal_d2.data import check_datasets, ground_truth
+from focal_d2.engine import Predictor, exit_on_user_error, load_config
+from focal_d2.engine.pictures import draw_detections, list_images, read_bgr
 
 
 def main() -> None:
@@ -31,45 +25,33 @@ def main() -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE …")
     args = parser.parse_args()
 
+    truth: dict[Path, np.ndarray] = {}
     overrides = args.opts
     if args.dataset:
-        overrides = [*overrides, "DATASETS.TEST", f"('{args.dataset}',)"]
+        overrides = [*overrides, "DATASETS.TEST", f"({args.dataset!r},)"]
     cfg = load_config(args.config_file, overrides)
-    truth: dict[Path, Any] = {}
     if args.dataset:
         check_datasets(cfg, training=False)
-        truth = {Path(r["file_name"]): r["annotations"] for r in DatasetCatalog.get(args.dataset)}
-    paths = list(truth) if args.dataset else list_images(args.input)
+        truth = ground_truth(args.dataset)
+    paths = list(truth) or list_images(args.input)
     predictor = Predictor(cfg)
     args.output.mkdir(parents=True, exist_ok=True)
     for path in paths:
         image = read_bgr(path)
-        found = predictor(image)
-        shown = Detections(*(field[found.scores >= args.threshold] for field in found))
-        picture = draw_boxes(image, shown.boxes, color=YELLOW)
-        if path in truth:
-            xywh = np.array([a["bbox"] for a in truth[path]]).reshape(-1, 4)
-            xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-            gap = np.full((image.shape[0], 8, 3), 255, np.uint8)
-            picture = np.hstack([draw_boxes(image, xyxy, color=GREEN), gap, picture])
+        boxes, scores, classes = predictor(image)
+        shown = scores >= args.threshold
+        picture = draw_detections(image, boxes[shown], truth.get(path))
         cv2.imwrite(str(args.output / f"{path.stem}.png"), picture)
         if args.json:
-            names = [predictor.class_names[k] for k in shown.classes]
-            fields = {"boxes": shown.boxes.tolist(), "scores": shown.scores.tolist()}
-            print(json.dumps({"file": str(path), **fields, "classes": names}))
+            detections = {
+                "file": str(path),
+                "boxes": boxes[shown].tolist(),
+                "scores": scores[shown].tolist(),
+                "classes": [predictor.class_names[k] for k in classes[shown]],
+            }
+            print(json.dumps(detections))
     if not args.json:
         print(f"{len(paths)} pictures in {args.output}")
-
-
-def list_images(source: Path) -> list[Path]:
-    if not source.exists():
-        raise UserError(f"--input {source}: no such file or folder")
-    paths = (
-        sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES) if source.is_dir() else [source]
-    )
-    if not paths:
-        raise UserError(f"--input {source}: no images in it ({', '.join(sorted(SUFFIXES))})")
-    return paths
 
 
 if __name__ == "__main__":

@@ -1,9 +1,20 @@
 """Datasets and what happens to an image before the model sees it."""
 
 from focal_d2.data import neon_trees
-from focal_d2.data.datasets import check_datasets, register_coco_datasets
+from focal_d2.data.datasets import (
+    check_datasets,
+    ground_truth,
+    known_class_names,
+    register_coco_datasets,
+)
 from focal_d2.data.mapper import FocalDatasetMapper
 
 neon_trees.register()
 
-__all__ = ["FocalDatasetMapper", "check_datasets", "register_coco_datasets"]
+__all__ = [
+    "FocalDatasetMapper",
+    "check_datasets",
+    "ground_truth",
+    "known_class_names",
+    "register_coco_datasets",
+]

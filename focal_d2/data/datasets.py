@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from focal_d2.errors import UserError
@@ -64,24 +65,51 @@ def check_dataset(key: str, name: str, num_classes: int) -> None:
     if name not in DatasetCatalog:
         known = ", ".join(sorted(DatasetCatalog.list()))
         raise UserError(f'{key}: dataset "{name}" is not registered; registered: {known}')
-    metadata = MetadataCatalog.get(name)
-    annotations = metadata.get("json_file")
-    if annotations and "://" not in annotations and not PathManager.isfile(annotations):
+    annotations = _missing_annotations(name)
+    if annotations:
         hint = "; run `make data`" if name.startswith("neon_trees_") else ""
         raise UserError(f'{key}: dataset "{name}": annotation file not found: {annotations}{hint}')
-    classes = metadata.get("thing_classes")
-    if classes is None:
-        # COCO files tell their classes only when they are read. Reading now costs seconds; finding out
-        # after training costs the night.
-        records = DatasetCatalog.get(name)
-        classes = metadata.get("thing_classes") or range(1 + max(_category_ids(records), default=-1))
+    classes = _class_names(name)
     if len(classes) != num_classes:
-        names = ", ".join(map(str, classes[:5])) + (", …" if len(classes) > 5 else "")
+        names = ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")
         raise UserError(
             f'{key}: dataset "{name}" has {len(classes)} classes ({names}) but '
             f"MODEL.RETINANET.NUM_CLASSES is {num_classes}: set MODEL.RETINANET.NUM_CLASSES {len(classes)}"
         )
 
 
-def _category_ids(records: Iterable[dict[str, Any]]) -> Iterable[int]:
-    return (a["category_id"] for record in records for a in record.get("annotations", ()))
+def known_class_names(name: str) -> list[str] | None:
+    """Return a dataset's class names, or None if it is not registered or its annotations are not here."""
+    if name not in DatasetCatalog or _missing_annotations(name):
+        return None
+    return _class_names(name)
+
+
+def _missing_annotations(name: str) -> str | None:
+    annotations = MetadataCatalog.get(name).get("json_file")
+    if annotations and "://" not in annotations and not PathManager.isfile(annotations):
+        return annotations
+    return None
+
+
+def _class_names(name: str) -> list[str]:
+    """Class names, or numbers where nobody named them."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("thing_classes") is None:
+        # COCO files tell their classes only when they are read. Reading now costs seconds; finding out
+        # after training costs the night.
+        records = DatasetCatalog.get(name)
+        if metadata.get("thing_classes") is None:
+            ids = (a["category_id"] for record in records for a in record.get("annotations", ()))
+            return [str(k) for k in range(1 + max(ids, default=-1))]
+    return list(metadata.thing_classes)
+
+
+def ground_truth(name: str) -> dict[Path, np.ndarray]:
+    """Return the boxes of each image file of a registered dataset, (M, 4) float64, XYXY absolute pixels."""
+    return {
+        Path(record["file_name"]): np.array(
+            [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in record["annotations"]]
+        ).reshape(-1, 4)
+        for record in DatasetCatalog.get(name)
+    }

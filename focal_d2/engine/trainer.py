@@ -13,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, default_argument_parser, launch
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -31,12 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class FocalTrainer(DefaultTrainer):
-    """detectron2's trainer with our mapper, optimizers, evaluator, checks and progress bar.
-
-    After `train`, `last_results` has the last evaluation: dataset -> task -> metric -> per cent.
-    """
-
-    last_results: dict[str, Any]
+    """detectron2's trainer with our mapper, optimizers, evaluator, checks and progress bar."""
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
@@ -61,7 +56,7 @@ class FocalTrainer(DefaultTrainer):
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         )
         optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return optimizer(groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+        return optimizer(groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, fused=True)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
@@ -146,14 +141,11 @@ def launch_job(args: argparse.Namespace) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> dict[str, Any] | None:
+def run(args: argparse.Namespace) -> None:
     """Train, or evaluate with `--eval-only`, as one of the job's processes.
 
     Args:
         args: of `job_arguments`.
-
-    Returns:
-        The last evaluation as `DefaultTrainer.test` gives it; None if there was none.
 
     Raises:
         UserError: for anything the user can mend.
@@ -167,8 +159,10 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         model = FocalTrainer.build_model(cfg)
         checkpointer = FocalCheckpointer(model, cfg.OUTPUT_DIR, partial=False)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        return FocalTrainer.test(cfg, model)
+        results = FocalTrainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return
     trainer = FocalTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
-    return getattr(trainer, "_last_eval_results", None)

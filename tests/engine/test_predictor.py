@@ -9,7 +9,6 @@ from detectron2.modeling import build_model
 
 from focal_d2 import Detections, Predictor, UserError
 from focal_d2.data import register_coco_datasets
-from focal_d2.engine.predictor import draw_boxes
 from tests.conftest import make_cfg
 
 
@@ -60,13 +59,3 @@ def test_predictor_names_the_unreadable_image(cfg_and_image, tmp_path):
 def test_predictor_needs_weights():
     with pytest.raises(UserError, match="MODEL.WEIGHTS is empty"):
         Predictor(make_cfg())
-
-
-def test_draw_boxes_leaves_the_image_alone():
-    image = np.zeros((40, 40, 3), np.uint8)
-    drawn = draw_boxes(image, np.array([[5, 5, 20, 30]]), color=(0, 0, 255))
-    assert image.max() == 0
-    assert drawn[5, 10, 2] > 200
-    assert drawn[20, 5, 2] > 200
-    assert drawn[:, :, :2].max() == 0
-    assert drawn[15, 10].max() == 0

@@ -1,0 +1,66 @@
+"""Image files in, pictures with boxes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from detectron2.data.detection_utils import read_image
+
+from focal_d2.errors import UserError
+
+GREEN, YELLOW = (80, 255, 80), (0, 220, 255)  # BGR
+_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def list_images(source: Path) -> list[Path]:
+    """List the image files of a folder in order of name; a file stands for itself.
+
+    Raises:
+        UserError: if there is nothing there.
+    """
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder")
+    if not source.is_dir():
+        return [source]
+    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in _SUFFIXES)
+    if not paths:
+        raise UserError(f"{source}: no images in this folder ({', '.join(_SUFFIXES)})")
+    return paths
+
+
+def read_bgr(path: str | Path) -> np.ndarray:
+    """Read an image as detectron2's loader does, EXIF orientation applied: (H, W, 3) uint8 BGR.
+
+    Raises:
+        UserError: naming the file, if it cannot be read.
+    """
+    try:
+        return read_image(str(path), format="BGR")
+    except OSError as error:
+        raise UserError(f"cannot read image {path}: {error}") from error
+
+
+def draw_boxes(image: np.ndarray, boxes: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    """Return a copy of a BGR image with boxes (M, 4) XYXY drawn in a BGR color."""
+    canvas = np.ascontiguousarray(image).copy()
+    thickness = max(1, round(min(image.shape[:2]) / 400))
+    for x0, y0, x1, y1 in np.rint(boxes).astype(int).tolist():
+        cv2.rectangle(canvas, (x0, y0), (x1, y1), color, thickness, cv2.LINE_AA)
+    return canvas
+
+
+def draw_detections(image: np.ndarray, boxes: np.ndarray, truth: np.ndarray | None) -> np.ndarray:
+    """Draw detections in yellow, beside the ground truth in green if there is any.
+
+    Args:
+        image: (H, W, 3) uint8 BGR.
+        boxes: (D, 4) XYXY.
+        truth: (M, 4) XYXY, or None.
+    """
+    picture = draw_boxes(image, boxes, YELLOW)
+    if truth is None:
+        return picture
+    gap = np.full((image.shape[0], 8, 3), 255, np.uint8)
+    return np.hstack([draw_boxes(image, truth, GREEN), gap, picture])

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from focal_d2 import UserError
+from focal_d2.engine.pictures import draw_boxes, draw_detections, list_images
+
+
+def test_draw_boxes_leaves_the_image_alone():
+    image = np.zeros((40, 40, 3), np.uint8)
+    drawn = draw_boxes(image, np.array([[5, 5, 20, 30]]), color=(0, 0, 255))
+    assert image.max() == 0
+    assert drawn[5, 10, 2] > 200
+    assert drawn[20, 5, 2] > 200
+    assert drawn[:, :, :2].max() == 0
+    assert drawn[15, 10].max() == 0
+
+
+def test_draw_detections_puts_truth_on_the_left():
+    image = np.zeros((40, 40, 3), np.uint8)
+    box, none = np.array([[5, 5, 20, 30]]), np.zeros((0, 4))
+    assert draw_detections(image, box, None).shape == (40, 40, 3)
+    picture = draw_detections(image, none, box)
+    assert picture.shape == (40, 88, 3)
+    assert picture[:, :40].max() > 200
+    assert picture[:, 48:].max() == 0
+
+
+def test_list_images_takes_images_only_in_order(tmp_path):
+    for name in ("b.PNG", "a.jpg", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [p.name for p in list_images(tmp_path)] == ["a.jpg", "b.PNG"]
+    assert list_images(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
+
+
+def test_list_images_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no images"):
+        list_images(tmp_path)
+    with pytest.raises(UserError, match="no such"):
+        list_images(tmp_path / "nowhere")

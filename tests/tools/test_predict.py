@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from detectron2.modeling import build_model
+
+from tests.conftest import REPOSITORY, make_cfg
+
+
+@pytest.fixture
+def job(coco_dataset, tmp_path):
+    """A config file with its dataset, and weights that find something everywhere."""
+    data = coco_dataset(images=2)
+    cfg = make_cfg(DATASETS__TEST=(data.name,), MODEL__RETINANET__SCORE_THRESH_TEST=0.001)
+    cfg.DATASETS.FOCAL = [data.entry]
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+    config = tmp_path / "config.yaml"
+    config.write_text(cfg.dump())
+    yaml.safe_load(config.read_text())
+    return config, data
+
+
+def predict(monkeypatch, config, *argv) -> int:
+    command = ["predict.py", "--config-file", config, "--threshold", 0.0, *argv]
+    monkeypatch.setattr(sys, "argv", [str(x) for x in command])
+    try:
+        runpy.run_path(str(REPOSITORY / "tools/predict.py"), run_name="__main__")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_dataset_is_drawn_beside_its_ground_truth(job, tmp_path, monkeypatch, capsys):
+    config, data = job
+    assert predict(monkeypatch, config, "--dataset", data.name, "--output", tmp_path / "out") == 0
+    assert "2 pictures in" in capsys.readouterr().out
+    picture = cv2.imread(str(tmp_path / "out/0.png"))
+    image = cv2.imread(str(data.images / "0.png"))
+    assert picture.shape == (64, 64 + 8 + 64, 3)
+    x, y, w, h = json.loads(data.annotations.read_text())["annotations"][0]["bbox"]
+    assert not np.array_equal(picture[y : y + h, x : x + w], image[y : y + h, x : x + w])
+
+
+def test_folder_gives_json_lines(job, tmp_path, monkeypatch, capsys):
+    config, data = job
+    arguments = ["--input", data.images, "--output", tmp_path / "out", "--json"]
+    assert predict(monkeypatch, config, *arguments) == 0
+    lines = [json.loads(x) for x in capsys.readouterr().out.splitlines() if x.startswith("{")]
+    assert [x["file"] for x in lines] == [str(data.images / f"{i}.png") for i in (0, 1)]
+    for line in lines:
+        assert len(line["boxes"]) == len(line["scores"]) == len(line["classes"]) > 0
+        assert set(line["classes"]) <= {"class0", "class1", "class2"}
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--input", "nowhere"], "nowhere: no such file or folder"),
+        (["--dataset", "nowhere"], '"nowhere" is not registered'),
+        (["--input", ".", "MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty"),
+    ],
+)
+def test_mistakes_give_one_line_and_status_2(job, tmp_path, monkeypatch, capsys, arguments, expected):
+    (tmp_path / "image.png").touch()
+    monkeypatch.chdir(tmp_path)
+    assert predict(monkeypatch, job[0], "--output", "out", *arguments) == 2
+    assert expected in capsys.readouterr().err
