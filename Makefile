@@ -19,6 +19,7 @@ install: $(VENV)/.installed ## make .venv with the pinned versions
 $(VENV)/.installed: constraints.txt setup.cfg pyproject.toml tools/install_detectron2.sh
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.10 to 3.13 is needed (make PYTHON=python3.11 …)" >&2; exit 2; }
+	@echo "installing into $(VENV): some 5.5 GB, mostly PyTorch; a few minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[detectron2,dev]'
 	bash tools/install_detectron2.sh $(BIN)/python $(DETECTRON2) $(DETECTRON2_COMMIT)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train or evaluate a detector: detectron2's own arguments, any config with focal_d2's names in it."""
 
-from focal_d2.engine import exit_on_user_error, job_arguments, launch_job
+from focal_d2.engine import command_line, job_arguments, launch_job
 
 
 def main() -> None:
@@ -9,5 +9,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with command_line():
         main()

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from focal_d2.data import check_datasets, ground_truth
-from focal_d2.engine import Predictor, exit_on_user_error, load_config
+from focal_d2.engine import Predictor, command_line, load_config
 from focal_d2.engine.pictures import draw_detections, list_images, read_bgr
 
 
@@ -55,5 +55,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with command_line():
         main()

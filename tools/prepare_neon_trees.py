@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from focal_d2.data.neon_trees import SPLITS, datasets_root, prepare
-from focal_d2.engine.cli import exit_on_user_error
+from focal_d2.engine.cli import command_line
 
 
 def main() -> None:
@@ -24,5 +24,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with command_line():
         main()

@@ -1,6 +1,6 @@
 """Running things: configs and checks, trainer, predictor, pictures."""
 
-from focal_d2.engine.cli import exit_on_user_error
+from focal_d2.engine.cli import command_line
 from focal_d2.engine.predictor import Detections, Predictor
 from focal_d2.engine.setup import load_config
 from focal_d2.engine.trainer import FocalTrainer, job_arguments, launch_job
@@ -9,7 +9,7 @@ __all__ = [
     "Detections",
     "FocalTrainer",
     "Predictor",
-    "exit_on_user_error",
+    "command_line",
     "job_arguments",
     "launch_job",
     "load_config",

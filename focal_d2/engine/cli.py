@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,8 +13,12 @@ from focal_d2.errors import user_message
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """Turn a user's mistake into one line on standard error and exit status 2."""
+def command_line() -> Iterator[None]:
+    """Turn a user's mistake into one line on standard error and exit status 2.
+
+    It also hides a warning that only detectron2 can mend.
+    """
+    warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
     # detectron2's trainer logs a traceback of whatever stops it before it lets it through.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_user_error)
     try:

@@ -15,7 +15,7 @@ import yaml
 from detectron2.utils.logger import setup_logger
 
 from tests.conftest import REPOSITORY
-from train_net import exit_on_user_error, main
+from train_net import command_line, main
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def run_main(monkeypatch, *argv: object) -> int:
     """Run the command in this process; returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, argv)])
     try:
-        with exit_on_user_error():
+        with command_line():
             main()
     except SystemExit as stop:
         return int(stop.code or 0)
@@ -199,7 +199,7 @@ def test_bad_input_in_a_shell(tmp_path):
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError), exit_on_user_error():
+    with pytest.raises(ZeroDivisionError), command_line():
         _ = 1 / 0
 
 
