@@ -106,9 +106,10 @@ class LossNormalizer(nn.Module):
         current = num_positives.clamp(min=1).to(self.ema.dtype)
         if self.kind == "paper":
             return current
-        # A new tensor: the one returned earlier may still be part of somebody's graph.
-        self.ema = self.ema * self.MOMENTUM + current * (1 - self.MOMENTUM)
-        return self.ema
+        # In place, because DDP keeps a reference to the buffer; a copy, because the caller's graph keeps
+        # the value.
+        self.ema.mul_(self.MOMENTUM).add_(current, alpha=1 - self.MOMENTUM)
+        return self.ema.clone()
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}"
