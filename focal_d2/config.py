@@ -45,9 +45,6 @@ def add_focal_config(cfg: CfgNode) -> None:
     # Multiply brightness and contrast by a factor drawn from [1 - x, 1 + x]; 0: off.
     inputs.BRIGHTNESS = 0.0
     inputs.CONTRAST = 0.0
-    # Drop a box in training if a crop (INPUT.CROP) shows a smaller share of its area; 0: keep slivers,
-    # as detectron2 does.
-    inputs.MIN_VISIBLE = 0.0
 
     cfg.DATASETS.FOCAL = []
     # Own datasets in COCO format, a list of {NAME, ANNOTATIONS (json file), IMAGES (folder)}.

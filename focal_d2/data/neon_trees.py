@@ -29,7 +29,6 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from focal_d2.data.boxes import clip_to_window
 from focal_d2.errors import UserError
 
 WHEEL = "deepforest==2.1.0"
@@ -195,8 +194,14 @@ def boxes_in(tile: Tile, boxes: np.ndarray, min_visible: float) -> np.ndarray:
     Returns:
         (M', 4) XYXY in the tile's pixels.
     """
-    clipped, visible = clip_to_window(boxes, tile)
-    return clipped[visible >= min_visible] - np.array(tile[:2] * 2)
+    low, high = np.array(tile[:2] * 2), np.array(tile[2:] * 2)
+    clipped = np.clip(boxes, low, high)
+    visible = _areas(clipped) / _areas(boxes)
+    return clipped[visible >= min_visible] - low
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 def _write_split(source: Path, cut: Path, split: str, pictures: tuple[str, ...], recipe: Recipe) -> None:
