@@ -36,9 +36,9 @@ demo: data ## train, evaluate and draw detections on real images (CPU: about ten
 	@echo "Checkpoint, log and metrics: $(DEMO_OUTPUT)/"
 	@echo "Detections beside ground truth: $(DEMO_OUTPUT)/pictures/"
 	@echo "Next:"
-	@echo "  $(BIN)/python train_net.py --config-file $(DEMO_OUTPUT)/config.yaml --eval-only MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth DATASETS.TEST '(\"neon_trees_other\",)'"
+	@echo "  $(BIN)/python train_net.py --config-file $(DEMO_OUTPUT)/config.yaml --eval-only OUTPUT_DIR output/other_forest MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth DATASETS.TEST '(\"neon_trees_other\",)'"
 	@echo "  $(BIN)/python tools/predict.py --config-file $(DEMO_OUTPUT)/config.yaml --input YOUR_IMAGE_OR_FOLDER --output output/predictions MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth"
-	@echo "  $(BIN)/python train_net.py --config-file $(DEMO_OUTPUT)/config.yaml --resume SOLVER.MAX_ITER 1000"
+	@echo "  $(BIN)/python train_net.py --config-file $(DEMO_OUTPUT)/config.yaml --resume SOLVER.MAX_ITER 1500"
 
 test: $(VENV)/.installed ## run the tests
 	$(BIN)/python -m pytest

@@ -1,4 +1,8 @@
-"""Every key of focal_d2's own, with its default. detectron2's keys keep their meaning and defaults."""
+"""Every key of focal_d2's own, with its default. detectron2's keys keep their meaning and defaults.
+
+Keys under MODEL act in any detectron2 project. Those under INPUT, DATASETS and SOLVER, and MODEL.DEVICE
+"auto", are read by focal_d2's trainer and tools.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,11 @@ def add_focal_config(cfg: CfgNode) -> None:
     focal.FPN = CfgNode()
     # What P6 is computed from: "res5" (C5; the paper and detectron2's model zoo) or "p5" (later variants).
     focal.FPN.P6_FROM = "res5"
+    # How the pyramid's convolutions start: "xavier" (detectron2) or "paper", N(0, 0.01).
+    focal.FPN.INIT = "xavier"
+
+    # Give each box its best anchors even below the IoU threshold: detectron2 does, the paper does not.
+    focal.LOW_QUALITY_MATCHES = True
 
     focal.LOSS = CfgNode()
     # What both losses are divided by: "ema" (detectron2: moving average of the batch's positive anchors,
@@ -46,8 +55,8 @@ def add_focal_config(cfg: CfgNode) -> None:
     inputs.BRIGHTNESS = 0.0
     inputs.CONTRAST = 0.0
 
-    cfg.DATASETS.FOCAL = []
     # Own datasets in COCO format, a list of {NAME, ANNOTATIONS (json file), IMAGES (folder)}.
+    cfg.DATASETS.FOCAL = []
 
     solver = cfg.SOLVER.FOCAL = CfgNode()
     # "SGD" (detectron2's, with SOLVER.MOMENTUM and SOLVER.NESTEROV) or "AdamW".

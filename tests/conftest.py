@@ -103,8 +103,8 @@ def coco_dataset(tmp_path: Path) -> Callable[..., CocoDataset]:
 
 @pytest.fixture(autouse=True)
 def _forget_datasets() -> object:
-    before = set(DatasetCatalog.list())
+    before = {*DatasetCatalog.list(), *MetadataCatalog.list()}
     yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        for name in set(catalog.list()) - before:
+            catalog.remove(name)

@@ -5,12 +5,17 @@ import argparse
 import json
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from focal_d2.data import check_datasets, ground_truth
 from focal_d2.engine import Predictor, command_line, load_config
-from focal_d2.engine.pictures import draw_detections, list_images, read_bgr
+from focal_d2.engine.pictures import (
+    draw_detections,
+    list_images,
+    picture_files,
+    read_bgr,
+    write_picture,
+)
 
 
 def main() -> None:
@@ -20,28 +25,33 @@ def main() -> None:
     source.add_argument("--input", type=Path, help="an image, or a folder of images")
     source.add_argument("--dataset", help="a registered dataset's name")
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.3,
+        help="lowest score that is shown, of those above MODEL.RETINANET.SCORE_THRESH_TEST",
+    )
     parser.add_argument("--json", action="store_true", help="print the detections as JSON lines")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE …")
     args = parser.parse_args()
 
     truth: dict[Path, np.ndarray] = {}
     overrides = args.opts
-    if args.dataset:
+    if args.dataset is not None:
         overrides = [*overrides, "DATASETS.TEST", f"({args.dataset!r},)"]
     cfg = load_config(args.config_file, overrides)
-    if args.dataset:
+    if args.dataset is not None:
         check_datasets(cfg, training=False)
         truth = ground_truth(args.dataset)
     paths = list(truth) or list_images(args.input)
     predictor = Predictor(cfg)
-    args.output.mkdir(parents=True, exist_ok=True)
-    for path in paths:
+    targets = picture_files(paths, args.output)
+    for path, target in zip(paths, targets, strict=True):
         image = read_bgr(path)
         boxes, scores, classes = predictor(image)
         shown = scores >= args.threshold
         picture = draw_detections(image, boxes[shown], truth.get(path))
-        cv2.imwrite(str(args.output / f"{path.stem}.png"), picture)
+        write_picture(target, picture)
         if args.json:
             detections = {
                 "file": str(path),

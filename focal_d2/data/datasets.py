@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from focal_d2.data.coco import load_coco
 from focal_d2.errors import UserError
 
 _ENTRY_KEYS = {"NAME", "ANNOTATIONS", "IMAGES"}
@@ -26,9 +26,10 @@ def register_coco_datasets(entries: list[dict[str, str]]) -> None:
         UserError: for a missing or unknown key, or a name that detectron2 already has.
     """
     for i, entry in enumerate(entries):
-        if not isinstance(entry, dict) or set(entry) != _ENTRY_KEYS:
+        fits = isinstance(entry, dict) and set(entry) == _ENTRY_KEYS
+        if not fits or not all(isinstance(value, str) for value in entry.values()):
             raise UserError(
-                f"DATASETS.FOCAL[{i}] is {entry!r}; it needs the keys {', '.join(sorted(_ENTRY_KEYS))}"
+                f"DATASETS.FOCAL[{i}] is {entry!r}; it needs {', '.join(sorted(_ENTRY_KEYS))}, each a text"
             )
         name, annotations, images = entry["NAME"], entry["ANNOTATIONS"], entry["IMAGES"]
         if name in DatasetCatalog:
@@ -36,7 +37,7 @@ def register_coco_datasets(entries: list[dict[str, str]]) -> None:
                 raise UserError(f'DATASETS.FOCAL[{i}].NAME "{name}" is the name of another dataset')
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, lambda n=name, a=annotations, r=images: load_coco_json(a, r, n))
+        DatasetCatalog.register(name, lambda n=name, a=annotations, r=images: load_coco(a, r, n))
         MetadataCatalog.get(name).set(
             json_file=annotations, image_root=images, evaluator_type="coco", from_focal_yaml=True
         )

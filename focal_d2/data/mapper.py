@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
+from PIL.Image import DecompressionBombError
 
 from focal_d2.errors import UserError
+
+# What Pillow raises for files that it cannot or will not read.
+UNREADABLE = (OSError, SyntaxError, struct.error, DecompressionBombError)
 
 
 class FocalDatasetMapper(DatasetMapper):
@@ -31,12 +36,19 @@ class FocalDatasetMapper(DatasetMapper):
         """
         try:
             return super().__call__(dataset_dict)
-        except (OSError, SizeMismatchError) as error:
+        except (*UNREADABLE, SizeMismatchError) as error:
             raise UserError(f"cannot read image {dataset_dict['file_name']}: {error}") from error
 
 
 def build_augmentations(inputs: CfgNode) -> list[T.Augmentation]:
-    """List the augmentations that `INPUT.FOCAL.*` turns on, in the order in which they are applied."""
+    """List the augmentations that `INPUT.FOCAL.*` turns on, in the order in which they are applied.
+
+    Raises:
+        UserError: for a range that is not within [0, 1).
+    """
+    for key in ("BRIGHTNESS", "CONTRAST"):
+        if not 0 <= inputs[key] < 1:
+            raise UserError(f"INPUT.FOCAL.{key} is {inputs[key]}; it must be at least 0 and below 1")
     augmentations: list[T.Augmentation] = []
     if inputs.VERTICAL_FLIP:
         augmentations.append(T.RandomFlip(horizontal=False, vertical=True))

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
+from focal_d2.data.coco import load_coco
 from focal_d2.errors import UserError
 
 WHEEL = "deepforest==2.1.0"
@@ -83,7 +83,7 @@ def register() -> None:
 def _load(name: str, annotations: Path, images: Path) -> list[dict[str, Any]]:
     if not annotations.is_file():
         raise UserError(f"dataset {name} is not prepared: {annotations} not found; run `make data`")
-    return load_coco_json(str(annotations), str(images), name)
+    return load_coco(str(annotations), str(images), name)
 
 
 def prepare(root: Path, wheel: Path | None = None, recipe: Recipe = Recipe()) -> Path:
@@ -104,9 +104,14 @@ def prepare(root: Path, wheel: Path | None = None, recipe: Recipe = Recipe()) ->
     """
     folder = root / "neon_trees"
     stamp = folder / "recipe.json"
-    if stamp.is_file() and json.loads(stamp.read_text()) == asdict(recipe):
+    written = json.dumps(asdict(recipe))
+    whole = all((folder / split).is_dir() and (folder / f"{split}.json").is_file() for split in SPLITS)
+    if whole and stamp.is_file() and stamp.read_text() == written:
         return folder
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"dataset folder {root}: {error}") from error
     with tempfile.TemporaryDirectory(dir=root, prefix=".neon_trees-") as work_name:
         work = Path(work_name)
         source = _unpack(wheel or _fetch_wheel(work), work)
@@ -114,7 +119,7 @@ def prepare(root: Path, wheel: Path | None = None, recipe: Recipe = Recipe()) ->
         cut.mkdir()
         for split, pictures in (("train", _YELL), ("test", _YELL), ("other", _OTHER)):
             _write_split(source, cut, split, pictures, recipe)
-        (cut / "recipe.json").write_text(json.dumps(asdict(recipe)))
+        (cut / "recipe.json").write_text(written)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(cut, folder)
@@ -141,10 +146,12 @@ def _unpack(wheel: Path, work: Path) -> Path:
             archive.extractall(work, members)
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{wheel} is not a readable wheel: {error}") from error
-    missing = [n for n in (*_YELL, *_OTHER) if not (work / f"deepforest/data/{n}.xml").is_file()]
+    data = work / "deepforest" / "data"
+    needed = [f"{name}.{suffix}" for name in (*_YELL, *_OTHER) for suffix in ("png", "xml")]
+    missing = [name for name in needed if not (data / name).is_file()]
     if missing:
-        raise UserError(f"{wheel} is not {WHEEL}: it has no annotations of {', '.join(missing)}")
-    return work / "deepforest" / "data"
+        raise UserError(f"{wheel} is not {WHEEL}: it lacks {', '.join(missing)}")
+    return data
 
 
 def read_voc_boxes(path: Path) -> np.ndarray:

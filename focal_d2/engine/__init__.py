@@ -1,16 +1,18 @@
 """Running things: configs and checks, trainer, predictor, pictures."""
 
+from detectron2.engine import default_argument_parser
+
 from focal_d2.engine.cli import command_line
 from focal_d2.engine.predictor import Detections, Predictor
 from focal_d2.engine.setup import load_config
-from focal_d2.engine.trainer import FocalTrainer, job_arguments, launch_job
+from focal_d2.engine.trainer import FocalTrainer, launch_job
 
 __all__ = [
     "Detections",
     "FocalTrainer",
     "Predictor",
     "command_line",
-    "job_arguments",
+    "default_argument_parser",
     "launch_job",
     "load_config",
 ]

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from detectron2.data.detection_utils import read_image
 
+from focal_d2.data.mapper import UNREADABLE
 from focal_d2.errors import UserError
 
 GREEN, YELLOW = (80, 255, 80), (0, 220, 255)  # BGR
@@ -30,6 +31,37 @@ def list_images(source: Path) -> list[Path]:
     return paths
 
 
+def picture_files(paths: list[Path], folder: Path) -> list[Path]:
+    """Name a PNG file in a folder for each image; the folder is made.
+
+    Raises:
+        UserError: if the folder cannot be made, or a picture would replace its image.
+    """
+    stems = [p.stem for p in paths]
+    # Where two images differ in their ending alone, it becomes part of the name.
+    names = [p.stem if stems.count(p.stem) == 1 else p.name.replace(".", "_") for p in paths]
+    targets = [folder / f"{name}.png" for name in names]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output folder {folder}: {error}") from error
+    images = {p.resolve() for p in paths}
+    for target in targets:
+        if target.resolve() in images:
+            raise UserError(f"{target} would be overwritten: choose another output folder")
+    return targets
+
+
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    """Write a BGR picture.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    if not cv2.imwrite(str(path), picture):
+        raise UserError(f"cannot write {path}")
+
+
 def read_bgr(path: str | Path) -> np.ndarray:
     """Read an image as detectron2's loader does, EXIF orientation applied: (H, W, 3) uint8 BGR.
 
@@ -38,7 +70,7 @@ def read_bgr(path: str | Path) -> np.ndarray:
     """
     try:
         return read_image(str(path), format="BGR")
-    except OSError as error:
+    except UNREADABLE as error:
         raise UserError(f"cannot read image {path}: {error}") from error
 
 

@@ -14,6 +14,7 @@ from detectron2.modeling import build_model
 from focal_d2.data import known_class_names
 from focal_d2.engine.checkpoint import FocalCheckpointer
 from focal_d2.engine.pictures import read_bgr
+from focal_d2.engine.setup import resolve_device
 from focal_d2.errors import UserError
 
 
@@ -40,11 +41,14 @@ class Predictor:
 
         Args:
             cfg: full config; see `focal_d2.engine.load_config`. The class names are those of the first
-                of `DATASETS.TEST`, or numbers where that is not here.
+                of `DATASETS.TEST`, or numbers where that is not here or has others.
 
         Raises:
-            UserError: if the weights are missing or do not fit.
+            UserError: if the weights are missing or do not fit, or the device does not exist here.
         """
+        cfg = cfg.clone()
+        cfg.defrost()
+        resolve_device(cfg)
         if not cfg.MODEL.WEIGHTS:
             raise UserError("MODEL.WEIGHTS is empty: prediction needs a checkpoint")
         self.model = build_model(cfg).eval()
@@ -52,7 +56,10 @@ class Predictor:
         self.input_format = cfg.INPUT.FORMAT
         self.resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         names = known_class_names(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
-        self.class_names = names or [str(k) for k in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
+        num_classes = cfg.MODEL.RETINANET.NUM_CLASSES
+        if names is None or len(names) != num_classes:
+            names = [str(k) for k in range(num_classes)]
+        self.class_names = names
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray | str | Path) -> Detections:
@@ -62,9 +69,11 @@ class Predictor:
             image: a file, or (H, W, 3) uint8 pixels in BGR order as OpenCV reads them.
 
         Raises:
-            UserError: if the file cannot be read as an image.
+            UserError: if the file cannot be read as an image, or the pixels have another shape or type.
         """
         pixels = image if isinstance(image, np.ndarray) else read_bgr(image)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise UserError(f"an image must be (H, W, 3) uint8, not {pixels.shape} {pixels.dtype}")
         height, width = pixels.shape[:2]
         if self.input_format == "RGB":
             pixels = pixels[:, :, ::-1]

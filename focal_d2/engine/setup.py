@@ -50,7 +50,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
         raise UserError(f"overrides must be KEY VALUE pairs; got {' '.join(overrides)}")
     with _config_errors(cfg, "command line"):
         cfg.merge_from_list(list(overrides))
-    _resolve_device(cfg)
+    _refuse_nulls(cfg)
+    resolve_device(cfg)
     check_choice("SOLVER.FOCAL.OPTIMIZER", cfg.SOLVER.FOCAL.OPTIMIZER, _OPTIMIZERS)
     for key, registry, value in (
         ("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE),
@@ -67,10 +68,14 @@ def _config_errors(cfg: CfgNode, source: str) -> Iterator[None]:
     """Name the source, and the nearest legal key, in whatever yaml and yacs raise."""
     try:
         yield
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{source}: not a config; it must be nested lines of KEY: value") from error
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         # str() of a KeyError is its message in quotes.
         text = error.args[0] if isinstance(error, KeyError) else error
         reason = " ".join(str(text).split())
+        if len(reason) > 300:  # a type mismatch on a whole section quotes the section
+            reason = f"{reason[:150]} … {reason[-100:]}"
         unknown = re.search(r"[Nn]on-existent (?:config )?key: (\S+)", reason)
         if unknown:
             key = unknown.group(1)
@@ -89,7 +94,27 @@ def _leaf_keys(node: CfgNode, prefix: str = "") -> list[str]:
     return keys
 
 
-def _resolve_device(cfg: CfgNode) -> None:
+def _refuse_nulls(cfg: CfgNode) -> None:
+    """yacs lets null replace any value, and the job fails where it is first used."""
+    defaults = get_cfg()
+    add_focal_config(defaults)
+    for key in _leaf_keys(defaults):
+        default, value = defaults, cfg
+        for name in key.split("."):
+            default, value = default[name], value[name]
+        if value is None and default is not None:
+            raise UserError(f"{key} is null; it must be a {type(default).__name__} (default: {default})")
+
+
+def resolve_device(cfg: CfgNode) -> None:
+    """Replace `MODEL.DEVICE: auto`, and on a CPU turn `SOLVER.AMP.ENABLED` into `MODEL.FOCAL.AMP.ENABLED`.
+
+    Args:
+        cfg: full config that is not frozen, changed in place.
+
+    Raises:
+        UserError: if the device does not exist here.
+    """
     has_cuda = torch.cuda.is_available()
     if cfg.MODEL.DEVICE == "auto":
         cfg.MODEL.DEVICE = "cuda" if has_cuda else "cpu"
@@ -118,7 +143,7 @@ def set_up_job(cfg: CfgNode, args: argparse.Namespace) -> None:
     """
     try:
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        with quiet_console(cfg):
+        with quiet_console(setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())):
             default_setup(cfg, args)
     except OSError as error:
         raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: {error}") from error
@@ -127,9 +152,8 @@ def set_up_job(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def quiet_console(cfg: CfgNode) -> Iterator[None]:
+def quiet_console(logger: logging.Logger) -> Iterator[None]:
     """Let only warnings through to the console; log files still get everything."""
-    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
     # detectron2 writes its log file through a plain stream handler as well.
     console = [h for h in logger.handlers if getattr(h, "stream", None) is sys.stdout]
     levels = [h.level for h in console]
@@ -140,3 +164,26 @@ def quiet_console(cfg: CfgNode) -> Iterator[None]:
     finally:
         for handler, level in zip(console, levels, strict=True):
             handler.setLevel(level)
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Turn detectron2's checks of config values, mostly bare asserts and look-ups, into one line.
+
+    The traceback is in OUTPUT_DIR/log.txt.
+
+    Raises:
+        UserError: naming what could not be built, and why.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (AssertionError, KeyError, ValueError, TypeError, IndexError) as error:
+        logger = logging.getLogger("focal_d2")
+        with quiet_console(logger):
+            logger.info(f"cannot build the {what}", exc_info=True)
+        reason = " ".join(str(error).split()) or "a check without a message; log.txt has its place"
+        raise UserError(
+            f"cannot build the {what} from this config: {type(error).__name__}: {reason}"
+        ) from error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, default_argument_parser, launch
+from detectron2.engine import DefaultTrainer, launch
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
@@ -23,7 +23,7 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from focal_d2.data import FocalDatasetMapper, check_datasets
 from focal_d2.engine.checkpoint import FocalCheckpointer
 from focal_d2.engine.progress import ProgressBar
-from focal_d2.engine.setup import load_config, set_up_job
+from focal_d2.engine.setup import building, load_config, set_up_job
 from focal_d2.errors import UserError
 from focal_d2.evaluation import FocalCOCOEvaluator, format_results
 
@@ -60,8 +60,20 @@ class FocalTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Build detectron2's training loader with our mapper."""
-        return build_detection_train_loader(cfg, mapper=FocalDatasetMapper(cfg, is_train=True))
+        """Build detectron2's training loader with our mapper.
+
+        Raises:
+            UserError: if no image is left to train on.
+        """
+        try:
+            return build_detection_train_loader(cfg, mapper=FocalDatasetMapper(cfg, is_train=True))
+        except AssertionError as error:
+            if "No valid data" not in str(error):
+                raise
+            raise UserError(
+                f"no image of {', '.join(cfg.DATASETS.TRAIN)} has a box: to train on such images, set "
+                "DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
+            ) from error
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -114,23 +126,21 @@ def _on_terminal() -> bool:
     return comm.is_main_process() and sys.stdout.isatty()
 
 
-def job_arguments() -> argparse.ArgumentParser:
-    """Build the argument parser of `train_net.py`: detectron2's own."""
-    return default_argument_parser()
-
-
 def launch_job(args: argparse.Namespace) -> None:
     """Run the job on this machine's share of the processes; see `run`.
 
     Args:
-        args: of `job_arguments`.
+        args: of detectron2's `default_argument_parser`.
 
     Raises:
         UserError: for more GPUs than there are.
     """
     devices = torch.cuda.device_count()
-    if args.num_gpus > max(devices, 1):
-        raise UserError(f"--num-gpus {args.num_gpus}: PyTorch finds {devices} CUDA devices here")
+    if args.num_gpus * args.num_machines > 1 and args.num_gpus > devices:
+        raise UserError(
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: PyTorch finds {devices} CUDA "
+            "devices here, and several processes need one each"
+        )
     launch(
         run,
         args.num_gpus,
@@ -145,24 +155,27 @@ def run(args: argparse.Namespace) -> None:
     """Train, or evaluate with `--eval-only`, as one of the job's processes.
 
     Args:
-        args: of `job_arguments`.
+        args: of detectron2's `default_argument_parser`.
 
     Raises:
         UserError: for anything the user can mend.
     """
     cfg = load_config(args.config_file, args.opts)
     check_datasets(cfg, training=not args.eval_only)
-    if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
-        raise UserError("--eval-only needs a checkpoint: add MODEL.WEIGHTS FILE (or --resume)")
     set_up_job(cfg, args)
     if args.eval_only:
-        model = FocalTrainer.build_model(cfg)
+        with building("model"):
+            model = FocalTrainer.build_model(cfg)
         checkpointer = FocalCheckpointer(model, cfg.OUTPUT_DIR, partial=False)
+        if not (cfg.MODEL.WEIGHTS or (args.resume and checkpointer.has_checkpoint())):
+            where = f" (--resume finds none in {cfg.OUTPUT_DIR})" if args.resume else ""
+            raise UserError(f"--eval-only needs a checkpoint: add MODEL.WEIGHTS FILE{where}")
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = FocalTrainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
         return
-    trainer = FocalTrainer(cfg)
+    with building("trainer"):
+        trainer = FocalTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()

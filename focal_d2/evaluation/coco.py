@@ -13,7 +13,15 @@ _RECALL_STATS = {6: "AR@{0}", 7: "AR@{1}", 8: "AR@{2}"}
 
 
 class FocalCOCOEvaluator(COCOEvaluator):
-    """detectron2's evaluator that also reports average recall (AR@100 and the like)."""
+    """detectron2's evaluator that also reports average recall, and reads files without area or iscrowd."""
+
+    def __init__(self, dataset_name: str, **kwargs: Any) -> None:
+        """See detectron2's `COCOEvaluator`."""
+        super().__init__(dataset_name, **kwargs)
+        # pycocotools needs both; many exports have neither.
+        for annotation in self._coco_api.anns.values():
+            annotation.setdefault("iscrowd", 0)
+            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
 
     def _derive_coco_results(
         self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None

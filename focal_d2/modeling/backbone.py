@@ -6,6 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from torch import nn
 
 from focal_d2.config import check_choice, focal_config
 from focal_d2.errors import UserError
@@ -19,9 +20,10 @@ def build_focal_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
     """Build ResNet-18 to 152 or ResNeXt with FPN levels P3 to P7, strides 8 to 128.
 
     P6 is a 3×3 convolution of stride 2 on C5 or P5 (`MODEL.FOCAL.FPN.P6_FROM`), P7 the same on ReLU(P6).
-    Parameter names are those of detectron2's `build_retinanet_resnet_fpn_backbone`. Norms come from
-    `MODEL.RESNETS.NORM` and `MODEL.FPN.NORM`; ResNeXt from `MODEL.RESNETS.NUM_GROUPS` and
-    `WIDTH_PER_GROUP`.
+    The pyramid's convolutions start Xavier-uniform as detectron2's, or N(0, 0.01) as the paper's
+    (`MODEL.FOCAL.FPN.INIT`). Parameter names are those of detectron2's
+    `build_retinanet_resnet_fpn_backbone`. Norms come from `MODEL.RESNETS.NORM` and `MODEL.FPN.NORM`;
+    ResNeXt from `MODEL.RESNETS.NUM_GROUPS` and `WIDTH_PER_GROUP`.
 
     Raises:
         UserError: for a depth or a P6 source that does not exist, or widths that do not fit the depth.
@@ -41,8 +43,9 @@ def build_focal_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
     missing = sorted({*fpn.IN_FEATURES, "res5"} - shapes.keys())
     if missing:
         raise UserError(f"MODEL.RESNETS.OUT_FEATURES lacks {', '.join(missing)}, which the FPN reads")
+    init = check_choice("MODEL.FOCAL.FPN.INIT", focal_config(cfg).FPN.INIT, ("xavier", "paper"))
     p6_channels = shapes["res5"].channels if p6_from == "res5" else fpn.OUT_CHANNELS
-    return FPN(
+    backbone = FPN(
         bottom_up=bottom_up,
         in_features=fpn.IN_FEATURES,
         out_channels=fpn.OUT_CHANNELS,
@@ -50,3 +53,8 @@ def build_focal_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
         top_block=LastLevelP6P7(p6_channels, fpn.OUT_CHANNELS, in_feature=p6_from),
         fuse_type=fpn.FUSE_TYPE,
     )
+    if init == "paper":
+        for name, parameter in backbone.named_parameters():
+            if name.endswith(".weight") and parameter.ndim == 4 and not name.startswith("bottom_up."):
+                nn.init.normal_(parameter, std=0.01)
+    return backbone

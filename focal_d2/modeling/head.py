@@ -42,4 +42,9 @@ class FocalRetinaNetHead(RetinaNetHead):
             )
         kwargs = super().from_config(cfg, input_shape)
         channels = focal_config(cfg).HEAD.CHANNELS or input_shape[0].channels
+        if retinanet.NORM == "GN" and channels % 32:
+            raise UserError(
+                f"MODEL.FOCAL.HEAD.CHANNELS is {channels}; with MODEL.RETINANET.NORM GN it must be a "
+                "multiple of 32"
+            )
         return {**kwargs, "conv_dims": [channels] * retinanet.NUM_CONVS}

@@ -82,7 +82,8 @@ class LossNormalizer(nn.Module):
 
     "paper": this batch's positive anchors (paper, section 4), at least 1. "ema": their moving average
     with momentum 0.9, starting at 100, as detectron2 does. There it is a plain attribute and starts anew
-    on resume; here it is a buffer and part of the checkpoint. Checkpoints without it load.
+    on resume; here it is a buffer and part of the checkpoint. Checkpoints without it load. As there, each
+    of several processes keeps its own; the checkpoint has the first one's.
     """
 
     MOMENTUM = 0.9

@@ -25,6 +25,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from focal_d2.config import check_choice, focal_config
+from focal_d2.errors import UserError
 from focal_d2.modeling.head import FocalRetinaNetHead
 from focal_d2.modeling.losses import (
     BOX_LOSSES,
@@ -113,7 +114,7 @@ class FocalRetinaNet(DenseDetector):
         self.test_nms_thresh = test_nms_thresh
         self.max_detections_per_image = max_detections_per_image
         self.amp = amp
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.channels_last = channels_last
         if channels_last:
             self.to(memory_format=torch.channels_last)
 
@@ -125,6 +126,11 @@ class FocalRetinaNet(DenseDetector):
             UserError: for a value outside a key's choices.
         """
         retinanet, focal = cfg.MODEL.RETINANET, focal_config(cfg)
+        if retinanet.FOCAL_LOSS_ALPHA > 1 or retinanet.FOCAL_LOSS_GAMMA < 0:
+            raise UserError(
+                f"MODEL.RETINANET.FOCAL_LOSS_ALPHA is {retinanet.FOCAL_LOSS_ALPHA} and FOCAL_LOSS_GAMMA "
+                f"{retinanet.FOCAL_LOSS_GAMMA}; at most 1 and at least 0 are needed"
+            )
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         for name in retinanet.IN_FEATURES:
@@ -137,7 +143,9 @@ class FocalRetinaNet(DenseDetector):
             "anchor_generator": build_anchor_generator(cfg, feature_shapes),
             "box2box_transform": Box2BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS),
             "anchor_matcher": Matcher(
-                retinanet.IOU_THRESHOLDS, retinanet.IOU_LABELS, allow_low_quality_matches=True
+                retinanet.IOU_THRESHOLDS,
+                retinanet.IOU_LABELS,
+                allow_low_quality_matches=focal.LOW_QUALITY_MATCHES,
             ),
             "num_classes": retinanet.NUM_CLASSES,
             "cls_loss": SigmoidFocalLoss(
@@ -172,8 +180,9 @@ class FocalRetinaNet(DenseDetector):
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Normalise, pad and batch: an `ImageList` of (N, C, H, W) in the configured memory format."""
         images = super().preprocess_image(batched_inputs)
-        tensor = images.tensor.contiguous(memory_format=self.memory_format)
-        return ImageList(tensor, images.image_sizes)
+        if not self.channels_last:
+            return images
+        return ImageList(images.tensor.contiguous(memory_format=torch.channels_last), images.image_sizes)
 
     def forward_training(
         self,
@@ -219,7 +228,7 @@ class FocalRetinaNet(DenseDetector):
         """Match every anchor to at most one box by IoU (paper, section 4).
 
         Departure from the paper, as in detectron2: each box also gets its best anchors, however low
-        their IoU ("low-quality matches").
+        their IoU, unless `MODEL.FOCAL.LOW_QUALITY_MATCHES` is false.
 
         Args:
             anchors: R boxes.

@@ -28,6 +28,7 @@ def test_register_again_replaces(coco_dataset):
     [
         ({"NAME": "coco_2017_val"}, "another dataset"),
         ({"FOLDER": "x"}, r"DATASETS.FOCAL\[0\].*ANNOTATIONS, IMAGES, NAME"),
+        ({"IMAGES": 3}, "each a text"),
     ],
 )
 def test_register_refuses(coco_dataset, changes, match):

@@ -56,6 +56,13 @@ def test_boxes_follow_the_picture(record, key):
     assert len(pictures) > 2
 
 
+@pytest.mark.parametrize("key", ["BRIGHTNESS", "CONTRAST"])
+@pytest.mark.parametrize("value", [-0.5, 1.0])
+def test_ranges_beyond_0_to_1_are_refused(key, value):
+    with pytest.raises(UserError, match=f"INPUT.FOCAL.{key} is {value}"):
+        build_augmentations(make_cfg(**{f"INPUT__FOCAL__{key}": value}).INPUT.FOCAL)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n broken", None])
 def test_unreadable_image_is_named(record, content):
     path = record["file_name"]
@@ -73,6 +80,19 @@ def test_unreadable_image_is_named(record, content):
 def test_image_of_another_size_than_annotated_is_named(record):
     with pytest.raises(UserError, match=record["file_name"]):
         FocalDatasetMapper(make_cfg(), is_train=True)({**record, "width": 65})
+
+
+def test_huge_image_is_named(record, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=record["file_name"]):
+        FocalDatasetMapper(make_cfg(), is_train=True)(record)
+
+
+def test_contrast_stays_within_its_range(record):
+    mapper = FocalDatasetMapper(make_cfg(INPUT__FOCAL__CONTRAST=0.2), is_train=True)
+    plain = FocalDatasetMapper(make_cfg(), is_train=False)(record)["image"].float()
+    ratios = [(mapper(record)["image"].float().std() / plain.std()).item() for _ in range(20)]
+    assert 0.75 <= min(ratios) < 0.95 < max(ratios) <= 1.22
 
 
 def test_brightness_stays_within_its_range(record):

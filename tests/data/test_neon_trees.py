@@ -113,6 +113,14 @@ def test_prepare_is_done_once_until_the_recipe_changes(wheel, tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("damage", ["test.json", "recipe.json"])
+def test_prepare_mends_a_damaged_cache(wheel, tmp_path, damage):
+    folder = prepare(tmp_path / "datasets", wheel)
+    (folder / damage).unlink()
+    prepare(tmp_path / "datasets", wheel)
+    assert (folder / damage).is_file()
+
+
 @pytest.mark.parametrize("content", [None, b"not a zip", "empty"])
 def test_prepare_with_a_bad_wheel_leaves_nothing(tmp_path, content):
     wheel = tmp_path / "bad.whl"

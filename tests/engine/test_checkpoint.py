@@ -40,7 +40,7 @@ def test_detectron2_checkpoint_loads_without_the_normaliser(model, tmp_path, par
 def test_backbone_alone_starts_training_but_does_not_evaluate(model, tmp_path):
     path = save(model, tmp_path / "a.pth", drop=("head.", "backbone.fpn", "backbone.top_block"))
     FocalCheckpointer(model, partial=True).load(path)
-    with pytest.raises(UserError, match="lacks backbone.fpn_lateral3.bias.* and .* more"):
+    with pytest.raises(UserError, match="lack backbone.fpn_lateral3.bias.* and .* more"):
         FocalCheckpointer(model, partial=False).load(path)
 
 
@@ -52,30 +52,68 @@ def test_other_number_of_classes_starts_training_but_does_not_evaluate(model, tm
 
 
 @pytest.mark.parametrize("partial", [True, False])
-def test_another_depth_is_refused(model, tmp_path, partial):
-    deeper = build_model(make_cfg(MODEL__RESNETS__DEPTH=34))
-    with pytest.raises(UserError, match="lacks backbone.bottom_up.res2.2.conv1"):
-        FocalCheckpointer(deeper, partial=partial).load(save(model, tmp_path / "a.pth"))
+@pytest.mark.parametrize("theirs, ours, match", [
+    (18, 34, "lack backbone.bottom_up.res2.2.conv1"),
+    (34, 18, "have backbone.bottom_up.res2.2.conv1.*, which the model has not"),
+])  # fmt: skip
+def test_another_depth_is_refused(tmp_path, partial, theirs, ours, match):
+    path = save(build_model(make_cfg(MODEL__RESNETS__DEPTH=theirs)), tmp_path / "a.pth")
+    model = build_model(make_cfg(MODEL__RESNETS__DEPTH=ours))
+    with pytest.raises(UserError, match=match):
+        FocalCheckpointer(model, partial=partial).load(path)
+
+
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        ({"MODEL__RETINANET__NUM_CONVS": 3}, {}),
+        ({"MODEL__RETINANET__NORM": "GN", "MODEL__RETINANET__NUM_CONVS": 2}, {}),
+        ({}, {"MODEL__RESNETS__NORM": "BN"}),  # running statistics are missing
+        ({"MODEL__RESNETS__NORM": "BN"}, {}),
+    ],
+)
+def test_another_head_or_norm_does_not_evaluate(tmp_path, theirs, ours):
+    path = save(build_model(make_cfg(**theirs)), tmp_path / "a.pth")
+    with pytest.raises(UserError, match="do not fit this model"):
+        FocalCheckpointer(build_model(make_cfg(**ours)), partial=False).load(path)
+
+
+def test_our_checkpoint_loads_into_detectron2s_retinanet(model, tmp_path):
+    theirs = build_model(make_cfg(MODEL__META_ARCHITECTURE="RetinaNet"))
+    FocalCheckpointer(theirs, partial=False).load(save(model, tmp_path / "a.pth"))
+    assert torch.equal(model.head.cls_score.weight, theirs.head.cls_score.weight)
 
 
 @pytest.mark.parametrize("partial", [True, False])
 def test_foreign_weights_are_refused(model, tmp_path, partial):
     path = save({"layer.weight": torch.zeros(3)}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"a\.pth.* parameters .* lacks"):
+    with pytest.raises(UserError, match=r"a\.pth do not fit this model: they lack"):
         FocalCheckpointer(model, partial=partial).load(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated"])
-def test_damaged_file_is_named(model, tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", [1, 2], {"model": None}])
+def test_damaged_file_is_named_in_one_line(model, tmp_path, content):
     path = tmp_path / "a.pth"
     if content == "truncated":
         save(model, path)
         content = path.read_bytes()[:10000]
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"cannot read weights .*a\.pth"):
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=r"cannot load weights .*a\.pth") as error:
         FocalCheckpointer(model, partial=True).load(str(path))
+    assert "\n" not in str(error.value)
 
 
-def test_missing_file_is_named(model):
-    with pytest.raises(UserError, match=r"weights file not found: no/such\.pth"):
-        FocalCheckpointer(model, partial=True).load("no/such.pth")
+@pytest.mark.parametrize("path", ["no/such.pth", "foo://bar.pth"])
+def test_missing_file_is_named(model, path):
+    with pytest.raises(UserError, match=path):
+        FocalCheckpointer(model, partial=True).load(path)
+
+
+def test_resuming_accepts_no_partial_fit(model, tmp_path):
+    other = build_model(make_cfg(MODEL__RETINANET__NUM_CLASSES=5))
+    FocalCheckpointer(other, str(tmp_path), partial=True).save("model_0000001")
+    with pytest.raises(UserError, match="have another shape"):
+        FocalCheckpointer(model, str(tmp_path), partial=True).resume_or_load("", resume=True)

@@ -56,6 +56,28 @@ def test_predictor_names_the_unreadable_image(cfg_and_image, tmp_path):
         predictor(bad)
 
 
+@pytest.mark.parametrize(
+    "image", [np.zeros((40, 40), np.uint8), np.zeros((40, 40, 4), np.uint8), np.zeros((40, 40, 3))]
+)
+def test_predictor_refuses_other_arrays(cfg_and_image, image):
+    with pytest.raises(UserError, match=r"\(H, W, 3\) uint8"):
+        Predictor(cfg_and_image[0])(image)
+
+
+def test_predictor_has_a_name_for_each_class(cfg_and_image):
+    cfg, _ = cfg_and_image
+    assert Predictor(cfg).class_names == ["class0", "class1", "class2"]
+    cfg.DATASETS.TEST = ("neon_trees_test",)  # one class, the model has three
+    assert Predictor(cfg).class_names == ["0", "1", "2"]
+
+
+def test_predictor_resolves_the_device(cfg_and_image):
+    cfg, path = cfg_and_image
+    cfg.MODEL.DEVICE = "auto"
+    assert len(Predictor(cfg)(path).boxes) > 5
+    assert cfg.MODEL.DEVICE == "auto"  # the caller's config stays as it is
+
+
 def test_predictor_needs_weights():
     with pytest.raises(UserError, match="MODEL.WEIGHTS is empty"):
         Predictor(make_cfg())

@@ -114,6 +114,17 @@ def test_train_evaluate_resume(job, tmp_path, monkeypatch, capsys):
     assert "Starting training from iteration 8" in (out / "log.txt").read_text()
     resumed = torch.load(out / "model_final.pth")
     assert resumed["iteration"] == 10
+    # Three steps of a moving average that starts at `saved`, not at 100.
+    ema, batches = saved["model"]["loss_normalizer.ema"].item(), metrics(out)
+    for positives in [x["num_pos_anchors"] for x in batches if x["iteration"] in (8, 9, 10)]:
+        assert positives > 0
+    low, high = (0.9**3 * ema + (1 - 0.9**3) * n for n in (1, 1000))
+    assert low < resumed["model"]["loss_normalizer.ema"].item() < high
+    assert abs(ema - 100) > 5
+
+    # ... and refuses to go on with another optimizer.
+    resume = ["--config-file", config, "--resume", "SOLVER.MAX_ITER", 12, "SOLVER.FOCAL.OPTIMIZER"]
+    assert run_main(monkeypatch, *resume, "SGD") == 2
 
 
 def test_resume_without_a_checkpoint_starts_anew(job, tmp_path, monkeypatch):
@@ -140,6 +151,25 @@ def break_image(data) -> None:
     (data.images / "3.png").write_bytes(b"")
 
 
+def edit(data, change) -> None:
+    coco = json.loads(data.annotations.read_text())
+    change(coco)
+    data.annotations.write_text(json.dumps(coco))
+
+
+def drop_optional_keys(data) -> None:
+    for annotation in json.loads(data.annotations.read_text())["annotations"][:1]:
+        assert {"area", "iscrowd"} <= set(annotation)
+    edit(data, lambda coco: [(a.pop("area"), a.pop("iscrowd")) for a in coco["annotations"]])
+
+
+def test_annotations_without_area_and_iscrowd_are_evaluated(job, tmp_path, monkeypatch):
+    config, data = job
+    drop_optional_keys(data)
+    assert run_main(monkeypatch, "--config-file", config, "SOLVER.MAX_ITER", 1) == 0
+    assert "bbox/AP" in final_ap(tmp_path / "out")
+
+
 def break_annotations(data) -> None:
     data.annotations.unlink()
 
@@ -161,6 +191,14 @@ def other_architecture(data) -> None:
         (other_architecture, ["MODEL.WEIGHTS", "{folder}/other.pth"], "it lacks backbone.bottom_up."),
         (break_image, [], "cannot read image {folder}/images/3.png"),
         (break_image, ["DATALOADER.NUM_WORKERS", "2"], "cannot read image {folder}/images/3.png"),
+        (empty_all_images, [], "set DATALOADER.FILTER_EMPTY_ANNOTATIONS False"),
+        (None, ["--eval-only", "--resume"], "--resume finds none in"),
+        (None, ["--num-machines", "2"], "--num-machines 2"),
+        (None, ["MODEL.FPN.NORM", "XN"], "cannot build the trainer from this config: KeyError"),
+        (None, ["MODEL.FOCAL.HEAD.CHANNELS", "48"], "HEAD.CHANNELS is 48"),
+        (None, ["MODEL.RETINANET.FOCAL_LOSS_ALPHA", "2.0"], "FOCAL_LOSS_ALPHA is 2.0"),
+        (None, ["INPUT.FOCAL.BRIGHTNESS", "1.5"], "INPUT.FOCAL.BRIGHTNESS is 1.5"),
+        (None, ["SOLVER.IMS_PER_BATCH", "0"], "cannot build the trainer"),
         (break_annotations, [], "annotation file not found: {folder}/annotations.json"),
         (None, ["--num-gpus", "64"], "--num-gpus 64"),
         (None, ["--eval-only"], "--eval-only needs a checkpoint"),

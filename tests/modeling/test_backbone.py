@@ -50,6 +50,15 @@ def test_p6_comes_from_c5_or_p5_and_p7_through_relu(p6_from, in_channels):
         torch.testing.assert_close(features["p7"], backbone.top_block.p7(p6.clamp(min=0)))
 
 
+@pytest.mark.parametrize("init", ["xavier", "paper"])
+def test_pyramid_starts_as_yaml_says(init):
+    backbone = build_backbone(make_cfg(MODEL__FOCAL__FPN__INIT=init, MODEL__FPN__OUT_CHANNELS=128))
+    for conv in (backbone.fpn_lateral5, backbone.fpn_output3, backbone.top_block.p6, backbone.top_block.p7):
+        is_paper = conv.weight.std().item() == pytest.approx(0.01, rel=0.02)
+        assert is_paper == (init == "paper")
+    assert backbone.bottom_up.res5[0].conv1.weight.std().item() != pytest.approx(0.01, rel=0.02)
+
+
 def test_parameter_names_are_detectron2s():
     ours = build_backbone(make_cfg()).state_dict()
     theirs = build_backbone(

@@ -80,6 +80,64 @@ def test_losses_and_gradients_equal_detectron2(num_classes, box_loss_type, scene
             assert difference <= 1e-4 * expected_grads[name].norm(), name
 
 
+# Every key of detectron2's RetinaNet away from its default.
+OTHER_VALUES = {
+    "MODEL__PIXEL_MEAN": [90.0, 100.0, 110.0],
+    "MODEL__PIXEL_STD": [50.0, 60.0, 70.0],
+    "MODEL__RETINANET__BBOX_REG_WEIGHTS": (2.0, 2.0, 0.5, 0.5),
+    "MODEL__RETINANET__FOCAL_LOSS_ALPHA": 0.6,
+    "MODEL__RETINANET__FOCAL_LOSS_GAMMA": 1.3,
+    "MODEL__RETINANET__IOU_LABELS": [-1, 0, 1],
+    "MODEL__RETINANET__IOU_THRESHOLDS": [0.1, 0.6],
+    "MODEL__RETINANET__IN_FEATURES": ["p4", "p5", "p6"],
+    "MODEL__RETINANET__NMS_THRESH_TEST": 0.2,
+    "MODEL__RETINANET__NORM": "GN",
+    "MODEL__RETINANET__NUM_CLASSES": 5,
+    "MODEL__RETINANET__NUM_CONVS": 2,
+    "MODEL__RETINANET__PRIOR_PROB": 0.03,
+    "MODEL__RETINANET__SCORE_THRESH_TEST": 0.03,
+    "MODEL__RETINANET__SMOOTH_L1_LOSS_BETA": 0.3,
+    "MODEL__RETINANET__TOPK_CANDIDATES_TEST": 4,
+    "MODEL__ANCHOR_GENERATOR__SIZES": [[20.0], [40.0], [80.0]],
+    "MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS": [[0.7, 1.4]],
+    "TEST__DETECTIONS_PER_IMAGE": 17,
+}
+
+
+def test_every_key_means_what_it_means_in_detectron2():
+    ours, theirs = make_pair(**OTHER_VALUES)
+    batch = [make_image(6, 5), make_image(40, 5)]
+    torch.testing.assert_close(outcome(ours, batch), outcome(theirs, batch), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("key", OTHER_VALUES)
+def test_every_key_matters(key):
+    """So that the test above would notice a key that is not read."""
+    changes = {key: OTHER_VALUES[key]}
+    if key == "MODEL__RETINANET__IN_FEATURES":  # one list of sizes a level
+        changes["MODEL__ANCHOR_GENERATOR__SIZES"] = [[128.0], [256.0], [512.0]]
+    if key == "MODEL__ANCHOR_GENERATOR__SIZES":
+        changes[key] = [[20.0], [40.0], [80.0], [160.0], [320.0]]
+    outcomes = []
+    for overrides in ({}, changes):
+        torch.manual_seed(0)
+        model, _ = make_pair(**overrides)
+        torch.manual_seed(1)
+        outcomes.append(outcome(model, [make_image(6, 3), make_image(40, 3)]))
+    assert outcomes[0] != outcomes[1]
+
+
+def outcome(model, batch) -> list[float]:
+    """Losses and the first image's detections, as plain numbers."""
+    model.train()
+    with EventStorage(), torch.no_grad():
+        numbers = [x.item() for x in model(batch).values()]
+    model.eval()
+    with torch.no_grad():
+        found = model(batch)[0]["instances"]
+    return [*numbers, *found.scores.tolist(), *found.pred_boxes.tensor.flatten().tolist()]
+
+
 @pytest.mark.parametrize("num_classes", [1, 80])
 def test_targets_equal_detectron2_and_have_ignored_anchors(num_classes):
     ours, theirs = make_pair(MODEL__RETINANET__NUM_CLASSES=num_classes)
@@ -130,11 +188,10 @@ def test_model_zoo_yaml_is_a_one_line_change():
 
 def test_initial_classification_loss_is_what_the_prior_predicts():
     model = build_model(make_cfg(MODEL__FOCAL__LOSS__NORMALIZER="paper", MODEL__RETINANET__NUM_CLASSES=10))
-    anchors, positives = 9 * (16 * 20 + 8 * 10 + 4 * 5 + 2 * 3 + 1 * 2), 9 * 0
+    anchors = 9 * (16 * 20 + 8 * 10 + 4 * 5 + 2 * 3 + 1 * 2)
     with torch.no_grad():
         empty = model([make_image(0, 10)])["loss_cls"].item()
     # π = 0.01, α = 0.25, γ = 2: a negative costs 0.75 · 0.01² · -ln 0.99 = 7.538e-7.
-    assert positives == 0
     assert empty == pytest.approx(anchors * 10 * 7.538e-7, rel=0.02)
 
     image = make_image(5, 10)
@@ -170,20 +227,69 @@ def test_empty_images_train_without_nan():
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_amp_and_channels_last_change_little():
-    overrides = {"MODEL__RETINANET__SCORE_THRESH_TEST": 0.02}
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_amp_and_channels_last_change_little(channels_last):
+    overrides = {"MODEL__RETINANET__SCORE_THRESH_TEST": 0.012, "MODEL__FOCAL__CHANNELS_LAST": channels_last}
     plain = build_model(make_cfg(**overrides))
-    fast = build_model(
-        make_cfg(MODEL__FOCAL__AMP__ENABLED=True, MODEL__FOCAL__CHANNELS_LAST=True, **overrides)
-    )
-    fast.load_state_dict(plain.state_dict())
-    assert fast.head.cls_score.weight.is_contiguous(memory_format=torch.channels_last)
+    amp = build_model(make_cfg(MODEL__FOCAL__AMP__ENABLED=True, **overrides))
+    amp.load_state_dict(plain.state_dict())
     batch = [make_image(5, 3)]
     with torch.no_grad():
-        expected, actual = plain(batch), fast(batch)
+        expected, actual = plain(batch), amp(batch)
+        for name in expected:
+            assert actual[name].dtype == torch.float32
+            assert actual[name] != expected[name]  # bfloat16 was at work
+            torch.testing.assert_close(actual[name], expected[name], rtol=0.02, atol=0)
+        plain.eval(), amp.eval()
+        expected, actual = (m(batch)[0]["instances"] for m in (plain, amp))
+    assert actual.scores.dtype == actual.pred_boxes.tensor.dtype == torch.float32
+    assert actual.scores.max() != expected.scores.max()
+    torch.testing.assert_close(actual.scores[:5], expected.scores[:5], rtol=0.02, atol=0)
+
+
+def test_channels_last_is_the_same_function_in_another_layout():
+    plain, fast = build_model(make_cfg()), build_model(make_cfg(MODEL__FOCAL__CHANNELS_LAST=True))
+    fast.load_state_dict(plain.state_dict())
+    batch = [make_image(5, 3)]
+    assert fast.head.cls_score.weight.is_contiguous(memory_format=torch.channels_last)
+    assert fast.preprocess_image(batch).tensor.is_contiguous(memory_format=torch.channels_last)
+    assert plain.preprocess_image(batch).tensor.is_contiguous()
+    with torch.no_grad():
+        for actual, expected in zip(fast(batch).values(), plain(batch).values(), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
+
+
+def test_low_quality_matches_can_be_off():
+    image = make_image(1, 3)
+    image["instances"].gt_boxes.tensor.copy_(torch.tensor([[40.0, 40.0, 43.0, 43.0]]))  # IoU below 0.01
+    features = [torch.zeros(1, 1, 128 // s, 160 // s) for s in (8, 16, 32, 64, 128)]
+    positives = []
+    for low_quality in (True, False):
+        model = build_model(make_cfg(MODEL__FOCAL__LOW_QUALITY_MATCHES=low_quality))
+        anchors = Boxes.cat(model.anchor_generator(features))
+        positives.append(int(model.label_anchors(anchors, [image["instances"]]).positive.sum()))
+    assert positives[0] > 0
+    assert positives[1] == 0
+
+
+def test_model_can_be_saved_whole(tmp_path):
+    model = build_model(make_cfg(MODEL__FOCAL__CHANNELS_LAST=True))
+    torch.save(model, tmp_path / "model.pth")
+    copy = torch.load(tmp_path / "model.pth", weights_only=False)
+    assert torch.equal(copy.head.cls_score.weight, model.head.cls_score.weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_losses_on_cuda_equal_the_cpus():
+    model = build_model(make_cfg())
+    batch = [make_image(5, 3), make_image(0, 3)]
+    with torch.no_grad():
+        expected = model(batch)
+        model.loss_normalizer.ema.fill_(100)
+        actual = model.cuda()(batch)
     for name in expected:
-        assert actual[name].dtype == torch.float32
-        torch.testing.assert_close(actual[name], expected[name], rtol=0.02, atol=0)
+        torch.testing.assert_close(actual[name].cpu(), expected[name], rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +300,8 @@ def test_amp_and_channels_last_change_little():
         ("MODEL__FOCAL__FPN__P6_FROM", "c5", "res5, p5"),
         ("MODEL__RETINANET__IN_FEATURES", ["p2"], "p3, p4, p5, p6, p7"),
         ("MODEL__RETINANET__NUM_CONVS", 0, "at least 1"),
+        ("MODEL__FOCAL__FPN__INIT", "zeros", "xavier, paper"),
+        ("MODEL__RETINANET__FOCAL_LOSS_ALPHA", 1.5, "at most 1"),
         ("MODEL__RETINANET__PRIOR_PROB", 0.0, "between 0 and 1"),
         ("MODEL__RESNETS__DEPTH", 51, "18, 34, 50, 101, 152"),
         ("MODEL__RESNETS__RES2_OUT_CHANNELS", 256, "needs 64"),

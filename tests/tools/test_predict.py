@@ -49,6 +49,14 @@ def test_dataset_is_drawn_beside_its_ground_truth(job, tmp_path, monkeypatch, ca
     assert not np.array_equal(picture[y : y + h, x : x + w], image[y : y + h, x : x + w])
 
 
+def test_threshold_hides_what_is_below_it(job, tmp_path, monkeypatch, capsys):
+    config, data = job
+    arguments = ["--input", data.images, "--output", tmp_path / "out", "--json", "--threshold", 0.99]
+    assert predict(monkeypatch, config, *arguments) == 0
+    lines = [json.loads(x) for x in capsys.readouterr().out.splitlines() if x.startswith("{")]
+    assert [x["boxes"] for x in lines] == [[], []]
+
+
 def test_folder_gives_json_lines(job, tmp_path, monkeypatch, capsys):
     config, data = job
     arguments = ["--input", data.images, "--output", tmp_path / "out", "--json"]
@@ -65,11 +73,15 @@ def test_folder_gives_json_lines(job, tmp_path, monkeypatch, capsys):
     [
         (["--input", "nowhere"], "nowhere: no such file or folder"),
         (["--dataset", "nowhere"], '"nowhere" is not registered'),
+        (["--dataset", ""], '"" is not registered'),
+        (["--input", ".", "--output", "."], "would be overwritten"),
+        (["--input", ".", "--output", "file"], "output folder file"),
         (["--input", ".", "MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty"),
     ],
 )
 def test_mistakes_give_one_line_and_status_2(job, tmp_path, monkeypatch, capsys, arguments, expected):
-    (tmp_path / "image.png").touch()
+    (tmp_path / "file").touch()
+    cv2.imwrite(str(tmp_path / "image.png"), np.zeros((64, 64, 3), np.uint8))
     monkeypatch.chdir(tmp_path)
     assert predict(monkeypatch, job[0], "--output", "out", *arguments) == 2
     assert expected in capsys.readouterr().err
