@@ -30,6 +30,10 @@ from focal_d2.evaluation import FocalCOCOEvaluator, format_results
 logger = logging.getLogger(__name__)
 
 
+# What each optimizer's parameter groups have and the other's have not.
+_OWN_SETTING = {"SGD": "momentum", "AdamW": "betas"}
+
+
 class FocalTrainer(DefaultTrainer):
     """detectron2's trainer with our mapper, optimizers, evaluator, checks and progress bar."""
 
@@ -103,6 +107,21 @@ class FocalTrainer(DefaultTrainer):
             by_dataset = {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
             logger.info("Average precision and recall, per cent:\n" + format_results(by_dataset))
         return results
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume; see detectron2's `DefaultTrainer`.
+
+        Raises:
+            UserError: if the checkpoint was written with another optimizer. PyTorch would take its state
+                and fail at the first step.
+        """
+        name = self.cfg.SOLVER.FOCAL.OPTIMIZER
+        if _OWN_SETTING[name] not in state_dict["_trainer"]["optimizer"]["param_groups"][0]:
+            raise UserError(
+                f"--resume: the checkpoint in {self.cfg.OUTPUT_DIR} was written with another optimizer than "
+                f"SOLVER.FOCAL.OPTIMIZER {name}"
+            )
+        super().load_state_dict(state_dict)
 
     def build_hooks(self) -> list[Any]:
         """Add the progress bar on a terminal, and check weights when they are loaded."""
