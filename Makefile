@@ -38,7 +38,7 @@ demo: data ## train, evaluate and draw detections on real images (CPU: about ten
 	@echo "Next:"
 	@echo "  $(BIN)/python train_net.py --config-file $(DEMO_OUTPUT)/config.yaml --eval-only OUTPUT_DIR output/other_forest MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth DATASETS.TEST '(\"neon_trees_other\",)'"
 	@echo "  $(BIN)/python tools/predict.py --config-file $(DEMO_OUTPUT)/config.yaml --input YOUR_IMAGE_OR_FOLDER --output output/predictions MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth"
-	@echo "  $(BIN)/python train_net.py --config-file $(DEMO_OUTPUT)/config.yaml --resume SOLVER.MAX_ITER 1500"
+	@echo "  $(BIN)/python train_net.py --config-file $(DEMO_OUTPUT)/config.yaml --resume SOLVER.MAX_ITER 1200"
 
 test: $(VENV)/.installed ## run the tests
 	$(BIN)/python -m pytest
