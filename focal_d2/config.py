@@ -6,9 +6,27 @@ Keys under MODEL act in any detectron2 project. Those under INPUT, DATASETS and 
 
 from __future__ import annotations
 
+from typing import Any
+
 from detectron2.config import CfgNode
 
 from focal_d2.errors import UserError
+
+# Parameters of each classification loss and their defaults, the best of the loss's paper where it has one.
+# α and γ of "focal" are MODEL.RETINANET.FOCAL_LOSS_ALPHA and FOCAL_LOSS_GAMMA unless set beside the name.
+# A negative ALPHA means no weighting.
+LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "balanced_ce": {"ALPHA": 0.75},
+    "fixed_weights": {"POSITIVE_WEIGHT": 1.0, "NEGATIVE_WEIGHT": 0.5},
+    "focal": {"ALPHA": None, "GAMMA": None},
+    "focal_star": {"ALPHA": -1.0, "GAMMA": 2.0, "BETA": 1.0},
+    "ghm": {"BINS": 30, "MOMENTUM": 0.75},
+    "hard_negative_mining": {"NEGATIVES_PER_POSITIVE": 3.0},
+    "ohem": {"EXAMPLES": 128, "NMS_THRESH": 0.5, "NEGATIVES_PER_POSITIVE": 0.0},
+    "quality_focal": {"BETA": 2.0},
+    "softmax_focal": {"ALPHA": 0.25, "GAMMA": 2.0},
+    "varifocal": {"ALPHA": 0.75, "GAMMA": 2.0},
+}
 
 
 def add_focal_config(cfg: CfgNode) -> None:
@@ -33,10 +51,23 @@ def add_focal_config(cfg: CfgNode) -> None:
     # Give each box its best anchors even below the IoU threshold: detectron2 does, the paper does not.
     focal.LOW_QUALITY_MATCHES = True
 
-    focal.LOSS = CfgNode()
+    # Parameters of a user's own loss may stand here too; what the chosen loss does not read is an error.
+    focal.LOSS = CfgNode(new_allowed=True)
+    # ce, balanced_ce, focal, focal_star, softmax_ce, softmax_focal, ohem, hard_negative_mining,
+    # fixed_weights, ghm, quality_focal, varifocal, or one that was registered.
+    focal.LOSS.NAME = "focal"
+    # Its parameters; None: the loss's default (LOSS_DEFAULTS).
+    for parameter in sorted({p for defaults in LOSS_DEFAULTS.values() for p in defaults}):
+        focal.LOSS[parameter] = None
     # What both losses are divided by: "ema" (detectron2: moving average of the batch's positive anchors,
     # momentum 0.9 from 100) or "paper" (this batch's positive anchors, at least 1).
     focal.LOSS.NORMALIZER = "ema"
+
+    # MODEL.RETINANET.BBOX_REG_LOSS_TYPE may also be "ghm_r", with these (arXiv 1811.05181, section 4.2).
+    focal.GHM_R = CfgNode()
+    focal.GHM_R.MU = 0.02
+    focal.GHM_R.BINS = 10
+    focal.GHM_R.MOMENTUM = 0.7
 
     focal.AMP = CfgNode()
     # Backbone and head under bfloat16 autocast, losses and decoding in float32. Needs no loss scaling and
@@ -74,6 +105,16 @@ def focal_config(cfg: CfgNode) -> CfgNode:
             "the config has no MODEL.FOCAL: call focal_d2.add_focal_config(cfg) before merging YAML"
         )
     return cfg.MODEL.FOCAL
+
+
+def loss_parameters(cfg: CfgNode) -> dict[str, Any]:
+    """Return the chosen loss's parameters by their YAML names: its defaults, and what the config sets."""
+    node, retinanet = focal_config(cfg).LOSS, cfg.MODEL.RETINANET
+    defaults = LOSS_DEFAULTS.get(node.NAME, {})
+    if node.NAME == "focal":
+        defaults = {"ALPHA": retinanet.FOCAL_LOSS_ALPHA, "GAMMA": retinanet.FOCAL_LOSS_GAMMA}
+    chosen = {k: v for k, v in node.items() if v is not None and k not in ("NAME", "NORMALIZER")}
+    return {**defaults, **chosen}
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from detectron2.engine import default_argument_parser
 
+from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.cli import command_line
 from focal_d2.engine.predictor import Detections, Predictor
 from focal_d2.engine.setup import load_config
@@ -15,4 +16,5 @@ __all__ = [
     "default_argument_parser",
     "launch_job",
     "load_config",
+    "resolve_alpha",
 ]

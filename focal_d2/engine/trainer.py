@@ -21,6 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 
 from focal_d2.data import FocalDatasetMapper, check_datasets
+from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.checkpoint import FocalCheckpointer
 from focal_d2.engine.progress import ProgressBar
 from focal_d2.engine.setup import building, load_config, set_up_job
@@ -182,6 +183,9 @@ def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
     check_datasets(cfg, training=not args.eval_only)
     set_up_job(cfg, args)
+    if not args.eval_only:
+        with building("model"):
+            cfg = resolve_alpha(cfg)
     if args.eval_only:
         with building("model"):
             model = FocalTrainer.build_model(cfg)

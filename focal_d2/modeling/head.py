@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from detectron2.config import CfgNode
+import torch
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import Tensor
 
 from focal_d2.config import focal_config
 from focal_d2.errors import UserError
@@ -22,6 +24,19 @@ class FocalRetinaNetHead(RetinaNetHead):
     Departure from the paper: norms are possible (`MODEL.RETINANET.NORM`), which training from scratch needs.
     """
 
+    @configurable
+    def __init__(self, *, prior_bias: Tensor, num_anchors: int, **kwargs: Any) -> None:
+        """Build the head.
+
+        Args:
+            prior_bias: (C,) logits that every anchor starts at.
+            num_anchors: A.
+            kwargs: of detectron2's `RetinaNetHead`; its num_classes is C, the logits an anchor.
+        """
+        super().__init__(num_anchors=num_anchors, **kwargs)
+        with torch.no_grad():
+            self.cls_score.bias.copy_(prior_bias.repeat(num_anchors))
+
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
         """Read `MODEL.RETINANET.*` and `MODEL.FOCAL.HEAD.CHANNELS`.
@@ -31,15 +46,11 @@ class FocalRetinaNetHead(RetinaNetHead):
             input_shape: shapes of the feature levels, P3 first.
 
         Raises:
-            UserError: if there is no hidden convolution or the prior is not a probability.
+            UserError: if there is no hidden convolution, or its width does not fit the norm.
         """
         retinanet = cfg.MODEL.RETINANET
         if retinanet.NUM_CONVS < 1:
             raise UserError(f"MODEL.RETINANET.NUM_CONVS is {retinanet.NUM_CONVS}; at least 1 is needed")
-        if not 0 < retinanet.PRIOR_PROB < 1:
-            raise UserError(
-                f"MODEL.RETINANET.PRIOR_PROB is {retinanet.PRIOR_PROB}; it must lie between 0 and 1"
-            )
         kwargs = super().from_config(cfg, input_shape)
         channels = focal_config(cfg).HEAD.CHANNELS or input_shape[0].channels
         if retinanet.NORM == "GN" and channels % 32:

@@ -24,15 +24,17 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from focal_d2.config import check_choice, focal_config
+from focal_d2.config import check_choice, focal_config, loss_parameters
 from focal_d2.errors import UserError
 from focal_d2.modeling.head import FocalRetinaNetHead
 from focal_d2.modeling.losses import (
     BOX_LOSSES,
     NORMALIZERS,
+    BoxLoss,
+    ClassificationLoss,
+    DenseBatch,
     LossNormalizer,
-    SigmoidFocalLoss,
-    box_loss,
+    build_loss,
 )
 from focal_d2.ops import IGNORE_LABEL
 
@@ -64,9 +66,8 @@ class FocalRetinaNet(DenseDetector):
         box2box_transform: Box2BoxTransform,
         anchor_matcher: Matcher,
         num_classes: int,
-        cls_loss: nn.Module,
-        box_loss_type: str,
-        smooth_l1_beta: float,
+        cls_loss: ClassificationLoss,
+        box_loss: BoxLoss,
         loss_normalizer: LossNormalizer,
         test_score_thresh: float,
         test_topk_candidates: int,
@@ -81,15 +82,14 @@ class FocalRetinaNet(DenseDetector):
 
         Args:
             backbone: detectron2 backbone.
-            head: features -> (L × (N, A·K, H, W) logits, L × (N, A·4, H, W) deltas).
+            head: features -> (L × (N, A·C, H, W) logits, L × (N, A·4, H, W) deltas).
             head_in_features: names of the backbone's outputs that the head reads, finest first.
             anchor_generator: features -> L × `Boxes`.
             box2box_transform: the R-CNN parametrisation of boxes.
             anchor_matcher: (M, R) IoU matrix -> matched box and {1, 0, -1} of each anchor.
             num_classes: K, without background.
-            cls_loss: (L × logits, (N, R) labels) -> sum; see `focal_d2.modeling.losses`.
-            box_loss_type: one of `BOX_LOSSES`.
-            smooth_l1_beta: see `focal_d2.modeling.losses.box_loss`.
+            cls_loss: the classification loss, which also says what logits mean.
+            box_loss: the box loss.
             loss_normalizer: number of positives -> divisor of both losses.
             test_score_thresh: detections need a higher score.
             test_topk_candidates: at most so many candidates of a level go on to NMS.
@@ -106,8 +106,7 @@ class FocalRetinaNet(DenseDetector):
         self.box2box_transform = box2box_transform
         self.anchor_matcher = anchor_matcher
         self.cls_loss = cls_loss
-        self.box_loss_type = box_loss_type
-        self.smooth_l1_beta = smooth_l1_beta
+        self.box_loss = box_loss
         self.loss_normalizer = loss_normalizer
         self.test_score_thresh = test_score_thresh
         self.test_topk_candidates = test_topk_candidates
@@ -131,32 +130,47 @@ class FocalRetinaNet(DenseDetector):
                 f"MODEL.RETINANET.FOCAL_LOSS_ALPHA is {retinanet.FOCAL_LOSS_ALPHA} and FOCAL_LOSS_GAMMA "
                 f"{retinanet.FOCAL_LOSS_GAMMA}; at most 1 and at least 0 are needed"
             )
+        if not 0 < retinanet.PRIOR_PROB < 1:
+            raise UserError(
+                f"MODEL.RETINANET.PRIOR_PROB is {retinanet.PRIOR_PROB}; it must lie between 0 and 1"
+            )
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         for name in retinanet.IN_FEATURES:
             check_choice("MODEL.RETINANET.IN_FEATURES entry", name, tuple(shapes))
         feature_shapes = [shapes[name] for name in retinanet.IN_FEATURES]
+        cls_loss = build_loss(
+            focal.LOSS.NAME, num_classes=retinanet.NUM_CLASSES, parameters=loss_parameters(cfg)
+        )
+        box2box_transform = Box2BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS)
         return {
             "backbone": backbone,
-            "head": FocalRetinaNetHead(cfg, feature_shapes),
+            "head": FocalRetinaNetHead(
+                cfg,
+                feature_shapes,
+                num_classes=cls_loss.num_logits,
+                prior_bias=cls_loss.prior_bias(retinanet.PRIOR_PROB),
+            ),
             "head_in_features": retinanet.IN_FEATURES,
             "anchor_generator": build_anchor_generator(cfg, feature_shapes),
-            "box2box_transform": Box2BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS),
+            "box2box_transform": box2box_transform,
             "anchor_matcher": Matcher(
                 retinanet.IOU_THRESHOLDS,
                 retinanet.IOU_LABELS,
                 allow_low_quality_matches=focal.LOW_QUALITY_MATCHES,
             ),
             "num_classes": retinanet.NUM_CLASSES,
-            "cls_loss": SigmoidFocalLoss(
-                num_classes=retinanet.NUM_CLASSES,
-                alpha=retinanet.FOCAL_LOSS_ALPHA,
-                gamma=retinanet.FOCAL_LOSS_GAMMA,
+            "cls_loss": cls_loss,
+            "box_loss": BoxLoss(
+                kind=check_choice(
+                    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", retinanet.BBOX_REG_LOSS_TYPE, BOX_LOSSES
+                ),
+                transform=box2box_transform,
+                smooth_l1_beta=retinanet.SMOOTH_L1_LOSS_BETA,
+                ghm_mu=focal.GHM_R.MU,
+                ghm_bins=focal.GHM_R.BINS,
+                ghm_momentum=focal.GHM_R.MOMENTUM,
             ),
-            "box_loss_type": check_choice(
-                "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", retinanet.BBOX_REG_LOSS_TYPE, BOX_LOSSES
-            ),
-            "smooth_l1_beta": retinanet.SMOOTH_L1_LOSS_BETA,
             "loss_normalizer": LossNormalizer(
                 kind=check_choice("MODEL.FOCAL.LOSS.NORMALIZER", focal.LOSS.NORMALIZER, NORMALIZERS)
             ),
@@ -196,7 +210,7 @@ class FocalRetinaNet(DenseDetector):
         Args:
             images: unused; part of the base class's interface.
             features: L × (N, C, H, W).
-            predictions: L × (N, A·K, H, W) logits and L × (N, A·4, H, W) deltas.
+            predictions: L × (N, A·C, H, W) logits and L × (N, A·4, H, W) deltas.
             gt_instances: N × `Instances` with gt_boxes (M, 4) and gt_classes (M).
         """
         with torch.autocast(self.device.type, enabled=False):
@@ -206,22 +220,31 @@ class FocalRetinaNet(DenseDetector):
             num_positives = targets.positive.sum()
             if has_event_storage():
                 get_event_storage().put_scalar("num_pos_anchors", num_positives.item() / len(gt_instances))
-            normalizer = self.loss_normalizer(num_positives)
-
+            all_deltas = torch.cat([permute_to_N_HWA_K(x, 4) for x in deltas], dim=1).float()  # (N, R, 4)
             image_index, anchor_index = targets.positive.nonzero(as_tuple=True)  # (P,), (P,)
-            all_deltas = torch.cat([permute_to_N_HWA_K(x, 4) for x in deltas], dim=1)  # (N, R, 4)
-            loss_box_reg = box_loss(
-                all_deltas[image_index, anchor_index].float(),
-                anchors.tensor[anchor_index],
-                targets.gt_boxes,
-                transform=self.box2box_transform,
-                loss_type=self.box_loss_type,
-                smooth_l1_beta=self.smooth_l1_beta,
-            )
-            return {
-                "loss_cls": self.cls_loss(logits, targets.labels) / normalizer,
-                "loss_box_reg": loss_box_reg / normalizer,
+            losses = {
+                "loss_cls": self.cls_loss(
+                    DenseBatch(
+                        logits=logits,
+                        num_logits=self.cls_loss.num_logits,
+                        labels=targets.labels,
+                        positive=targets.positive,
+                        gt_boxes=targets.gt_boxes,
+                        deltas=all_deltas,
+                        anchors=anchors.tensor,
+                        decode=self.box2box_transform.apply_deltas,
+                    )
+                ),
+                "loss_box_reg": self.box_loss(
+                    all_deltas[image_index, anchor_index], anchors.tensor[anchor_index], targets.gt_boxes
+                ),
             }
+            normalizer = self.loss_normalizer(num_positives)
+            if self.cls_loss.divided_by_positives:
+                losses["loss_cls"] = losses["loss_cls"] / normalizer
+            if self.box_loss.divided_by_positives:
+                losses["loss_box_reg"] = losses["loss_box_reg"] / normalizer
+            return losses
 
     @torch.no_grad()
     def label_anchors(self, anchors: Boxes, gt_instances: list[Instances]) -> AnchorTargets:
@@ -263,13 +286,13 @@ class FocalRetinaNet(DenseDetector):
             image's pixels.
         """
         with torch.autocast(self.device.type, enabled=False):
-            logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
+            logits, deltas = self._transpose_dense_predictions(predictions, [self.cls_loss.num_logits, 4])
             anchors = self.anchor_generator(features)
             results = []
             for i, image_size in enumerate(images.image_sizes):
                 candidates = self._decode_multi_level_predictions(
                     anchors,
-                    [x[i].float().sigmoid() for x in logits],
+                    [self.cls_loss.probabilities(x[i].float()) for x in logits],
                     [x[i].float() for x in deltas],
                     self.test_score_thresh,
                     self.test_topk_candidates,

@@ -1,5 +1,16 @@
 """Pure maths on tensors: knows torch and nothing else."""
 
-from focal_d2.ops.focal_loss import IGNORE_LABEL, sigmoid_focal_loss
+from focal_d2.ops.common import IGNORE_LABEL
+from focal_d2.ops.focal_loss import sigmoid_focal_loss, sigmoid_focal_star_loss
+from focal_d2.ops.quality import paired_iou, quality_focal_loss, varifocal_loss
+from focal_d2.ops.softmax_loss import softmax_focal_loss
 
-__all__ = ["IGNORE_LABEL", "sigmoid_focal_loss"]
+__all__ = [
+    "IGNORE_LABEL",
+    "paired_iou",
+    "quality_focal_loss",
+    "sigmoid_focal_loss",
+    "sigmoid_focal_star_loss",
+    "softmax_focal_loss",
+    "varifocal_loss",
+]

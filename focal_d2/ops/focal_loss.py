@@ -1,4 +1,4 @@
-"""Sigmoid focal loss on integer labels.
+"""Sigmoid focal loss on integer labels, and the paper's alternate form FL*.
 
 Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002.
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORE_LABEL = -1
+from focal_d2.ops.common import balance, check_at_least_0, check_weight, compare, reduce
 
 
 def sigmoid_focal_loss(
@@ -20,10 +20,11 @@ def sigmoid_focal_loss(
     labels: Tensor,
     *,
     num_classes: int,
-    alpha: float,
+    alpha: float | Tensor,
     gamma: float,
+    reduction: str = "sum",
 ) -> Tensor:
-    """Sum of the α-balanced focal loss over all anchors that are not ignored and all classes.
+    """α-balanced focal loss of all anchors that are not ignored and all classes.
 
     Every (anchor, class) pair is a binary problem with logit x, p = σ(x), p_t = p where the anchor has
     that class and 1 - p elsewhere (paper, eq. 2), and α_t likewise:
@@ -38,39 +39,66 @@ def sigmoid_focal_loss(
         logits: (..., K) float; K binary logits an anchor, there is no background logit.
         labels: (...) int64; the class in [0, K), K for background, -1 (`IGNORE_LABEL`) for no loss.
         num_classes: K.
-        alpha: weight of the positives in [0, 1], 1 - alpha that of the negatives; a negative value
-            leaves both at 1 (as fvcore's and torchvision's operators do).
+        alpha: weight of the positives in [0, 1], 1 - alpha that of the negatives, or one for each class
+            (K,); a negative number leaves both at 1 (as fvcore's and torchvision's operators do).
         gamma: focusing parameter, at least 0; at 0 this is α-balanced cross entropy (paper, eq. 3).
+        reduction: "sum", or "none" for (..., K) with 0 for ignored anchors.
 
     Returns:
         A scalar in float32 (float64 for float64 logits); 0 with a gradient path if no anchor counts.
 
     Raises:
-        ValueError: if shapes, labels' dtype, alpha or gamma do not fit.
+        ValueError: if shapes, labels' dtype, alpha, gamma or reduction do not fit.
 
     Example:
         >>> x = torch.tensor([[2.1972246]])  # σ(x) = 0.9
-        >>> round(sigmoid_focal_loss(x, torch.tensor([0]), num_classes=1, alpha=0.25, gamma=2.0).item(), 7)
+        >>> loss = sigmoid_focal_loss(x, torch.tensor([0]), num_classes=1, alpha=0.25, gamma=2.0)
+        >>> round(loss.item(), 7)
         0.0002634
     """
-    if logits.shape[-1:] != (num_classes,) or logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} must be labels' {tuple(labels.shape)} plus (K={num_classes},)"
-        )
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64, not {labels.dtype}")
-    if alpha > 1:
-        raise ValueError(f"alpha is {alpha}; it must be in [0, 1], or negative for no weighting")
-    if gamma < 0:
-        raise ValueError(f"gamma is {gamma}; it must be at least 0")
-
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    is_class = labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)  # (..., K)
-    x_t = torch.where(is_class, logits, -logits)
+    check_weight("alpha", alpha)
+    check_at_least_0("gamma", gamma)
+    x, is_class, counts = compare(logits, labels, num_classes=num_classes, num_logits=num_classes)
+    x_t = torch.where(is_class, x, -x)
     loss = -F.logsigmoid(x_t)
     if gamma > 0:
         loss = torch.exp(gamma * F.logsigmoid(-x_t)) * loss
-    if alpha >= 0:
-        loss = torch.where(is_class, alpha * loss, (1 - alpha) * loss)
-    counts = labels.unsqueeze(-1) != IGNORE_LABEL
-    return torch.where(counts, loss, 0.0).sum()
+    return reduce(balance(loss, is_class, alpha), counts, reduction)
+
+
+def sigmoid_focal_star_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    alpha: float | Tensor,
+    gamma: float,
+    beta: float,
+    reduction: str = "sum",
+) -> Tensor:
+    """FL*, the paper's alternate form of the focal loss, on two parameters that shift and stretch the logit.
+
+        FL* = -α_t log(σ(γ x_t + β)) / γ                                  (paper, appendix A, eq. 7)
+
+    Args:
+        logits: (..., K) float.
+        labels: (...) int64; see `sigmoid_focal_loss`.
+        num_classes: K.
+        alpha: see `sigmoid_focal_loss`; the paper's formula has none (a negative number).
+        gamma: stretches the logit, above 0.
+        beta: shifts it.
+        reduction: see `sigmoid_focal_loss`.
+
+    Returns:
+        See `sigmoid_focal_loss`.
+
+    Raises:
+        ValueError: if shapes, labels' dtype, alpha, gamma or reduction do not fit.
+    """
+    check_weight("alpha", alpha)
+    if gamma <= 0:
+        raise ValueError(f"gamma is {gamma}; it must be above 0")
+    x, is_class, counts = compare(logits, labels, num_classes=num_classes, num_logits=num_classes)
+    x_t = torch.where(is_class, x, -x)
+    loss = -F.logsigmoid(gamma * x_t + beta) / gamma
+    return reduce(balance(loss, is_class, alpha), counts, reduction)

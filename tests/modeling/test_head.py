@@ -11,6 +11,13 @@ from tests.conftest import make_cfg
 SHAPES = [ShapeSpec(channels=32, stride=s) for s in (8, 16, 32, 64, 128)]
 
 
+PRIOR_BIAS = torch.tensor([-1.0, -2.0, -3.0])
+
+
+def make_head(cfg) -> FocalRetinaNetHead:
+    return FocalRetinaNetHead(cfg, SHAPES, num_classes=3, prior_bias=PRIOR_BIAS)
+
+
 def features() -> list[torch.Tensor]:
     return [torch.randn(2, 32, 64 // s, 64 // s) for s in (1, 2, 4, 8, 16)]
 
@@ -19,7 +26,7 @@ def features() -> list[torch.Tensor]:
 @pytest.mark.parametrize("num_convs", [1, 3])
 def test_head_width_and_depth_come_from_yaml(channels, expected, num_convs):
     cfg = make_cfg(MODEL__FOCAL__HEAD__CHANNELS=channels, MODEL__RETINANET__NUM_CONVS=num_convs)
-    head = FocalRetinaNetHead(cfg, SHAPES)
+    head = make_head(cfg)
     convs = [m for m in head.cls_subnet.modules() if isinstance(m, nn.Conv2d)]
     assert [c.out_channels for c in convs] == [expected] * num_convs
     logits, deltas = head(features())
@@ -30,7 +37,7 @@ def test_head_width_and_depth_come_from_yaml(channels, expected, num_convs):
 @pytest.mark.parametrize("norm, count", [("", 0), ("GN", 4), ("BN", 20)])
 def test_head_norm_comes_from_yaml(norm, count):
     cfg = make_cfg(MODEL__RETINANET__NUM_CONVS=2, MODEL__RETINANET__NORM=norm)
-    head = FocalRetinaNetHead(cfg, SHAPES)
+    head = make_head(cfg)
     norms = [m for m in head.modules() if isinstance(m, (nn.GroupNorm, nn.BatchNorm2d))]
     # Two subnets of two convolutions; BN keeps statistics for each of five levels.
     assert len(norms) == count
@@ -41,7 +48,7 @@ def test_head_norm_comes_from_yaml(norm, count):
 
 
 def test_head_is_shared_over_levels():
-    head = FocalRetinaNetHead(make_cfg(), SHAPES)
+    head = make_head(make_cfg())
     x = torch.randn(1, 32, 8, 8)
     logits, deltas = head([x] * 5)
     assert all(torch.equal(level, logits[0]) for level in logits)
@@ -49,9 +56,10 @@ def test_head_is_shared_over_levels():
 
 
 def test_head_initialisation():
-    head = FocalRetinaNetHead(make_cfg(MODEL__FPN__OUT_CHANNELS=256), SHAPES)
+    head = make_head(make_cfg(MODEL__FPN__OUT_CHANNELS=256))
     for name, parameter in head.named_parameters():
         if name.endswith("weight"):
             assert parameter.std().item() == pytest.approx(0.01, rel=0.05)
         elif not name.startswith("cls_score"):
             assert parameter.abs().max().item() == 0
+    assert torch.equal(head.cls_score.bias, PRIOR_BIAS.repeat(9))  # anchor by anchor, as logits are laid out

@@ -295,7 +295,7 @@ def test_losses_on_cuda_equal_the_cpus():
 @pytest.mark.parametrize(
     "key, value, match",
     [
-        ("MODEL__RETINANET__BBOX_REG_LOSS_TYPE", "iou", "smooth_l1, giou, diou, ciou"),
+        ("MODEL__RETINANET__BBOX_REG_LOSS_TYPE", "iou", "smooth_l1, giou, diou, ciou, ghm_r"),
         ("MODEL__FOCAL__LOSS__NORMALIZER", "mean", "ema, paper"),
         ("MODEL__FOCAL__FPN__P6_FROM", "c5", "res5, p5"),
         ("MODEL__RETINANET__IN_FEATURES", ["p2"], "p3, p4, p5, p6, p7"),

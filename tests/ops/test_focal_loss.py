@@ -158,5 +158,5 @@ def test_sigmoid_focal_loss_raises(changes, match):
 
 def test_sigmoid_focal_loss_example_runs():
     result = doctest.testmod(module, extraglobs={"torch": torch})
-    assert result.attempted == 2
+    assert result.attempted == 3
     assert result.failed == 0

@@ -1,0 +1,89 @@
+"""α from the training set's imbalance."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes
+
+from focal_d2.data import FocalDatasetMapper
+from focal_d2.errors import UserError
+
+# Beyond these a few wrong labels would own the gradient (paper, table 1a: α = 0.999 loses 6 AP).
+ALPHA_RANGE = (0.01, 0.99)
+# Counting more images changes the third digit and costs minutes.
+_MOST_IMAGES = 1000
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_alpha(cfg: CfgNode) -> CfgNode:
+    """Replace `MODEL.FOCAL.LOSS.ALPHA: auto` by the number that balances the training set.
+
+    With m positive and n negative anchors, α / (1 - α) = n / m (paper, section 3.1: "inverse class
+    frequency"), clipped to `ALPHA_RANGE`.
+
+    Args:
+        cfg: full config.
+
+    Returns:
+        The config itself if ALPHA is not "auto", else a copy with the number, frozen.
+
+    Raises:
+        UserError: if no anchor is positive.
+    """
+    if cfg.MODEL.FOCAL.LOSS.ALPHA != "auto":
+        return cfg
+    positives, negatives = count_anchors(cfg)
+    if positives == 0:
+        raise UserError("MODEL.FOCAL.LOSS.ALPHA is auto, but no anchor of DATASETS.TRAIN is positive")
+    balanced = negatives / (positives + negatives)
+    alpha = min(max(balanced, ALPHA_RANGE[0]), ALPHA_RANGE[1])
+    logger.info(
+        f"MODEL.FOCAL.LOSS.ALPHA auto: {positives} positive and {negatives} negative anchors "
+        f"(1 : {negatives / positives:.0f}) give {balanced:.4f}; using {alpha:.4f}"
+    )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.FOCAL.LOSS.ALPHA = alpha
+    cfg.freeze()
+    return cfg
+
+
+def count_anchors(cfg: CfgNode) -> tuple[int, int]:
+    """Count positive and negative anchors over the training set, without augmentation.
+
+    Args:
+        cfg: full config; the images are taken at `INPUT.MIN_SIZE_TEST`, the first 1000 of them.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.FOCAL.LOSS.ALPHA = -1.0
+    model: Any = build_model(cfg)
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    mapper = FocalDatasetMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=False))
+    positives = negatives = 0
+    for record in records[:_MOST_IMAGES]:
+        sample = mapper(record)
+        labels = model.label_anchors(_anchors(model, sample["image"]), [sample["instances"].to(model.device)])
+        positives += int(labels.positive.sum())
+        negatives += int((labels.labels == model.num_classes).sum())
+    return positives, negatives
+
+
+def _anchors(model: Any, image: torch.Tensor) -> Boxes:
+    height, width = model.preprocess_image([{"image": image}]).tensor.shape[-2:]
+    shapes = model.backbone.output_shape()
+    features = [
+        torch.empty(1, 1, -(-height // s), -(-width // s), device=model.device)
+        for s in (shapes[name].stride for name in model.head_in_features)
+    ]
+    return Boxes.cat(model.anchor_generator(features))

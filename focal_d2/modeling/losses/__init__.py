@@ -1,0 +1,23 @@
+"""What the detector minimises: classification losses by name, box losses, and what divides both."""
+
+from focal_d2.modeling.losses import elementwise, ghm, mining  # noqa: F401 - registers
+from focal_d2.modeling.losses.base import (
+    LOSSES,
+    ClassificationLoss,
+    DenseBatch,
+    build_loss,
+    register_loss,
+)
+from focal_d2.modeling.losses.box import BOX_LOSSES, NORMALIZERS, BoxLoss, LossNormalizer
+
+__all__ = [
+    "BOX_LOSSES",
+    "LOSSES",
+    "NORMALIZERS",
+    "BoxLoss",
+    "ClassificationLoss",
+    "DenseBatch",
+    "LossNormalizer",
+    "build_loss",
+    "register_loss",
+]

@@ -1,0 +1,133 @@
+"""What a classification loss is, and how YAML names one.
+
+A loss is a module that turns a batch's raw head outputs and labels into one number. It also owns what goes
+with it: how many logits an anchor has, what they mean, and where they start. `docs/losses.md` shows how to
+add one in a file of one's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from focal_d2.errors import UserError
+from focal_d2.ops import paired_iou
+
+
+class DenseBatch(NamedTuple):
+    """What a classification loss may look at. C logits an anchor: K, or K + 1 with softmax."""
+
+    logits: list[Tensor]  # L × (N, A·C, H, W), as the head gives them
+    num_logits: int  # C
+    labels: Tensor  # (N, R) int64: [0, K) a class, K background, -1 ignored
+    positive: Tensor  # (N, R) bool
+    gt_boxes: Tensor  # (P, 4) XYXY, the boxes that the positives are matched to
+    deltas: Tensor  # (N, R, 4) float, predicted
+    anchors: Tensor  # (R, 4) XYXY
+    decode: Callable[[Tensor, Tensor], Tensor]  # (deltas (E, 4), anchors (E, 4)) -> boxes (E, 4) XYXY
+
+    def levels(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (N, H·W·A, C) logits and (N, H·W·A) labels of one level after another."""
+        start = 0
+        for x in self.logits:
+            # (N, A·C, H, W) to (N, H·W·A, C); detectron2's permute_to_N_HWA_K fails for N = 0.
+            flat = x.unflatten(1, (-1, self.num_logits)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+            stop = start + flat.shape[1]
+            yield flat, self.labels[:, start:stop]
+            start = stop
+
+    def all_logits(self) -> Tensor:
+        """Return all levels' logits, (N, R, C)."""
+        return torch.cat([logits for logits, _ in self.levels()], dim=1)
+
+    def predicted_boxes(self, image: int, anchors: Tensor) -> Tensor:
+        """Return the boxes (E, 4) that anchors (E,) of an image predict, without gradient."""
+        return self.decode(self.deltas[image, anchors].detach(), self.anchors[anchors])
+
+    def quality(self) -> Tensor:
+        """Return the IoU (N, R) of predicted and matched boxes, 0 elsewhere, without gradient."""
+        quality = self.deltas.new_zeros(self.labels.shape)
+        image, anchor = self.positive.nonzero(as_tuple=True)
+        boxes = self.decode(self.deltas[image, anchor].detach(), self.anchors[anchor])
+        quality[image, anchor] = paired_iou(boxes, self.gt_boxes)
+        return quality
+
+
+class ClassificationLoss(nn.Module):
+    """Base of the classification losses: sigmoid over K classes unless a subclass says otherwise.
+
+    `forward(batch: DenseBatch)` returns a scalar. It is divided by the positive anchors' number
+    (`MODEL.FOCAL.LOSS.NORMALIZER`) unless `divided_by_positives` is false.
+    """
+
+    divided_by_positives = True
+
+    def __init__(self, *, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+    @property
+    def num_logits(self) -> int:
+        """Logits an anchor."""
+        return self.num_classes
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the K classes' probabilities (..., K) of logits (..., C)."""
+        return logits.sigmoid()
+
+    def prior_bias(self, prior: float) -> Tensor:
+        """Return the logits (C,) of an anchor whose classes have the prior π (paper, section 3.3)."""
+        return torch.full((self.num_classes,), -math.log((1 - prior) / prior))
+
+
+LOSSES: dict[str, type[ClassificationLoss]] = {}
+_Loss = TypeVar("_Loss", bound=type[ClassificationLoss])
+
+
+def register_loss(name: str) -> Callable[[_Loss], _Loss]:
+    """Make a `ClassificationLoss` available as `MODEL.FOCAL.LOSS.NAME`.
+
+    Its constructor's keyword arguments, besides num_classes, are its parameters, in capitals in YAML.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+
+    def register(loss: _Loss) -> _Loss:
+        if LOSSES.setdefault(name, loss) is not loss:
+            raise ValueError(f'a loss named "{name}" is registered already')
+        return loss
+
+    return register
+
+
+def build_loss(name: str, *, num_classes: int, parameters: dict[str, Any]) -> ClassificationLoss:
+    """Build the loss that YAML names.
+
+    Args:
+        name: one of `LOSSES`.
+        num_classes: K.
+        parameters: what YAML sets, by the names it uses there.
+
+    Raises:
+        UserError: for an unknown name, or a parameter that this loss does not read.
+    """
+    if name not in LOSSES:
+        raise UserError(f'MODEL.FOCAL.LOSS.NAME is "{name}"; legal values: {", ".join(sorted(LOSSES))}')
+    reads = sorted(p.upper() for p in inspect.signature(LOSSES[name].__init__).parameters)
+    reads = [p for p in reads if p not in ("SELF", "NUM_CLASSES")]
+    for parameter in sorted(set(parameters) - set(reads)):
+        raise UserError(
+            f"MODEL.FOCAL.LOSS.{parameter} is set, but the loss {name} does not read it; "
+            f"it reads {', '.join(reads) or 'no parameters'}"
+        )
+    arguments = {key.lower(): value for key, value in parameters.items()}
+    try:
+        return LOSSES[name](num_classes=num_classes, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"MODEL.FOCAL.LOSS ({name}): {error}") from error

@@ -1,0 +1,127 @@
+"""Box losses, and the number that losses are divided by."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.layers import ciou_loss, diou_loss
+from detectron2.modeling.box_regression import Box2BoxTransform
+from fvcore.nn import giou_loss, smooth_l1_loss
+from torch import Tensor, nn
+
+from focal_d2.ops.ghm import harmonise
+
+_IOU_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
+BOX_LOSSES = ("smooth_l1", *_IOU_LOSSES, "ghm_r")
+NORMALIZERS = ("ema", "paper")
+
+
+class BoxLoss(nn.Module):
+    """Sum over the positive anchors of smooth L1 (paper), GIoU, DIoU, CIoU or GHM-R.
+
+    smooth_l1 and ghm_r compare (dx, dy, dw, dh), the others decoded boxes. GHM-R (arXiv 1811.05181, eq. 9
+    to 11) divides the authentic smooth L1 loss √(d² + μ²) - μ by the density of its gradient norms
+    |d| / √(d² + μ²); its histogram is a buffer, and it is not divided by the positives' number.
+    """
+
+    histogram: Tensor
+
+    def __init__(
+        self,
+        *,
+        kind: str,
+        transform: Box2BoxTransform,
+        smooth_l1_beta: float,
+        ghm_mu: float,
+        ghm_bins: int,
+        ghm_momentum: float,
+    ) -> None:
+        """Choose a loss.
+
+        Args:
+            kind: one of `BOX_LOSSES`.
+            transform: the R-CNN parametrisation.
+            smooth_l1_beta: where smooth L1 turns from square to linear; 0 is plain L1.
+            ghm_mu: μ of GHM-R, above 0.
+            ghm_bins: unit regions of the gradient norm.
+            ghm_momentum: of the moving average of their counts; 0: this batch's.
+        """
+        super().__init__()
+        self.kind = kind
+        self.transform = transform
+        self.smooth_l1_beta = smooth_l1_beta
+        self.ghm_mu = ghm_mu
+        self.ghm_momentum = ghm_momentum
+        if kind == "ghm_r":
+            self.register_buffer("histogram", torch.zeros(ghm_bins))
+
+    @property
+    def divided_by_positives(self) -> bool:
+        """Whether the sum is to be divided by the positives' number."""
+        return self.kind != "ghm_r"
+
+    def forward(self, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor) -> Tensor:
+        """Return the sum.
+
+        Args:
+            deltas: (P, 4) predicted (dx, dy, dw, dh).
+            anchors: (P, 4) XYXY absolute pixels.
+            gt_boxes: (P, 4) XYXY absolute pixels, the box each anchor is matched to.
+
+        Returns:
+            A scalar; 0 with a gradient path if P = 0.
+        """
+        if self.kind in _IOU_LOSSES:
+            boxes = self.transform.apply_deltas(deltas, anchors)
+            return _IOU_LOSSES[self.kind](boxes, gt_boxes, reduction="sum")
+        targets = self.transform.get_deltas(anchors, gt_boxes)
+        if self.kind == "smooth_l1":
+            return smooth_l1_loss(deltas, targets, beta=self.smooth_l1_beta, reduction="sum")
+        difference = deltas - targets
+        root = (difference**2 + self.ghm_mu**2).sqrt()
+        norms = (difference / root).abs().detach()
+        density = harmonise(
+            norms, torch.ones_like(norms, dtype=torch.bool), self.histogram, self.ghm_momentum
+        )
+        return ((root - self.ghm_mu) / density).sum()
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind}"
+
+
+class LossNormalizer(nn.Module):
+    """The number that both losses are divided by.
+
+    "paper": this batch's positive anchors (paper, section 4), at least 1. "ema": their moving average
+    with momentum 0.9, starting at 100, as detectron2 does. There it is a plain attribute and starts anew
+    on resume; here it is a buffer and part of the checkpoint. Checkpoints without it load. As there, each
+    of several processes keeps its own; the checkpoint has the first one's.
+    """
+
+    MOMENTUM = 0.9
+    INITIAL = 100.0
+
+    ema: Tensor
+
+    def __init__(self, *, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("ema", torch.tensor(self.INITIAL))
+        self.register_load_state_dict_pre_hook(self._keep_if_absent)
+
+    @staticmethod
+    def _keep_if_absent(module: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+        assert isinstance(module, LossNormalizer)
+        state_dict.setdefault(prefix + "ema", module.ema)
+
+    def forward(self, num_positives: Tensor) -> Tensor:
+        """Return the divisor, a scalar, for a batch with `num_positives` (a scalar) positive anchors."""
+        current = num_positives.clamp(min=1).to(self.ema.dtype)
+        if self.kind == "paper":
+            return current
+        # In place, because DDP keeps a reference to the buffer; a copy, because the caller's graph keeps
+        # the value.
+        self.ema.mul_(self.MOMENTUM).add_(current, alpha=1 - self.MOMENTUM)
+        return self.ema.clone()
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind}"

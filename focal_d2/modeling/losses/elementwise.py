@@ -1,0 +1,212 @@
+"""Losses that are a sum over anchors and classes: cross entropy, focal loss and their kin."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from focal_d2.errors import UserError
+from focal_d2.modeling.losses.base import ClassificationLoss, DenseBatch, register_loss
+from focal_d2.ops import (
+    quality_focal_loss,
+    sigmoid_focal_loss,
+    sigmoid_focal_star_loss,
+    softmax_focal_loss,
+    varifocal_loss,
+)
+
+_NO_WEIGHTING = -1.0
+
+
+class _Elementwise(ClassificationLoss):
+    """Sum `term` over levels."""
+
+    def forward(self, batch: DenseBatch) -> Tensor:
+        """Return the sum over all anchors that are not ignored."""
+        return torch.stack([self.term(logits, labels) for logits, labels in batch.levels()]).sum()
+
+    def term(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum over (N, r, C) logits with (N, r) labels."""
+        raise NotImplementedError
+
+
+class _AlphaBalanced(_Elementwise):
+    """Keeps α: a number, or one a class as a buffer that moves with the model."""
+
+    alpha: Any
+
+    def __init__(self, *, num_classes: int, alpha: float | list[float] | str) -> None:
+        super().__init__(num_classes=num_classes)
+        if alpha == "auto":
+            self.alpha = alpha
+            return
+        if isinstance(alpha, (list, tuple)):
+            if len(alpha) != num_classes:
+                raise ValueError(f"ALPHA has {len(alpha)} values for {num_classes} classes")
+            self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float32), persistent=False)
+        else:
+            self.alpha = float(alpha)
+        if max(alpha if isinstance(alpha, (list, tuple)) else [self.alpha]) > 1:
+            raise ValueError(f"ALPHA is {alpha}; it must be in [0, 1], or negative for no weighting")
+
+    def forward(self, batch: DenseBatch) -> Tensor:
+        """Return the sum over all anchors that are not ignored."""
+        if self.alpha == "auto":
+            # Evaluation never comes here, and needs no training set to count.
+            raise UserError(
+                "MODEL.FOCAL.LOSS.ALPHA is auto: focal_d2's trainer turns it into a number; elsewhere "
+                "call focal_d2.engine.resolve_alpha(cfg)"
+            )
+        return super().forward(batch)
+
+
+@register_loss("ce")
+class CrossEntropy(_Elementwise):
+    """Sigmoid cross entropy (paper, eq. 1)."""
+
+    def term(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """See `focal_d2.ops.sigmoid_focal_loss`."""
+        return sigmoid_focal_loss(
+            logits, labels, num_classes=self.num_classes, alpha=_NO_WEIGHTING, gamma=0.0
+        )
+
+
+@register_loss("balanced_ce")
+class BalancedCrossEntropy(_AlphaBalanced):
+    """α-balanced sigmoid cross entropy (paper, eq. 3)."""
+
+    def term(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """See `focal_d2.ops.sigmoid_focal_loss`."""
+        return sigmoid_focal_loss(logits, labels, num_classes=self.num_classes, alpha=self.alpha, gamma=0.0)
+
+
+@register_loss("focal")
+class FocalLoss(_AlphaBalanced):
+    """α-balanced sigmoid focal loss (paper, eq. 5)."""
+
+    def __init__(self, *, num_classes: int, alpha: float | list[float], gamma: float) -> None:
+        super().__init__(num_classes=num_classes, alpha=alpha)
+        self.gamma = gamma
+
+    def term(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """See `focal_d2.ops.sigmoid_focal_loss`."""
+        return sigmoid_focal_loss(
+            logits, labels, num_classes=self.num_classes, alpha=self.alpha, gamma=self.gamma
+        )
+
+
+@register_loss("focal_star")
+class FocalStarLoss(_AlphaBalanced):
+    """The paper's alternate form FL* (appendix A)."""
+
+    def __init__(self, *, num_classes: int, alpha: float | list[float], gamma: float, beta: float) -> None:
+        super().__init__(num_classes=num_classes, alpha=alpha)
+        self.gamma = gamma
+        self.beta = beta
+
+    def term(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """See `focal_d2.ops.sigmoid_focal_star_loss`."""
+        return sigmoid_focal_star_loss(
+            logits,
+            labels,
+            num_classes=self.num_classes,
+            alpha=self.alpha,
+            gamma=self.gamma,
+            beta=self.beta,
+        )
+
+
+@register_loss("softmax_focal")
+class SoftmaxFocalLoss(_Elementwise):
+    """Focal loss over K + 1 mutually exclusive classes, background last."""
+
+    def __init__(self, *, num_classes: int, alpha: float, gamma: float) -> None:
+        super().__init__(num_classes=num_classes)
+        self.alpha = alpha
+        self.gamma = gamma
+
+    @property
+    def num_logits(self) -> int:
+        """K + 1."""
+        return self.num_classes + 1
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Softmax, without background's."""
+        return logits.softmax(-1)[..., :-1]
+
+    def prior_bias(self, prior: float) -> Tensor:
+        """Background starts at 1 - π, the classes share π."""
+        bias = torch.zeros(self.num_logits)
+        bias[-1] = math.log(self.num_classes * (1 - prior) / prior)
+        return bias
+
+    def term(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """See `focal_d2.ops.softmax_focal_loss`."""
+        return softmax_focal_loss(
+            logits, labels, num_classes=self.num_classes, alpha=self.alpha, gamma=self.gamma
+        )
+
+
+@register_loss("softmax_ce")
+class SoftmaxCrossEntropy(SoftmaxFocalLoss):
+    """Softmax cross entropy over K + 1 classes."""
+
+    def __init__(self, *, num_classes: int) -> None:
+        super().__init__(num_classes=num_classes, alpha=_NO_WEIGHTING, gamma=0.0)
+
+
+@register_loss("fixed_weights")
+class FixedWeights(_Elementwise):
+    """Cross entropy with separate weights for positives and negatives, as in YOLO v1 (arXiv 1506.02640)."""
+
+    def __init__(self, *, num_classes: int, positive_weight: float, negative_weight: float) -> None:
+        super().__init__(num_classes=num_classes)
+        if min(positive_weight, negative_weight) < 0 or positive_weight + negative_weight == 0:
+            raise ValueError("weights must be at least 0, and not both 0")
+        self.total = positive_weight + negative_weight
+        self.alpha = positive_weight / self.total
+
+    def term(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """See `focal_d2.ops.sigmoid_focal_loss`; the two weights are α and 1 - α times their sum."""
+        return self.total * sigmoid_focal_loss(
+            logits, labels, num_classes=self.num_classes, alpha=self.alpha, gamma=0.0
+        )
+
+
+@register_loss("quality_focal")
+class QualityFocalLoss(ClassificationLoss):
+    """Quality focal loss: the positives' target is the IoU of the predicted box (arXiv 2006.04388)."""
+
+    def __init__(self, *, num_classes: int, beta: float) -> None:
+        super().__init__(num_classes=num_classes)
+        self.beta = beta
+
+    def forward(self, batch: DenseBatch) -> Tensor:
+        """See `focal_d2.ops.quality_focal_loss`."""
+        return quality_focal_loss(
+            batch.all_logits(), batch.labels, batch.quality(), num_classes=self.num_classes, beta=self.beta
+        )
+
+
+@register_loss("varifocal")
+class VarifocalLoss(ClassificationLoss):
+    """Varifocal loss: positives weigh as much as the IoU of the predicted box (arXiv 2008.13367)."""
+
+    def __init__(self, *, num_classes: int, alpha: float, gamma: float) -> None:
+        super().__init__(num_classes=num_classes)
+        self.alpha = alpha
+        self.gamma = gamma
+
+    def forward(self, batch: DenseBatch) -> Tensor:
+        """See `focal_d2.ops.varifocal_loss`."""
+        return varifocal_loss(
+            batch.all_logits(),
+            batch.labels,
+            batch.quality(),
+            num_classes=self.num_classes,
+            alpha=self.alpha,
+            gamma=self.gamma,
+        )

@@ -1,0 +1,44 @@
+"""Gradient harmonising for classification (GHM-C, arXiv 1811.05181); see `focal_d2.ops.ghm`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from focal_d2.modeling.losses.base import ClassificationLoss, DenseBatch, register_loss
+from focal_d2.ops import sigmoid_focal_loss
+from focal_d2.ops.common import compare
+from focal_d2.ops.ghm import harmonise
+
+
+@register_loss("ghm")
+class GradientHarmonisedLoss(ClassificationLoss):
+    """Cross entropy divided by the density of gradient norms, of a moving average where momentum is above 0.
+
+    The moving average is a buffer, so it is part of the checkpoint. It is not divided by the positives'
+    number: the density already is a number of examples.
+    """
+
+    divided_by_positives = False
+    histogram: Tensor
+
+    def __init__(self, *, num_classes: int, bins: int, momentum: float) -> None:
+        super().__init__(num_classes=num_classes)
+        if bins < 1 or not 0 <= momentum < 1:
+            raise ValueError(f"BINS is {bins} and MOMENTUM {momentum}; at least 1 and in [0, 1) are needed")
+        self.momentum = momentum
+        self.register_buffer("histogram", torch.zeros(bins))
+
+    def forward(self, batch: DenseBatch) -> Tensor:
+        """Return Σ CE / GD(g) over all anchors that are not ignored and all classes (eq. 8)."""
+        logits = batch.all_logits()
+        with torch.no_grad():
+            x, is_class, counts = compare(
+                logits, batch.labels, num_classes=self.num_classes, num_logits=self.num_classes
+            )
+            norms = (x.sigmoid() - is_class.to(x.dtype)).abs()
+            density = harmonise(norms, counts.expand_as(norms), self.histogram, self.momentum)
+        loss = sigmoid_focal_loss(
+            logits, batch.labels, num_classes=self.num_classes, alpha=-1.0, gamma=0.0, reduction="none"
+        )
+        return (loss / density).sum()

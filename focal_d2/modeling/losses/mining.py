@@ -1,0 +1,96 @@
+"""Losses over chosen examples: OHEM and SSD's hard negative mining."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from focal_d2.modeling.losses.base import ClassificationLoss, DenseBatch, register_loss
+from focal_d2.ops import IGNORE_LABEL, sigmoid_focal_loss
+from focal_d2.ops.mining import hard_negatives, suppress
+
+
+class _Mining(ClassificationLoss):
+    """Cross entropy over the examples that `choose` marks, image by image."""
+
+    def forward(self, batch: DenseBatch) -> Tensor:
+        """Return the sum over the chosen examples of all images."""
+        loss = sigmoid_focal_loss(
+            batch.all_logits(),
+            batch.labels,
+            num_classes=self.num_classes,
+            alpha=-1.0,
+            gamma=0.0,
+            reduction="none",
+        ).sum(-1)  # (N, R)
+        with torch.no_grad():
+            chosen = [self.choose(image, row, batch) for image, row in enumerate(loss)]
+        return torch.where(torch.stack(chosen), loss, 0.0).sum() if chosen else loss.sum()
+
+    def choose(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
+        """Mark the examples (R,) bool of an image with losses (R,)."""
+        raise NotImplementedError
+
+
+@register_loss("hard_negative_mining")
+class HardNegativeMining(_Mining):
+    """All positives, and for each so many negatives of the highest loss in its image (SSD, arXiv 1512.02325).
+
+    An image without positives adds nothing.
+    """
+
+    def __init__(self, *, num_classes: int, negatives_per_positive: float) -> None:
+        super().__init__(num_classes=num_classes)
+        self.negatives_per_positive = negatives_per_positive
+
+    def choose(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
+        """All positives and the hardest negatives."""
+        positive = batch.positive[image]
+        count = int(self.negatives_per_positive * int(positive.sum()))
+        return positive | hard_negatives(loss, batch.labels[image] == self.num_classes, count=count)
+
+
+@register_loss("ohem")
+class OnlineHardExampleMining(_Mining):
+    """The examples of the highest loss in each image after suppression on predicted boxes (paper, table 1d).
+
+    Shrivastava, Gupta, Girshick, "Training Region-based Object Detectors with Online Hard Example Mining",
+    CVPR 2016. With `negatives_per_positive` above 0, the examples that survive suppression are drawn from
+    in that ratio (the paper's "OHEM 1:3"); 0 leaves the ratio to the losses.
+    """
+
+    def __init__(
+        self, *, num_classes: int, examples: int, nms_thresh: float, negatives_per_positive: float
+    ) -> None:
+        super().__init__(num_classes=num_classes)
+        self.examples = examples
+        self.nms_thresh = nms_thresh
+        self.negatives_per_positive = negatives_per_positive
+
+    def choose(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
+        """The hardest examples that survive suppression."""
+        positive = batch.positive[image]
+        keep = torch.zeros_like(positive)
+        if self.negatives_per_positive > 0:
+            # Suppression runs over all examples together; only then is the ratio enforced.
+            survivors = self._survivors(image, loss, batch, count=len(loss))
+            positives = survivors[positive[survivors]]
+            quota = round(self.examples / (1 + self.negatives_per_positive))
+            positives = positives[:quota]
+            negatives = survivors[~positive[survivors]]
+            keep[positives] = True
+            keep[negatives[: int(self.negatives_per_positive * len(positives))]] = True
+        else:
+            keep[self._survivors(image, loss, batch, count=self.examples)] = True
+        return keep
+
+    def _survivors(self, image: int, loss: Tensor, batch: DenseBatch, count: int) -> Tensor:
+        return suppress(
+            loss.masked_fill(batch.labels[image] == IGNORE_LABEL, float("-inf")),
+            partial(batch.predicted_boxes, image),
+            partial(nms, iou_threshold=self.nms_thresh),
+            count=count,
+        )

@@ -1,0 +1,89 @@
+"""What the losses share: checks, precision, and integer labels as masks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_LABEL = -1
+
+
+class Targets(NamedTuple):
+    """Labels beside logits (..., C)."""
+
+    logits: Tensor  # (..., C) float32, or float64 if they came so
+    is_class: Tensor  # (..., C) bool: the anchor has that class
+    counts: Tensor  # (..., 1) bool: the anchor is not ignored
+
+
+def compare(logits: Tensor, labels: Tensor, *, num_classes: int, num_logits: int) -> Targets:
+    """Check shapes, upcast half precision and spread labels over the classes.
+
+    Args:
+        logits: (..., C) float.
+        labels: (...) int64: [0, K) a class, K background, -1 ignored.
+        num_classes: K.
+        num_logits: C: K, or K + 1 if background has a logit.
+
+    Raises:
+        ValueError: if shapes or labels' dtype do not fit.
+    """
+    if logits.shape[-1:] != (num_logits,) or logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} must be labels' {tuple(labels.shape)} plus ({num_logits},) "
+            f"for K={num_classes}"
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, not {labels.dtype}")
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    labels = labels.unsqueeze(-1)
+    return Targets(logits, labels == torch.arange(num_logits, device=labels.device), labels != IGNORE_LABEL)
+
+
+def reduce(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    """Silence ignored anchors, then sum ("sum") or leave as it is ("none").
+
+    Raises:
+        ValueError: for another reduction.
+    """
+    loss = torch.where(counts, loss, 0.0)
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "none":
+        return loss
+    raise ValueError(f'reduction is "{reduction}"; legal values: sum, none')
+
+
+def check_weight(name: str, value: float | Tensor) -> None:
+    """Refuse weights above 1; negative ones mean no weighting.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if (value.max().item() if isinstance(value, Tensor) else value) > 1:
+        raise ValueError(f"{name} is {value}; it must be in [0, 1], or negative for no weighting")
+
+
+def check_at_least_0(name: str, value: float) -> None:
+    """Refuse negative values.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if value < 0:
+        raise ValueError(f"{name} is {value}; it must be at least 0")
+
+
+def balance(loss: Tensor, positive: Tensor, alpha: float | Tensor) -> Tensor:
+    """Multiply by α_t: alpha where `positive`, 1 - alpha elsewhere; a negative float changes nothing.
+
+    Args:
+        loss: (..., C).
+        positive: (..., C) bool.
+        alpha: a number, or one for each class (C,).
+    """
+    if not isinstance(alpha, Tensor) and alpha < 0:
+        return loss
+    return torch.where(positive, alpha * loss, (1 - alpha) * loss)

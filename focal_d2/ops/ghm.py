@@ -1,0 +1,51 @@
+"""Gradient harmonising: examples weigh in inverse proportion to how many share their gradient norm.
+
+Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 1811.05181.
+
+The unit interval of gradient norms g is cut into M bins; with R_j examples in the bin of g, the gradient
+density is GD(g) = R_j · M (eq. 6, 9), and the loss Σ L / GD(g) (eq. 8) is already an average: it is divided
+by nothing else. Departure from mmdetection's code: that divides by the bins that are not empty instead of M.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gradient_histogram(norms: Tensor, counts: Tensor, *, bins: int) -> Tensor:
+    """Count examples by gradient norm.
+
+    Args:
+        norms: any shape, in [0, 1].
+        counts: bool of the same shape: the example takes part.
+        bins: M.
+
+    Returns:
+        (M,) float: the number of examples in [j/M, (j+1)/M), 1 belonging to the last bin.
+    """
+    return torch.bincount(_bin_of(norms, bins)[counts], minlength=bins).to(norms.dtype)
+
+
+def harmonise(norms: Tensor, counts: Tensor, histogram: Tensor, momentum: float) -> Tensor:
+    """Update a moving histogram in place with a batch, and return the density GD(g) of each norm.
+
+    Args:
+        norms: any shape, in [0, 1].
+        counts: bool of the same shape: the example takes part.
+        histogram: (M,) examples a bin, changed to momentum · histogram + (1 - momentum) · batch (eq. 12).
+        momentum: in [0, 1); 0 forgets all earlier batches.
+
+    Returns:
+        GD(g) (eq. 6), of the norms' shape, above 0.
+    """
+    bins = len(histogram)
+    current = gradient_histogram(norms, counts, bins=bins)
+    histogram.mul_(momentum).add_(current, alpha=1 - momentum)
+    density = histogram[_bin_of(norms, bins)] * bins
+    # A bin in which only ignored examples lie may be empty.
+    return density.clamp(min=torch.finfo(density.dtype).tiny)
+
+
+def _bin_of(norms: Tensor, bins: int) -> Tensor:
+    return (norms * bins).long().clamp(max=bins - 1)
