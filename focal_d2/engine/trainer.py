@@ -183,9 +183,6 @@ def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
     check_datasets(cfg, training=not args.eval_only)
     set_up_job(cfg, args)
-    if not args.eval_only:
-        with building("model"):
-            cfg = resolve_alpha(cfg)
     if args.eval_only:
         with building("model"):
             model = FocalTrainer.build_model(cfg)
@@ -199,6 +196,6 @@ def run(args: argparse.Namespace) -> None:
             verify_results(cfg, results)
         return
     with building("trainer"):
-        trainer = FocalTrainer(cfg)
+        trainer = FocalTrainer(resolve_alpha(cfg))
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
