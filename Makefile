@@ -21,7 +21,7 @@ $(VENV)/.installed: constraints.txt setup.cfg pyproject.toml tools/install_detec
 	  { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.10 to 3.13 is needed (make PYTHON=python3.11 …)" >&2; exit 2; }
 	@echo "installing into $(VENV): some 5.5 GB, mostly PyTorch; a few minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[detectron2,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[detectron2,study,dev]'
 	bash tools/install_detectron2.sh $(BIN)/python $(DETECTRON2) $(DETECTRON2_COMMIT)
 	touch $@
 

@@ -5,7 +5,8 @@ import argparse
 import json
 from pathlib import Path
 
-from focal_d2.data.neon_trees import SPLITS, datasets_root, prepare
+from focal_d2.data.embedded import datasets_root
+from focal_d2.data.neon_trees import SPLITS, prepare
 from focal_d2.engine.cli import command_line
 
 

@@ -1,6 +1,6 @@
 """Datasets and what happens to an image before the model sees it."""
 
-from focal_d2.data import neon_trees
+from focal_d2.data import digits, neon_trees
 from focal_d2.data.datasets import (
     check_datasets,
     ground_truth,
@@ -9,6 +9,7 @@ from focal_d2.data.datasets import (
 )
 from focal_d2.data.mapper import FocalDatasetMapper
 
+digits.register()
 neon_trees.register()
 
 __all__ = [

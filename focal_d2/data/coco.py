@@ -1,10 +1,10 @@
-"""Reading COCO annotation files that somebody made by hand or with a script."""
+"""COCO annotation files: reading those that somebody made by hand or with a script, and making one."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from detectron2.data.datasets import load_coco_json
@@ -70,3 +70,38 @@ def _problems(path: str) -> Iterator[str]:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def coco_content(
+    description: str,
+    images: Iterable[tuple[str, Sequence[int], Sequence[Sequence[float]], Sequence[int]]],
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """Return what a COCO file of these images holds.
+
+    Args:
+        description: of the dataset.
+        images: of each the file name, its (height, width), its boxes (M, 4) XYXY absolute pixels, and their
+            classes (M,) in [0, K).
+        classes: the K names.
+    """
+    content: dict[str, Any] = {
+        "info": {"description": description},
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(classes, 1)],
+    }
+    for image_id, (name, (height, width), boxes, labels) in enumerate(images, 1):
+        content["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
+        for (x0, y0, x1, y1), label in zip(boxes, labels, strict=True):
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": label + 1,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "iscrowd": 0,
+                }
+            )
+    return content

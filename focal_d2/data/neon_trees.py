@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +26,8 @@ import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from focal_d2.data.coco import load_coco
+from focal_d2.data.coco import coco_content, load_coco
+from focal_d2.data.embedded import datasets_root, prepare_once
 from focal_d2.errors import UserError
 
 WHEEL = "deepforest==2.1.0"
@@ -59,11 +58,6 @@ class Tile(NamedTuple):
     top: int
     right: int
     bottom: int
-
-
-def datasets_root() -> Path:
-    """Return detectron2's dataset folder: `DETECTRON2_DATASETS`, or `datasets/`."""
-    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
 
 
 def register() -> None:
@@ -102,28 +96,15 @@ def prepare(root: Path, wheel: Path | None = None, recipe: Recipe = Recipe()) ->
     Raises:
         UserError: if the wheel can be neither fetched nor read.
     """
-    folder = root / "neon_trees"
-    stamp = folder / "recipe.json"
-    written = json.dumps(asdict(recipe))
-    whole = all((folder / split).is_dir() and (folder / f"{split}.json").is_file() for split in SPLITS)
-    if whole and stamp.is_file() and stamp.read_text() == written:
-        return folder
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"dataset folder {root}: {error}") from error
-    with tempfile.TemporaryDirectory(dir=root, prefix=".neon_trees-") as work_name:
-        work = Path(work_name)
-        source = _unpack(wheel or _fetch_wheel(work), work)
-        cut = work / "neon_trees"
-        cut.mkdir()
-        for split, pictures in (("train", _YELL), ("test", _YELL), ("other", _OTHER)):
-            _write_split(source, cut, split, pictures, recipe)
-        (cut / "recipe.json").write_text(written)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(cut, folder)
-    return folder
+
+    def write(cut: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=root, prefix=".neon_trees-") as work_name:
+            work = Path(work_name)
+            source = _unpack(wheel or _fetch_wheel(work), work)
+            for split, pictures in (("train", _YELL), ("test", _YELL), ("other", _OTHER)):
+                _write_split(source, cut, split, pictures, recipe)
+
+    return prepare_once(root / "neon_trees", recipe, SPLITS, write)
 
 
 def _fetch_wheel(work: Path) -> Path:
@@ -213,8 +194,7 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
 
 def _write_split(source: Path, cut: Path, split: str, pictures: tuple[str, ...], recipe: Recipe) -> None:
     (cut / split).mkdir()
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    tiles: list[tuple[str, tuple[int, int], list[list[float]], list[int]]] = []
     for picture in pictures:
         pixels = cv2.imread(str(source / f"{picture}.png"))
         assert pixels is not None, picture
@@ -223,25 +203,7 @@ def _write_split(source: Path, cut: Path, split: str, pictures: tuple[str, ...],
         for tile in tiles_of(split, width, height, recipe):
             name = f"{picture}_{tile.left}_{tile.top}.png"
             cv2.imwrite(str(cut / split / name), pixels[tile.top : tile.bottom, tile.left : tile.right])
-            image_id = len(images) + 1
-            size = {"width": tile.right - tile.left, "height": tile.bottom - tile.top}
-            images.append({"id": image_id, "file_name": name, **size})
-            for x0, y0, x1, y1 in boxes_in(tile, boxes, recipe.min_visible).tolist():
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": image_id,
-                        "category_id": 1,
-                        "bbox": [x0, y0, x1 - x0, y1 - y0],
-                        "area": (x1 - x0) * (y1 - y0),
-                        "iscrowd": 0,
-                    }
-                )
-    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
-    coco = {
-        "info": {"description": f"NEON aerial tree crowns ({split}), from {WHEEL}, MIT licence"},
-        "images": images,
-        "annotations": annotations,
-        "categories": categories,
-    }
-    (cut / f"{split}.json").write_text(json.dumps(coco))
+            inside = boxes_in(tile, boxes, recipe.min_visible).tolist()
+            tiles.append((name, (tile.bottom - tile.top, tile.right - tile.left), inside, [0] * len(inside)))
+    description = f"NEON aerial tree crowns ({split}), from {WHEEL}, MIT licence"
+    (cut / f"{split}.json").write_text(json.dumps(coco_content(description, tiles, CLASSES)))

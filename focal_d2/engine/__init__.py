@@ -6,12 +6,13 @@ from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.cli import command_line
 from focal_d2.engine.predictor import Detections, Predictor
 from focal_d2.engine.setup import load_config
-from focal_d2.engine.trainer import FocalTrainer, launch_job
+from focal_d2.engine.trainer import FocalTrainer, check_job, launch_job
 
 __all__ = [
     "Detections",
     "FocalTrainer",
     "Predictor",
+    "check_job",
     "command_line",
     "default_argument_parser",
     "launch_job",

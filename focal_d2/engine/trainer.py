@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -199,3 +200,26 @@ def run(args: argparse.Namespace) -> None:
         trainer = FocalTrainer(resolve_alpha(cfg))
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
+
+
+def check_job(config_file: str, overrides: Sequence[str] = ()) -> str:
+    """Check all that `run` would check before it trains, building the model included.
+
+    Args:
+        config_file: path of the YAML file.
+        overrides: KEY VALUE pairs.
+
+    Returns:
+        The whole config as YAML, but for OUTPUT_DIR and SEED: what makes two runs comparable.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    cfg = load_config(config_file, overrides)
+    check_datasets(cfg, training=True)
+    with building("model"):
+        build_model(resolve_alpha(cfg))
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR, cfg.SEED = "", -1
+    return cfg.dump()

@@ -13,7 +13,8 @@ _RECALL_STATS = {6: "AR@{0}", 7: "AR@{1}", 8: "AR@{2}"}
 
 
 class FocalCOCOEvaluator(COCOEvaluator):
-    """detectron2's evaluator that also reports average recall, and reads files without area or iscrowd."""
+    """detectron2's evaluator that also reports average recall, 0 where a model finds nothing, and reads
+    files without area or iscrowd."""
 
     def __init__(self, dataset_name: str, **kwargs: Any) -> None:
         """See detectron2's `COCOEvaluator`."""
@@ -30,6 +31,9 @@ class FocalCOCOEvaluator(COCOEvaluator):
         for stat, name in _RECALL_STATS.items():
             value = float("nan") if coco_eval is None else float(coco_eval.stats[stat])
             results[name.format(*self._max_dets_per_image)] = 100 * value if value >= 0 else float("nan")
+        if coco_eval is None and self._coco_api.anns:
+            # detectron2 has NaN for a model that finds nothing; it misses every box, per cent of each is 0.
+            return dict.fromkeys(results, 0.0)
         return results
 
 

@@ -11,48 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from detectron2.utils.logger import setup_logger
 
 from tests.conftest import REPOSITORY
 from train_net import command_line, main
-
-
-@pytest.fixture
-def job(coco_dataset, tmp_path):
-    """Write a config for a tiny job; returns the config file and the dataset."""
-    data = coco_dataset(images=6)
-    config = {
-        "_BASE_": str(REPOSITORY / "configs/Base-FocalRetinaNet.yaml"),
-        "SEED": 1,
-        "OUTPUT_DIR": str(tmp_path / "out"),
-        "MODEL": {
-            "DEVICE": "cpu",
-            "BACKBONE": {"FREEZE_AT": 0},
-            "RESNETS": {"DEPTH": 18, "RES2_OUT_CHANNELS": 64, "NORM": "BN"},
-            "FPN": {"NORM": "BN", "OUT_CHANNELS": 64},
-            "RETINANET": {
-                "NUM_CLASSES": 3,
-                "NUM_CONVS": 1,
-                "NORM": "GN",
-                "SCORE_THRESH_TEST": 0.001,
-            },
-        },
-        "DATASETS": {"FOCAL": [data.entry], "TRAIN": [data.name], "TEST": [data.name]},
-        "DATALOADER": {"NUM_WORKERS": 0},
-        "SOLVER": {
-            "IMS_PER_BATCH": 2,
-            "MAX_ITER": 8,
-            "CHECKPOINT_PERIOD": 4,
-            "WARMUP_ITERS": 2,
-            "BASE_LR": 0.001,
-            "FOCAL": {"OPTIMIZER": "AdamW"},
-        },
-        "INPUT": {"MIN_SIZE_TRAIN": [0], "MIN_SIZE_TEST": 0},
-    }
-    path = tmp_path / "job.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path, data
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from focal_d2.engine import FocalTrainer
+from focal_d2 import UserError
+from focal_d2.engine import FocalTrainer, check_job
 from tests.conftest import make_cfg
 
 
@@ -30,3 +31,24 @@ def test_gradients_are_clipped_if_yaml_says_so(name):
         parameter.grad = torch.ones_like(parameter) * 10
     optimizer.step()
     assert all(p.grad.norm().item() == pytest.approx(0.5, rel=1e-3) for p in model.parameters())
+
+
+def test_check_job_returns_what_makes_two_runs_comparable(job):
+    path = str(job[0])
+    config = check_job(path)
+    assert check_job(path, ["SEED", "7", "OUTPUT_DIR", "elsewhere"]) == config
+    assert check_job(path, ["SOLVER.BASE_LR", "0.5"]) != config
+    # α itself depends on the data, the config does not.
+    assert "ALPHA: auto" in check_job(path, ["MODEL.FOCAL.LOSS.ALPHA", "auto"])
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["DATASETS.TRAIN", "('nothing',)"], 'dataset "nothing" is not registered'),
+        (["MODEL.FOCAL.LOSS.BETA", "1.0"], "the loss focal does not read it"),
+    ],
+)
+def test_check_job_finds_what_would_stop_the_job(job, overrides, message):
+    with pytest.raises(UserError, match=message):
+        check_job(str(job[0]), overrides)

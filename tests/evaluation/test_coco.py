@@ -48,6 +48,13 @@ def test_half_of_the_boxes_give_half_of_the_recall(evaluator_and_records):
     assert results["AR@100"] == pytest.approx(50)  # class0 all, class1 none
 
 
+def test_a_model_that_finds_nothing_scores_0(evaluator_and_records):
+    evaluator, records = evaluator_and_records
+    evaluator.process(records, [{"instances": instances_of([])} for _ in records])
+    results = evaluator.evaluate()["bbox"]
+    assert results["AP"] == results["AP50"] == results["AR@100"] == 0
+
+
 def test_format_results_is_a_markdown_table():
     results = {
         "a": {"bbox": {"AP": 12.345, "AR@100": 50.0, "AP-tree": 1.0}},

@@ -1,0 +1,109 @@
+"""What a study compares: a YAML file of cells, each a few config keys away from the base config.
+
+SEEDS: [0, 1, 2]
+CELLS:
+  - NAME: balanced CE
+    SET: {MODEL.FOCAL.LOSS.NAME: balanced_ce}
+  - NAME: FL, γ {GAMMA}                               # one cell for each value of a sweep
+    SET: {MODEL.FOCAL.LOSS.NAME: focal}
+    SWEEP: {MODEL.FOCAL.LOSS.GAMMA: [0.5, 1.0, 2.0]}  # several keys: their product, the last fastest
+    PAPER: [32.9, 33.7, 34.0]                         # the paper's COCO AP of each, if it has one
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from focal_d2.errors import UserError
+
+_CELL_KEYS = {"NAME", "SET", "SWEEP", "PAPER"}
+_GREEK = {"α": "alpha", "β": "beta", "γ": "gamma", "π": "pi"}
+
+
+class Cell(NamedTuple):
+    """One row of the study."""
+
+    name: str
+    settings: dict[str, Any]  # config key -> value
+    paper: float | None  # COCO AP, per cent
+
+    @property
+    def folder(self) -> str:
+        """The name as a folder: letters, digits, dots and underscores."""
+        text = "".join(_GREEK.get(c, c) for c in self.name.lower())
+        return re.sub(r"[^a-z0-9.]+", "_", text).strip("_")
+
+    @property
+    def overrides(self) -> list[str]:
+        """The settings as KEY VALUE … of a command line."""
+        return [str(x) for pair in self.settings.items() for x in pair]
+
+
+class Grid(NamedTuple):
+    """The cells of a study, each to be run with every seed."""
+
+    seeds: list[int]
+    cells: list[Cell]
+
+
+def load_grid(path: Path) -> Grid:
+    """Read a grid.
+
+    Raises:
+        UserError: if it is not one, or two cells would share a folder.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"grid {path}: {error}") from error
+    if not isinstance(content, dict) or set(content) != {"SEEDS", "CELLS"}:
+        raise UserError(f"grid {path}: it needs the keys SEEDS and CELLS, and no other")
+    seeds = content["SEEDS"]
+    if not _list_of(seeds, int) or len(set(seeds)) < len(seeds):
+        raise UserError(f"grid {path}: SEEDS is {seeds!r}; it must be a list of different whole numbers")
+    if not _list_of(content["CELLS"], dict):
+        raise UserError(f"grid {path}: CELLS must be a list of mappings")
+    cells = [
+        cell for i, entry in enumerate(content["CELLS"]) for cell in _expand(entry, f"{path}: CELLS[{i}]")
+    ]
+    folders: dict[str, str] = {}
+    for cell in cells:
+        if folders.setdefault(cell.folder, cell.name) != cell.name or not cell.folder:
+            names = f'"{cell.name}" and "{folders[cell.folder]}"'
+            raise UserError(f'grid {path}: {names} would share the folder "{cell.folder}"')
+    if len(folders) < len(cells):
+        raise UserError(f"grid {path}: two cells have the same NAME; a sweep's NAME needs its key in braces")
+    return Grid(seeds, cells)
+
+
+def _expand(entry: dict[str, Any], where: str) -> list[Cell]:
+    if not set(entry) <= _CELL_KEYS or not isinstance(entry.get("NAME"), str):
+        raise UserError(f"grid {where} has {sorted(entry)}; it needs NAME and may have SET, SWEEP, PAPER")
+    fixed, sweep = entry.get("SET", {}), entry.get("SWEEP", {})
+    if not isinstance(fixed, dict) or not isinstance(sweep, dict):
+        raise UserError(f"grid {where}: SET and SWEEP must be mappings from config keys")
+    if not all(_list_of(values, object) for values in sweep.values()):
+        raise UserError(f"grid {where}: each key of SWEEP needs a list of values")
+    points = [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+    paper = entry.get("PAPER", [None] * len(points))
+    paper = paper if isinstance(paper, list) else [paper]
+    if len(paper) != len(points):
+        raise UserError(f"grid {where}: PAPER has {len(paper)} values for {len(points)} cells")
+    cells = []
+    for point, value in zip(points, paper, strict=True):
+        short = {key.rsplit(".", 1)[-1]: x for key, x in point.items()}
+        try:
+            name = entry["NAME"].format(**short)
+        except (KeyError, IndexError, ValueError) as error:
+            raise UserError(f"grid {where}: NAME may name only keys of SWEEP in braces: {error}") from error
+        cells.append(Cell(name, {**fixed, **point}, value))
+    return cells
+
+
+def _list_of(value: object, kind: type) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, kind) for x in value)

@@ -1,0 +1,95 @@
+"""`tools/ablation.py` as its users run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY
+
+CELLS = [
+    {"NAME": "FL, γ {GAMMA}", "SWEEP": {"MODEL.FOCAL.LOSS.GAMMA": [2.0, 0.5]}},
+    {"NAME": "diverges", "SET": {"SOLVER.FOCAL.OPTIMIZER": "SGD", "SOLVER.BASE_LR": 1e18}},
+    {"NAME": "CE", "SET": {"MODEL.FOCAL.LOSS.NAME": "ce"}},
+]
+
+
+@pytest.fixture
+def command(job, tmp_path):
+    def command(*more: object, cells=CELLS) -> list[str]:
+        grid = tmp_path / "grid.yaml"
+        grid.write_text(yaml.safe_dump({"SEEDS": [0], "CELLS": cells}))
+        tool = [sys.executable, str(REPOSITORY / "tools/ablation.py"), "--config-file", str(job[0])]
+        return [*tool, "--grid", str(grid), "--output", str(tmp_path / "study"), *map(str, more)]
+
+    return command
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(1200):
+        if path.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path} did not appear")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_study_goes_on_and_a_diverged_cell_does_not_stop_it(command, tmp_path):
+    study = tmp_path / "study"
+    tool = subprocess.Popen(command(), start_new_session=True, stderr=subprocess.PIPE, text=True)
+    wait_for(study / "fl_gamma_0.5/seed_0/last_checkpoint")
+    os.killpg(tool.pid, signal.SIGKILL)
+    tool.communicate()
+    records = {p.parent.parent.name: json.loads(p.read_text()) for p in study.glob("*/*/run.json")}
+    assert {k: r["status"] for k, r in records.items()} == {
+        "fl_gamma_2.0": "finished",
+        "fl_gamma_0.5": "running",
+    }
+    done = (study / "fl_gamma_2.0/seed_0/run.json").stat().st_mtime_ns
+
+    again = subprocess.run(command("--json"), capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    results = json.loads(again.stdout)
+    assert [r["status"] for r in results] == ["finished", "finished", "diverged", "finished"]
+    assert (study / "fl_gamma_2.0/seed_0/run.json").stat().st_mtime_ns == done
+    resumed = (study / "fl_gamma_0.5/seed_0/console.txt").read_text()
+    assert "Starting training from iteration 4" in resumed or "Starting training from iteration 8" in resumed
+    assert results[2]["iteration"] < 8
+    assert "diverges, seed 0: diverged: loss infinite or NaN at iteration" in again.stderr
+    assert results[3]["metrics"]["bbox/AP"] >= 0
+    table = (study / "table.md").read_text()
+    assert f"| diverged at {results[2]['iteration']} (seed 0) |" in table
+    for name in ("results.csv", "results.png", "losses.png"):
+        assert (study / name).is_file()
+
+
+def run(command) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_mistake_in_the_last_cell_shows_before_the_first_runs(command, tmp_path):
+    wrong = {"NAME": "wrong", "SET": {"MODEL.FOCAL.LOSS.NAME": "ce", "MODEL.FOCAL.LOSS.GAMMA": 2.0}}
+    result = run(command(cells=[{"NAME": "right"}, wrong]))
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "ablation.py: error: cell wrong: MODEL.FOCAL.LOSS.GAMMA is set, but the loss ce does not read it; "
+        "it reads no parameters"
+    ]
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_failed_run_is_reported_and_ends_with_status_2(command, tmp_path):
+    # Images that vanish after the check.
+    result = run(command("DATALOADER.NUM_WORKERS", "0", "INPUT.FORMAT", "no such", cells=[{"NAME": "a"}]))
+    assert result.returncode == 2
+    assert "1 of 1 runs failed; the same command tries them again" in result.stderr
+    assert "console.txt" in result.stderr
