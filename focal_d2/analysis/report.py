@@ -56,7 +56,10 @@ def markdown_table(cells: Sequence[Cell], results: Sequence[Result]) -> str:
 
 
 def _table_metrics(results: Sequence[Result]) -> list[str]:
-    return list(dict.fromkeys(name for r in results for name in r.metrics if _IN_TABLE.search(name)))
+    names = list(dict.fromkeys(name for r in results for name in r.metrics if _IN_TABLE.search(name)))
+    # Of each dataset's recalls the one with the most detections an image, which comes last.
+    recalls = {name.split("@")[0]: name for name in names if "AR@" in name}
+    return [name for name in names if "AR@" not in name or name in recalls.values()]
 
 
 def _values(results: Sequence[Result], metric: str) -> list[float]:
@@ -127,7 +130,7 @@ def _plot_losses(cells: Sequence[Cell], runs: Sequence[Run], path: Path) -> None
             if run.cell.name == cell.name:
                 lines = [m for m in read_metrics(run.folder) if "loss_cls" in m]
                 axes.plot([m["iteration"] for m in lines], [m["loss_cls"] for m in lines], linewidth=1)
-        axes.set_yscale("log")
+        axes.set_ylim(bottom=0)
         axes.set_title(cell.name, fontsize=9)
     for axes in panels[len(shown) :]:
         axes.set_axis_off()

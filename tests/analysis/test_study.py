@@ -24,7 +24,8 @@ if what == "nan":
     sys.exit("FloatingPointError: Loss became infinite or NaN at iteration=2!\\nloss_dict = {}")
 if what == "crash":
     sys.exit("Killed, it seems")
-lines.append({"iteration": 3, "bbox/AP": ap, "bbox/AP50": 2 * ap, "bbox/APs": 0.0})
+lines.append({"iteration": 3, "bbox/AP": ap, "bbox/AP50": 2 * ap})
+lines[-1].update({"bbox/APs": 0.0, "bbox/AR@1": 1.0, "bbox/AR@100": 50.0})
 (folder / "metrics.json").write_text("".join(json.dumps(x) + "\\n" for x in lines))
 """
 
@@ -49,7 +50,13 @@ def test_finished_and_diverged_runs_are_not_repeated_and_failed_ones_are(tmp_pat
     assert [r.status for r in first] == ["diverged", "failed", "finished"]
     assert [r.iteration for r in first] == [2, None, None]
     assert first[1].message == f"exit status 1: Killed, it seems ({runs[1].folder / 'console.txt'})"
-    assert first[2].metrics == {"bbox/AP": 10.0, "bbox/AP50": 20.0, "bbox/APs": 0.0}
+    assert first[2].metrics == {
+        "bbox/AP": 10.0,
+        "bbox/AP50": 20.0,
+        "bbox/APs": 0.0,
+        "bbox/AR@1": 1.0,
+        "bbox/AR@100": 50.0,
+    }
     assert study(tmp_path, *runs) == first
     assert [calls(r) for r in runs] == ["nan", "crash crash", "train"]
     assert first[0].line == "nan, seed 0: diverged: loss infinite or NaN at iteration 2"
@@ -103,7 +110,7 @@ def test_metrics_survive_half_a_line_and_a_resumption(tmp_path):
 
 
 def test_report(tmp_path):
-    # Means and sample deviations by hand: 10, 14 -> 12 ± √8; APs has no column.
+    # Means and sample deviations by hand: 10, 14 -> 12 ± √8; APs and AR@1 have no column.
     runs = [
         make_run(tmp_path, "FL", 0, 10.0, paper=34.0),
         make_run(tmp_path, "CE", 0, what="nan"),
@@ -115,11 +122,11 @@ def test_report(tmp_path):
     run_study(runs[:-1], tmp_path, lambda results: write_report(runs, results, tmp_path))
     table = (tmp_path / "table.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    assert rows[0] == ["", "runs", "AP", "AP50", "paper, COCO AP"]
-    assert rows[2] == ["FL", "2", "12.0 ± 2.8", "24.0 ± 5.7", "34.0"]
-    assert rows[3] == ["CE", "1, diverged at 2 (seed 0)", "3.0", "6.0", ""]
-    assert rows[4] == ["crash", "failed (seed 1)", "", "", ""]
-    assert rows[5] == ["to come", "0", "", "", ""]
+    assert rows[0] == ["", "runs", "AP", "AP50", "AR@100", "paper, COCO AP"]
+    assert rows[2] == ["FL", "2", "12.0 ± 2.8", "24.0 ± 5.7", "50.0 ± 0.0", "34.0"]
+    assert rows[3] == ["CE", "1, diverged at 2 (seed 0)", "3.0", "6.0", "50.0", ""]
+    assert rows[4] == ["crash", "failed (seed 1)", "", "", "", ""]
+    assert rows[5] == ["to come", "0", "", "", "", ""]
     with (tmp_path / "results.csv").open() as stream:
         records = list(csv.DictReader(stream))
     assert len(records) == 5
