@@ -1,7 +1,18 @@
 """Studies of many training runs."""
 
-from focal_d2.analysis.grid import Cell, Grid, load_grid
-from focal_d2.analysis.report import write_report
-from focal_d2.analysis.study import Result, Run, run_study
+from focal_d2.analysis.grid import Cell, Grid, check_seeds, load_grid
+from focal_d2.analysis.report import as_json, write_report
+from focal_d2.analysis.study import Result, Run, plan, run_study
 
-__all__ = ["Cell", "Grid", "Result", "Run", "load_grid", "run_study", "write_report"]
+__all__ = [
+    "Cell",
+    "Grid",
+    "Result",
+    "Run",
+    "as_json",
+    "check_seeds",
+    "load_grid",
+    "plan",
+    "run_study",
+    "write_report",
+]

@@ -36,7 +36,8 @@ class Cell(NamedTuple):
     def folder(self) -> str:
         """The name as a folder: letters, digits, dots and underscores."""
         text = "".join(_GREEK.get(c, c) for c in self.name.lower())
-        return re.sub(r"[^a-z0-9.]+", "_", text).strip("_")
+        text = re.sub(r"-(?=[0-9.])", "minus_", text)
+        return re.sub(r"[^a-z0-9.]+", "_", text).strip("._")
 
     @property
     def overrides(self) -> list[str]:
@@ -63,9 +64,7 @@ def load_grid(path: Path) -> Grid:
         raise UserError(f"grid {path}: {error}") from error
     if not isinstance(content, dict) or set(content) != {"SEEDS", "CELLS"}:
         raise UserError(f"grid {path}: it needs the keys SEEDS and CELLS, and no other")
-    seeds = content["SEEDS"]
-    if not _list_of(seeds, int) or len(set(seeds)) < len(seeds):
-        raise UserError(f"grid {path}: SEEDS is {seeds!r}; it must be a list of different whole numbers")
+    seeds = check_seeds(content["SEEDS"], f"grid {path}: SEEDS")
     if not _list_of(content["CELLS"], dict):
         raise UserError(f"grid {path}: CELLS must be a list of mappings")
     cells = [
@@ -81,12 +80,33 @@ def load_grid(path: Path) -> Grid:
     return Grid(seeds, cells)
 
 
+def check_seeds(seeds: Any, source: str) -> list[int]:
+    """Return `seeds` if a study can have them.
+
+    Raises:
+        UserError: naming the source, if they are not different numbers that detectron2 seeds with.
+    """
+    # A bool is an int; a negative seed is a random one.
+    whole = _list_of(seeds, int) and not _list_of(seeds, bool) and all(0 <= seed < 2**31 for seed in seeds)
+    if not whole or len(set(seeds)) < len(seeds):
+        raise UserError(
+            f"{source} is {seeds!r}; it must be a list of different whole numbers from 0 to 2^31 - 1"
+        )
+    return list(seeds)
+
+
 def _expand(entry: dict[str, Any], where: str) -> list[Cell]:
     if not set(entry) <= _CELL_KEYS or not isinstance(entry.get("NAME"), str):
-        raise UserError(f"grid {where} has {sorted(entry)}; it needs NAME and may have SET, SWEEP, PAPER")
+        keys = ", ".join(map(str, entry))
+        raise UserError(f"grid {where} has {keys}; it needs a text NAME and may have SET, SWEEP, PAPER")
+    if re.search(r"[|$\\\n]", entry["NAME"]):
+        raise UserError(f"grid {where}: NAME {entry['NAME']!r} must be one line without |, $ and \\")
     fixed, sweep = entry.get("SET", {}), entry.get("SWEEP", {})
-    if not isinstance(fixed, dict) or not isinstance(sweep, dict):
+    if not all(isinstance(x, dict) and all(isinstance(key, str) for key in x) for x in (fixed, sweep)):
         raise UserError(f"grid {where}: SET and SWEEP must be mappings from config keys")
+    for key in ("SEED", "OUTPUT_DIR"):
+        if key in {*fixed, *sweep}:
+            raise UserError(f"grid {where} sets {key}, which a study sets itself (SEEDS, --output)")
     if not all(_list_of(values, object) for values in sweep.values()):
         raise UserError(f"grid {where}: each key of SWEEP needs a list of values")
     points = [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
@@ -94,12 +114,14 @@ def _expand(entry: dict[str, Any], where: str) -> list[Cell]:
     paper = paper if isinstance(paper, list) else [paper]
     if len(paper) != len(points):
         raise UserError(f"grid {where}: PAPER has {len(paper)} values for {len(points)} cells")
+    if not all(x is None or type(x) in (int, float) for x in paper):
+        raise UserError(f"grid {where}: PAPER is {paper}; it must be numbers, or null")
     cells = []
     for point, value in zip(points, paper, strict=True):
         short = {key.rsplit(".", 1)[-1]: x for key, x in point.items()}
         try:
             name = entry["NAME"].format(**short)
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"grid {where}: NAME may name only keys of SWEEP in braces: {error}") from error
         cells.append(Cell(name, {**fixed, **point}, value))
     return cells

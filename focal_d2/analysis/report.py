@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
 import statistics
@@ -25,15 +26,26 @@ def write_report(runs: Sequence[Run], results: Sequence[Result], output: Path) -
 
     Args:
         runs: all of the study.
-        results: of the first len(results) of them.
+        results: of some of them.
         output: the study's folder.
     """
+    ended = {(result.cell, result.seed) for result in results}
+    done = [run for run in runs if (run.cell.name, run.seed) in ended]
     cells = list({run.cell.name: run.cell for run in runs}.values())
     (output / "table.md").write_text(markdown_table(cells, results) + "\n")
-    _write_csv(runs, results, output / "results.csv")
+    _write_csv(done, results, output / "results.csv")
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         _plot_metrics(cells, results, output / "results.png")
-        _plot_losses(cells, runs[: len(results)], output / "losses.png")
+        _plot_losses(cells, done, output / "losses.png")
+
+
+def as_json(results: Sequence[Result]) -> str:
+    """Return a list of objects; what is not a number (AP of a size that no box has) is null."""
+    plain = [
+        {**r._asdict(), "metrics": {k: x if math.isfinite(x) else None for k, x in r.metrics.items()}}
+        for r in results
+    ]
+    return json.dumps(plain, indent=1)
 
 
 def markdown_table(cells: Sequence[Cell], results: Sequence[Result]) -> str:
@@ -87,7 +99,7 @@ def _write_csv(runs: Sequence[Run], results: Sequence[Result], path: Path) -> No
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["cell", "seed", "status", "diverged at", *keys, *metrics])
-        for run, result in zip(runs, results, strict=False):
+        for run, result in zip(runs, results, strict=True):
             row = [result.cell, result.seed, result.status, result.iteration]
             row += [run.cell.settings.get(key) for key in keys]
             writer.writerow([*row, *(result.metrics.get(name) for name in metrics)])
@@ -120,6 +132,8 @@ def _plot_metrics(cells: Sequence[Cell], results: Sequence[Result], path: Path) 
 def _plot_losses(cells: Sequence[Cell], runs: Sequence[Run], path: Path) -> None:
     """The classification loss of each run while it trained, a panel a cell; losses' scales differ."""
     shown = [cell for cell in cells if any(run.cell.name == cell.name for run in runs)]
+    if not shown:
+        return
     columns = min(4, len(shown))
     figure = Figure(figsize=(2.6 * columns, 1.9 * math.ceil(len(shown) / columns)), layout="constrained")
     panels: list[Axes] = list(

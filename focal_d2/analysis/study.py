@@ -7,19 +7,21 @@ resumes from its last checkpoint.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from focal_d2.analysis.grid import Cell
+import yaml
+
+from focal_d2.analysis.grid import Cell, Grid
 from focal_d2.errors import UserError
 
+_RECORD = "run.json"
 # What detectron2's trainer says of a loss that is not finite.
 _DIVERGED = re.compile(r"Loss became infinite or NaN at iteration=(\d+)")
 
@@ -31,7 +33,7 @@ class Run(NamedTuple):
     seed: int
     folder: Path
     command: list[str]
-    config: str  # the whole config; a run made with another one is not taken for this one
+    config: str  # the whole config as YAML; a run made with another one is not taken for this one
 
 
 class Result(NamedTuple):
@@ -55,7 +57,40 @@ class Result(NamedTuple):
         return f"{self.cell}, seed {self.seed}: {self.status}: {end}"
 
 
-def run_study(runs: Sequence[Run], output: Path, after: Callable[[list[Result]], None]) -> list[Result]:
+def plan(
+    grid: Grid, seeds: Sequence[int], output: Path, command: Sequence[str], check: Callable[[list[str]], str]
+) -> list[Run]:
+    """List the runs of a study, all cells of a seed before the next seed's: cut short, it has a whole table.
+
+    Args:
+        grid: the cells.
+        seeds: of each cell.
+        output: the study's folder.
+        command: of a training run, to which KEY VALUE … are added.
+        check: given a cell's KEY VALUE …, returns the whole config as YAML, or raises UserError. It is called
+            for each cell: a mistake in the last one must not show after a night.
+
+    Raises:
+        UserError: naming the cell.
+    """
+    configs = []
+    for cell in grid.cells:
+        try:
+            configs.append(check(cell.overrides))
+        except UserError as error:
+            raise UserError(f"cell {cell.name}: {error}") from error
+    runs = []
+    for seed in seeds:
+        for cell, config in zip(grid.cells, configs, strict=True):
+            folder = output / cell.folder / f"seed_{seed}"
+            own = [*cell.overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+            runs.append(Run(cell, seed, folder, [*command, *own], config))
+    return runs
+
+
+def run_study(
+    runs: Sequence[Run], output: Path, after: Callable[[list[Result], Result | None], None]
+) -> list[Result]:
     """Run what is missing, one after another, and read back what is there.
 
     A run that diverges or fails does not stop the others. A failed one is tried again next time, a diverged
@@ -64,19 +99,26 @@ def run_study(runs: Sequence[Run], output: Path, after: Callable[[list[Result]],
     Args:
         runs: of one study.
         output: the study's folder.
-        after: called with all results so far, after each run.
+        after: called with all results there are, in the order of `runs`, and the newest: at the start, when
+            none is new, and after each run.
+
+    Returns:
+        A result for each run.
 
     Raises:
-        UserError: if a study still runs in the folder, or the folder has a run with another config.
+        UserError: if a study still runs in the folder, the folder has a run with another config or of
+            unknown origin, or a file can't be written.
     """
-    results: list[Result] = []
     with _locked(output) as lock:
         for run in runs:
             _check_same_config(run)
-        for run in runs:
-            results.append(_stored(run) or _execute(run, lock))
-            after(results)
-    return results
+        results = [_stored(run) for run in runs]
+        after([result for result in results if result], None)
+        for i, run in enumerate(runs):
+            if results[i] is None:
+                results[i] = _execute(run, lock)
+                after([result for result in results if result], results[i])
+    return [result for result in results if result]
 
 
 @contextmanager
@@ -99,10 +141,26 @@ def _locked(output: Path) -> Iterator[int]:
 
 def _check_same_config(run: Run) -> None:
     record = _read_record(run)
-    if record and record["config"] != _digest(run):
-        raise UserError(
-            f"{run.folder} was run with another config: choose another output folder, or delete this one"
-        )
+    if record is None:
+        # A resumed run would take such a checkpoint for its own.
+        if (run.folder / "last_checkpoint").exists():
+            raise UserError(
+                f"{run.folder} has checkpoints but no {_RECORD}: choose another output folder, or delete it"
+            )
+        return
+    if record["config"] == run.config:
+        return
+    before, now = (_leaves(yaml.safe_load(text)) for text in (record["config"], run.config))
+    key = min(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    values = f"{key} {before.get(key)}, not {now.get(key)}"
+    raise UserError(f"{run.folder} was run with {values}: choose another output folder, or delete it")
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in node.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
 
 
 def _stored(run: Run) -> Result | None:
@@ -135,35 +193,38 @@ def _execute(run: Run, lock: int) -> Result:
     return result
 
 
-def _record_file(run: Run) -> Path:
-    return run.folder / "run.json"
-
-
 def _read_record(run: Run) -> dict[str, Any] | None:
-    path = _record_file(run)
-    return json.loads(path.read_text()) if path.is_file() else None
+    path = run.folder / _RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not {*Result._fields, "config"} <= record.keys():
+        raise UserError(f"{path} is damaged: delete the folder, and the run is made again")
+    return record
 
 
 def _write_record(run: Run, result: Result) -> None:
-    record = {**result._asdict(), "settings": run.cell.settings, "config": _digest(run)}
-    path = _record_file(run)
+    record = {**result._asdict(), "settings": run.cell.settings, "config": run.config}
+    path = run.folder / _RECORD
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(record, indent=1))
     os.replace(aside, path)
-
-
-def _digest(run: Run) -> str:
-    return hashlib.sha256(run.config.encode()).hexdigest()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Return the lines of a run's metrics.json, in the order of their iterations."""
     path = folder / "metrics.json"
     lines = path.read_text().splitlines() if path.is_file() else []
-    # A run that was killed may leave half a line, and its resumption writes some iterations again.
-    return sorted(
-        (json.loads(x) for x in lines if x.startswith("{") and x.endswith("}")), key=lambda m: m["iteration"]
-    )
+    metrics = []
+    for line in lines:
+        # A run that was killed may leave half a line, to which its resumption appends a whole one.
+        with suppress(ValueError):
+            metrics.append(json.loads(line[max(line.rfind("{"), 0) :]))
+    # The resumption also writes some iterations again.
+    return sorted(metrics, key=lambda m: m["iteration"])
 
 
 def last_metrics(folder: Path) -> dict[str, float]:

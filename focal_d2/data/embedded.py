@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -32,23 +33,34 @@ def prepare_once(folder: Path, recipe: Any, splits: Sequence[str], write: Callab
         The folder.
 
     Raises:
-        UserError: if it can't be written.
+        UserError: if it can't be written, or there is a folder of that name that was not made here.
     """
     stamp = folder / "recipe.json"
     written = json.dumps(asdict(recipe))
-    whole = all((folder / split).is_dir() and (folder / f"{split}.json").is_file() for split in splits)
-    if whole and stamp.is_file() and stamp.read_text() == written:
+
+    def is_there() -> bool:
+        whole = all((folder / split).is_dir() and (folder / f"{split}.json").is_file() for split in splits)
+        return whole and stamp.is_file() and stamp.read_text() == written
+
+    if is_there():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
-            aside = Path(work) / folder.name
-            aside.mkdir()
-            write(aside)
-            (aside / "recipe.json").write_text(written)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(aside, folder)
+        # Several processes may start on the same machine; one makes it, the others wait.
+        with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if is_there():
+                return folder
+            if folder.exists() and not stamp.is_file():
+                raise UserError(f"{folder} was not made by focal_d2: move it away, its name is needed")
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
+                aside = Path(work) / folder.name
+                aside.mkdir()
+                write(aside)
+                (aside / "recipe.json").write_text(written)
+                if folder.exists():
+                    shutil.rmtree(folder)
+                os.replace(aside, folder)
     except OSError as error:
         raise UserError(f"dataset folder {folder.parent}: {error}") from error
     return folder

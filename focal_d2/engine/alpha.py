@@ -14,6 +14,7 @@ from detectron2.structures import Boxes
 
 from focal_d2.data import FocalDatasetMapper
 from focal_d2.errors import UserError
+from focal_d2.modeling.losses import LOSSES
 
 # Beyond these a few wrong labels would own the gradient (paper, table 1a: α = 0.999 loses 6 AP).
 ALPHA_RANGE = (0.01, 0.99)
@@ -36,10 +37,16 @@ def resolve_alpha(cfg: CfgNode) -> CfgNode:
         The config itself if ALPHA is not "auto", else a copy with the number, frozen.
 
     Raises:
-        UserError: if no anchor is positive.
+        UserError: if no anchor is positive, or the loss has no use for such an α.
     """
     if cfg.MODEL.FOCAL.LOSS.ALPHA != "auto":
         return cfg
+    counting = sorted(name for name, loss in LOSSES.items() if getattr(loss, "counts_alpha", False))
+    if cfg.MODEL.FOCAL.LOSS.NAME not in counting:
+        raise UserError(
+            f"MODEL.FOCAL.LOSS.ALPHA is auto, which {cfg.MODEL.FOCAL.LOSS.NAME} does not take; these do: "
+            f"{', '.join(counting)}"
+        )
     positives, negatives = count_anchors(cfg)
     if positives == 0:
         raise UserError("MODEL.FOCAL.LOSS.ALPHA is auto, but no anchor of DATASETS.TRAIN is positive")

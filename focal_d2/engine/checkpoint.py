@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlparse
 
@@ -11,8 +12,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 
 from focal_d2.errors import UserError
 
-# In FocalRetinaNet's checkpoints and not in detectron2's RetinaNet's.
-_OURS = "loss_normalizer.ema"
+# What the losses remember: not in detectron2's checkpoints, and each loss has its own.
+_OURS = ("loss_normalizer.", "cls_loss.", "box_loss.")
 # Absent from converted files, and without meaning once training is over.
 _COUNTER = "num_batches_tracked"
 # A residual block, under any of the names that detectron2 knows how to match.
@@ -49,8 +50,7 @@ class FocalCheckpointer(DetectionCheckpointer):
             UserError: if it cannot be found or read, or does not fit the model or its optimizer.
         """
         self._source = path
-        if path and "://" not in path and not os.path.isfile(urlparse(path).path):
-            raise UserError(f"weights file not found: {path}")
+        check_file(path)
         try:
             return super().load(path, *args, **kwargs)
         except UserError:
@@ -66,8 +66,8 @@ class FocalCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         misshaped = {name: (theirs, ours) for name, theirs, ours in incompatible.incorrect_shapes}
         entries = set(self.model.state_dict())
-        missing = {n for n in incompatible.missing_keys if not n.endswith(_COUNTER)} - misshaped.keys()
-        surplus = {n for n in incompatible.unexpected_keys if not n.endswith(_COUNTER)} - {_OURS}
+        missing = _needed(incompatible.missing_keys) - misshaped.keys()
+        surplus = _needed(incompatible.unexpected_keys)
         if self.partial:
             needed = {n for n in entries if n.startswith("backbone.bottom_up.")} or entries
             missing &= needed
@@ -85,6 +85,20 @@ class FocalCheckpointer(DetectionCheckpointer):
         if reasons:
             raise UserError(f"weights {self._source} do not fit this model: they {'; '.join(reasons)}")
         return incompatible
+
+
+def _needed(names: Iterable[str]) -> set[str]:
+    return {n for n in names if not n.endswith(_COUNTER) and not n.startswith(_OURS)}
+
+
+def check_file(path: str) -> None:
+    """Check that weights exist, unless they are a URL or "".
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    if path and "://" not in path and not os.path.isfile(urlparse(path).path):
+        raise UserError(f"weights file not found: {path}")
 
 
 def _some(names: set[str]) -> str:

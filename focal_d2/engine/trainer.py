@@ -23,7 +23,7 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter
 
 from focal_d2.data import FocalDatasetMapper, check_datasets
 from focal_d2.engine.alpha import resolve_alpha
-from focal_d2.engine.checkpoint import FocalCheckpointer
+from focal_d2.engine.checkpoint import FocalCheckpointer, check_file
 from focal_d2.engine.progress import ProgressBar
 from focal_d2.engine.setup import building, load_config, set_up_job
 from focal_d2.errors import UserError
@@ -156,12 +156,7 @@ def launch_job(args: argparse.Namespace) -> None:
     Raises:
         UserError: for more GPUs than there are.
     """
-    devices = torch.cuda.device_count()
-    if args.num_gpus * args.num_machines > 1 and args.num_gpus > devices:
-        raise UserError(
-            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: PyTorch finds {devices} CUDA "
-            "devices here, and several processes need one each"
-        )
+    check_devices(args.num_gpus, args.num_machines)
     launch(
         run,
         args.num_gpus,
@@ -170,6 +165,20 @@ def launch_job(args: argparse.Namespace) -> None:
         dist_url=args.dist_url,
         args=(args,),
     )
+
+
+def check_devices(num_gpus: int, num_machines: int) -> None:
+    """Check that each of several processes has a GPU.
+
+    Raises:
+        UserError: for more GPUs than there are.
+    """
+    devices = torch.cuda.device_count()
+    if num_gpus * num_machines > 1 and num_gpus > devices:
+        raise UserError(
+            f"--num-gpus {num_gpus} --num-machines {num_machines}: PyTorch finds {devices} CUDA "
+            "devices here, and several processes need one each"
+        )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -202,12 +211,13 @@ def run(args: argparse.Namespace) -> None:
     trainer.train()
 
 
-def check_job(config_file: str, overrides: Sequence[str] = ()) -> str:
-    """Check all that `run` would check before it trains, building the model included.
+def check_job(config_file: str, overrides: Sequence[str] = (), *, num_gpus: int = 1) -> str:
+    """Check what `launch_job` can be told before it reads images: config, datasets, model, schedule, weights.
 
     Args:
         config_file: path of the YAML file.
-        overrides: KEY VALUE pairs.
+        overrides: KEY VALUE pairs; SEED and OUTPUT_DIR are not among them.
+        num_gpus: on this machine.
 
     Returns:
         The whole config as YAML, but for OUTPUT_DIR and SEED: what makes two runs comparable.
@@ -215,11 +225,22 @@ def check_job(config_file: str, overrides: Sequence[str] = ()) -> str:
     Raises:
         UserError: for anything the user can mend.
     """
+    for key in ("SEED", "OUTPUT_DIR"):
+        if key in overrides[::2]:
+            raise UserError(f"{key} is set for each run; it can't be an override")
+    check_devices(num_gpus, 1)
     cfg = load_config(config_file, overrides)
     check_datasets(cfg, training=True)
-    with building("model"):
-        build_model(resolve_alpha(cfg))
-    cfg = cfg.clone()
+    comparable = cfg.clone()
+    comparable.defrost()
+    comparable.OUTPUT_DIR, comparable.SEED = "", -1
+    cfg = resolve_alpha(cfg).clone()
     cfg.defrost()
-    cfg.OUTPUT_DIR, cfg.SEED = "", -1
-    return cfg.dump()
+    cfg.MODEL.DEVICE = "cpu"  # where building leaves no context and no memory behind
+    with building("trainer"):
+        model = build_model(cfg)
+        optimizer = FocalTrainer.build_optimizer(cfg, model)
+        FocalTrainer.build_lr_scheduler(cfg, optimizer)
+        FocalDatasetMapper(cfg, is_train=True)
+    check_file(cfg.MODEL.WEIGHTS)
+    return str(comparable.dump())

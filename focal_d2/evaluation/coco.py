@@ -11,6 +11,9 @@ from tabulate import tabulate
 # Where pycocotools' summary has the average recall at most 1, 10 and 100 detections an image.
 _RECALL_STATS = {6: "AR@{0}", 7: "AR@{1}", 8: "AR@{2}"}
 
+# COCO's small, medium and large boxes, in square pixels.
+_AREAS = {"APs": (0.0, 32.0**2), "APm": (32.0**2, 96.0**2), "APl": (96.0**2, float("inf"))}
+
 
 class FocalCOCOEvaluator(COCOEvaluator):
     """detectron2's evaluator that also reports average recall, 0 where a model finds nothing, and reads
@@ -31,9 +34,13 @@ class FocalCOCOEvaluator(COCOEvaluator):
         for stat, name in _RECALL_STATS.items():
             value = float("nan") if coco_eval is None else float(coco_eval.stats[stat])
             results[name.format(*self._max_dets_per_image)] = 100 * value if value >= 0 else float("nan")
-        if coco_eval is None and self._coco_api.anns:
-            # detectron2 has NaN for a model that finds nothing; it misses every box, per cent of each is 0.
-            return dict.fromkeys(results, 0.0)
+        if coco_eval is None:
+            # detectron2 has NaN for a model that finds nothing; of the boxes there are it misses every one.
+            areas = [a["area"] for a in self._coco_api.anns.values() if not a["iscrowd"]]
+            for name in results:
+                low, high = _AREAS.get(name, (0.0, float("inf")))
+                if any(low <= area <= high for area in areas):
+                    results[name] = 0.0
         return results
 
 

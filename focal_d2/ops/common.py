@@ -62,8 +62,18 @@ def check_weight(name: str, value: float | Tensor) -> None:
     Raises:
         ValueError: naming the value.
     """
-    if (value.max().item() if isinstance(value, Tensor) else value) > 1:
+    if not (value.max().item() if isinstance(value, Tensor) else value) <= 1:  # NaN neither
         raise ValueError(f"{name} is {value}; it must be in [0, 1], or negative for no weighting")
+
+
+def check_in_0_1(name: str, value: float) -> None:
+    """Refuse anything but a weight.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; it must be in [0, 1]")
 
 
 def check_at_least_0(name: str, value: float) -> None:
@@ -72,7 +82,7 @@ def check_at_least_0(name: str, value: float) -> None:
     Raises:
         ValueError: naming the value.
     """
-    if value < 0:
+    if not value >= 0:
         raise ValueError(f"{name} is {value}; it must be at least 0")
 
 

@@ -4,7 +4,9 @@ Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, arXiv 181
 
 The unit interval of gradient norms g is cut into M bins; with R_j examples in the bin of g, the gradient
 density is GD(g) = R_j · M (eq. 6, 9), and the loss Σ L / GD(g) (eq. 8) is already an average: it is divided
-by nothing else. Departure from mmdetection's code: that divides by the bins that are not empty instead of M.
+by nothing else. Departures from mmdetection's code: that divides by the bins that are not empty instead of M,
+and lets a bin's moving average rest while it is empty. The average starts at 0, so that the first batches
+weigh up to 1 / (1 - momentum) times as much.
 """
 
 from __future__ import annotations
@@ -48,4 +50,5 @@ def harmonise(norms: Tensor, counts: Tensor, histogram: Tensor, momentum: float)
 
 
 def _bin_of(norms: Tensor, bins: int) -> Tensor:
-    return (norms * bins).long().clamp(max=bins - 1)
+    # A loss that is NaN stays so whatever its weight; counting must not fail before it is seen.
+    return (norms * bins).nan_to_num(0).long().clamp(max=bins - 1)

@@ -35,7 +35,7 @@ def suppress(
     on the rest: n doubles until enough are kept, and most boxes are never decoded.
 
     Args:
-        loss: (R,) of each example; -inf for those that take no part.
+        loss: (R,) of each example; -inf for those that take no part. NaN is kept first.
         boxes_of: indices (E,) -> boxes (E, 4).
         nms: boxes (E, 4), scores (E,) -> kept indices in falling order of score.
         count: how many to keep.
@@ -43,6 +43,7 @@ def suppress(
     Returns:
         Indices (at most `count`,) in falling order of loss.
     """
+    loss = loss.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
     order = loss.argsort(descending=True, stable=True)[: int((loss > float("-inf")).sum())]
     seen = 4 * count
     while True:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from focal_d2.ops.common import check_at_least_0, check_weight, compare, reduce
+from focal_d2.ops.common import check_at_least_0, check_in_0_1, compare, reduce
 
 
 def quality_focal_loss(
@@ -25,7 +25,8 @@ def quality_focal_loss(
         labels: (...) int64.
         quality: (...) float in [0, 1].
         num_classes: K.
-        beta: focusing parameter, at least 0 (the paper: 2).
+        beta: focusing parameter, 0 or at least 1 (the paper: 2); between them the gradient is infinite where
+            p = y.
         reduction: "sum", or "none" for (..., K) with 0 for ignored anchors.
 
     Returns:
@@ -34,7 +35,7 @@ def quality_focal_loss(
     Raises:
         ValueError: if shapes, labels' dtype, beta or reduction do not fit.
     """
-    check_at_least_0("beta", beta)
+    check_quality_beta(beta)
     x, target, counts = _soft_targets(logits, labels, quality, num_classes)
     loss = F.binary_cross_entropy_with_logits(x, target, reduction="none")
     if beta > 0:
@@ -61,7 +62,7 @@ def varifocal_loss(
         labels: (...) int64.
         quality: (...) float in [0, 1].
         num_classes: K.
-        alpha: weight of the negatives (the paper: 0.75).
+        alpha: weight of the negatives, in [0, 1] (the paper: 0.75).
         gamma: focusing parameter of the negatives, at least 0 (the paper: 2).
         reduction: "sum", or "none" for (..., K) with 0 for ignored anchors.
 
@@ -71,12 +72,22 @@ def varifocal_loss(
     Raises:
         ValueError: if shapes, labels' dtype, alpha, gamma or reduction do not fit.
     """
-    check_weight("alpha", alpha)
+    check_in_0_1("alpha", alpha)
     check_at_least_0("gamma", gamma)
     x, target, counts = _soft_targets(logits, labels, quality, num_classes)
     loss = F.binary_cross_entropy_with_logits(x, target, reduction="none")
     negative_weight = alpha * torch.exp(gamma * F.logsigmoid(x))
     return reduce(torch.where(target > 0, target, negative_weight) * loss, counts, reduction)
+
+
+def check_quality_beta(beta: float) -> None:
+    """Refuse what quality focal loss has no gradient for.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if not (beta == 0 or beta >= 1):
+        raise ValueError(f"beta is {beta}; it must be 0, or at least 1")
 
 
 def _soft_targets(

@@ -7,7 +7,7 @@ import yaml
 from detectron2.modeling import build_model
 
 from focal_d2 import UserError
-from focal_d2.analysis import load_grid
+from focal_d2.analysis import Cell, load_grid
 from focal_d2.engine import load_config
 from tests.conftest import REPOSITORY
 
@@ -38,6 +38,7 @@ def test_sweep_is_a_product_with_the_last_key_fastest(write):
     ]
     assert [c.paper for c in grid.cells] == [None, 1.0, 2.0, 3.0, 4.0]
     assert [c.folder for c in grid.cells[:2]] == ["gamma_0.5", "a_1_b_0.5"]
+    assert Cell("α -1.0", {}, None).folder == "alpha_minus_1.0"
     assert grid.cells[1].overrides == ["K", "v", "MODEL.X.A", "1", "MODEL.X.B", "[0.5]"]
 
 
@@ -49,8 +50,23 @@ def test_sweep_is_a_product_with_the_last_key_fastest(write):
         ({"SEEDS": [1], "CELLS": [{"NAME": "a"}], "MORE": 1}, "needs the keys SEEDS and CELLS"),
         ({"SEEDS": [], "CELLS": [{"NAME": "a"}]}, "SEEDS is \\[\\]"),
         ({"SEEDS": [1, 1], "CELLS": [{"NAME": "a"}]}, "different whole numbers"),
+        ({"SEEDS": [True], "CELLS": [{"NAME": "a"}]}, "SEEDS is \\[True\\]"),
+        ({"SEEDS": [-1], "CELLS": [{"NAME": "a"}]}, "SEEDS is \\[-1\\]"),
+        ({"SEEDS": [2**31], "CELLS": [{"NAME": "a"}]}, "from 0 to 2\\^31 - 1"),
+        ({"SEEDS": [1], "CELLS": [{1: "a"}]}, "CELLS\\[0\\] has 1; it needs a text NAME"),
+        ({"SEEDS": [1], "CELLS": [{"NAME": "a|b"}]}, "must be one line without"),
+        ({"SEEDS": [1], "CELLS": [{"NAME": "a\nb"}]}, "must be one line without"),
+        (
+            {"SEEDS": [1], "CELLS": [{"NAME": "a", "SET": {"SEED": 1}}]},
+            "sets SEED, which a study sets itself",
+        ),
+        ({"SEEDS": [1], "CELLS": [{"NAME": "a", "SWEEP": {"OUTPUT_DIR": ["x"]}}]}, "sets OUTPUT_DIR"),
+        ({"SEEDS": [1], "CELLS": [{"NAME": "a", "SWEEP": {1: [1]}}]}, "must be mappings from config keys"),
+        ({"SEEDS": [1], "CELLS": [{"NAME": "a", "PAPER": "34.0"}]}, "must be numbers, or null"),
+        ({"SEEDS": [1], "CELLS": [{"NAME": "a {K.x}", "SWEEP": {"K": [1]}}]}, "only keys of SWEEP"),
+        ({"SEEDS": [1], "CELLS": [{"NAME": ".."}]}, "share the folder"),
         ({"SEEDS": [1], "CELLS": ["a"]}, "CELLS must be a list of mappings"),
-        ({"SEEDS": [1], "CELLS": [{"SET": {}}]}, "CELLS\\[0\\] has .* needs NAME"),
+        ({"SEEDS": [1], "CELLS": [{"SET": {}}]}, "CELLS\\[0\\] has SET; it needs a text NAME"),
         ({"SEEDS": [1], "CELLS": [{"NAME": "a", "WHAT": 1}]}, "may have SET, SWEEP, PAPER"),
         ({"SEEDS": [1], "CELLS": [{"NAME": "a", "SWEEP": {"K": 1}}]}, "needs a list of values"),
         ({"SEEDS": [1], "CELLS": [{"NAME": "a", "SET": []}]}, "must be mappings"),

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 import sys
 
 import cv2
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog
+from sklearn.datasets import load_digits, load_sample_images
 
 from focal_d2 import UserError
 from focal_d2.data import check_datasets
@@ -53,7 +55,7 @@ def test_boxes_are_tight_around_the_ink_and_do_not_overlap():
     digit[0, 1:7, 2:6] = 16
     for _ in range(10):
         scene, boxes, labels = draw_scene(rng, digit, np.array([7]), backgrounds, SMALL)
-        assert 1 <= len(boxes) == len(labels) <= 5
+        assert 1 <= len(boxes) == len(labels) <= 9
         assert set(labels) == {7}
         changed = np.abs(scene.astype(int) - 100).max(axis=2) > 20
         inside = np.zeros_like(changed)
@@ -73,6 +75,47 @@ def test_boxes_are_tight_around_the_ink_and_do_not_overlap():
             assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
+def test_the_splits_share_no_digit_and_no_part_of_a_photograph(tmp_path, monkeypatch):
+    seen = []
+
+    def look(rng, digits, classes, backgrounds, recipe):
+        seen.append((digits, classes, backgrounds))
+        return draw_scene(rng, digits, classes, backgrounds, recipe)
+
+    monkeypatch.setattr("focal_d2.data.digits.draw_scene", look)
+    prepare(tmp_path, Recipe(train_scenes=1, test_scenes=1))
+    (train, train_classes, train_parts), (test, test_classes, test_parts) = seen
+    everything = load_digits()
+    assert np.array_equal(np.concatenate([train, test]), everything.images)
+    assert np.array_equal(np.concatenate([train_classes, test_classes]), everything.target)
+    for photograph, left, right in zip(load_sample_images().images, train_parts, test_parts, strict=True):
+        assert left.shape[1] + right.shape[1] < photograph.shape[1]
+        assert np.array_equal(left, photograph[:, : left.shape[1], ::-1])
+        assert np.array_equal(right, photograph[:, -right.shape[1] :, ::-1])
+
+
+def test_a_folder_that_was_not_made_here_is_left_alone(tmp_path):
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits/mine.csv").write_text("")
+    with pytest.raises(UserError, match="digits was not made by focal_d2"):
+        prepare(tmp_path, SMALL)
+    assert (tmp_path / "digits/mine.csv").exists()
+
+
+def test_processes_that_start_together_draw_once(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from focal_d2.data.digits import Recipe, prepare; "
+        "f = prepare(Path(sys.argv[1]), Recipe(train_scenes=5, test_scenes=3)); "
+        "print((f / 'recipe.json').stat().st_ino)"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    made = {process.communicate()[0].splitlines()[-1] for process in processes}
+    assert len(made) == 1
+
+
 def test_the_registered_names_draw_themselves_and_fit_a_config(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     monkeypatch.setattr("focal_d2.data.digits.prepare.__defaults__", (SMALL,))
@@ -89,7 +132,7 @@ def test_without_scikit_learn_the_error_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match="need scikit-learn: pip install"):
         prepare(tmp_path, SMALL)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "digits").exists()
 
 
 def test_a_root_that_is_a_file_is_named(tmp_path):

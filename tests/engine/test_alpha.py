@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from torchvision.ops import box_iou
 
 from focal_d2 import UserError
 from focal_d2.data import register_coco_datasets
@@ -28,8 +31,19 @@ def cfg(coco_dataset):
 
 def test_anchors_are_counted(cfg):
     positives, negatives = count_anchors(cfg)
-    assert 2 * 3 <= positives < 2 * 3 * 9  # three boxes an image, each with at least its best anchor
-    assert positives + negatives <= 2 * 64
+    # By brute force, anchor by anchor.
+    expected = [0, 0]
+    corners = [8 * k - 12 for k in range(8)]
+    for record in DatasetCatalog.get(cfg.DATASETS.TRAIN[0]):
+        boxes = torch.tensor([a["bbox"] for a in record["annotations"]], dtype=torch.float32)
+        boxes[:, 2:] += boxes[:, :2]
+        anchors = torch.tensor([[x, y, x + 24, y + 24] for y in corners for x in corners]).float()
+        iou = box_iou(boxes, anchors)
+        best = (iou == iou.max(dim=1, keepdim=True).values).any(dim=0)
+        positive = best | (iou.max(dim=0).values >= 0.5)
+        expected[0] += int(positive.sum())
+        expected[1] += int((~positive & (iou.max(dim=0).values < 0.4)).sum())
+    assert [positives, negatives] == expected
 
 
 def test_auto_is_the_inverse_frequency(cfg):
@@ -54,6 +68,13 @@ def test_auto_without_positives_is_refused(cfg, monkeypatch):
 def test_a_number_stays_as_it_is():
     cfg = make_cfg(MODEL__FOCAL__LOSS__ALPHA=0.3)
     assert resolve_alpha(cfg) is cfg
+
+
+@pytest.mark.parametrize("name", ["varifocal", "softmax_focal", "focal_star", "ce"])
+def test_auto_is_for_losses_that_balance(cfg, name):
+    cfg.MODEL.FOCAL.LOSS.NAME = name
+    with pytest.raises(UserError, match=f"auto, which {name} does not take; these do: balanced_ce, focal"):
+        resolve_alpha(cfg)
 
 
 def test_auto_evaluates_but_does_not_train_elsewhere(cfg):

@@ -97,3 +97,16 @@ def test_paired_iou_is_the_diagonal_of_box_iou():
     others[:, 2:] = torch.maximum(others[:, 2:], others[:, :2])
     torch.testing.assert_close(paired_iou(boxes, others), box_iou(boxes, others).diagonal())
     assert paired_iou(torch.zeros(1, 4), torch.zeros(1, 4)).item() == 0
+
+
+@pytest.mark.parametrize("beta", [-1.0, 0.5, float("nan")])
+def test_a_beta_without_a_gradient_is_refused(beta):
+    logits, labels, quality = random_case()
+    with pytest.raises(ValueError, match="beta is .*; it must be 0, or at least 1"):
+        quality_focal_loss(logits, labels, quality, num_classes=K, beta=beta)
+
+
+def test_varifocal_loss_has_no_negative_weight():
+    logits, labels, quality = random_case()
+    with pytest.raises(ValueError, match="alpha is -1"):
+        varifocal_loss(logits, labels, quality, num_classes=K, alpha=-1.0, gamma=2.0)

@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from focal_d2.engine import command_line
 from tests.conftest import REPOSITORY
+from tools.ablation import main
 
+DIVERGES = {"SOLVER.FOCAL.OPTIMIZER": "SGD", "SOLVER.BASE_LR": 1e18}
 CELLS = [
     {"NAME": "FL, γ {GAMMA}", "SWEEP": {"MODEL.FOCAL.LOSS.GAMMA": [2.0, 0.5]}},
-    {"NAME": "diverges", "SET": {"SOLVER.FOCAL.OPTIMIZER": "SGD", "SOLVER.BASE_LR": 1e18}},
+    # What the trainer sees of NaN depends on the losses.
+    {"NAME": "diverges", "SET": {**DIVERGES, "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": "giou"}},
     {"NAME": "CE", "SET": {"MODEL.FOCAL.LOSS.NAME": "ce"}},
 ]
 
@@ -72,6 +76,39 @@ def test_a_killed_study_goes_on_and_a_diverged_cell_does_not_stop_it(command, tm
         assert (study / name).is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_loss_diverges_in_words_that_a_study_reads(command, tmp_path):
+    cells = [
+        {"NAME": name, "SET": {**DIVERGES, "MODEL.FOCAL.LOSS.NAME": name}}
+        for name in ("ghm", "ohem", "focal")
+    ]
+    result = run(command("--seeds", "3", "--json", "DATASETS.TEST", "()", cells=cells))
+    assert [(r["status"], r["seed"]) for r in json.loads(result.stdout)] == [("diverged", 3)] * 3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--seeds", "1,1"], "--seeds is [1, 1]; it must be a list of different whole numbers"),
+        (["--seeds", "a"], "--seeds is ['a']"),
+        (["--num-gpus", "99"], "cell a: --num-gpus 99"),
+        (["SEED", "3"], "cell a: SEED is set for each run"),
+        (["MODEL.FOCAL.GHM_R.MU", "0.0"], "cell a: MODEL.FOCAL.GHM_R: MU is 0.0"),
+        (["SOLVER.LR_SCHEDULER_NAME", "Nope"], "cell a: cannot build the trainer"),
+        (["INPUT.FOCAL.BRIGHTNESS", "2.0"], "cell a: INPUT.FOCAL.BRIGHTNESS"),
+        (["MODEL.WEIGHTS", "/none.pth"], "cell a: weights file not found: /none.pth"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, command, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", command(*arguments, cells=[{"NAME": "a"}])[1:])
+    with pytest.raises(SystemExit) as stop, command_line():
+        main()
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
 def run(command) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -88,7 +125,7 @@ def test_a_mistake_in_the_last_cell_shows_before_the_first_runs(command, tmp_pat
 
 
 def test_a_failed_run_is_reported_and_ends_with_status_2(command, tmp_path):
-    # Images that vanish after the check.
+    # The check reads no image.
     result = run(command("DATALOADER.NUM_WORKERS", "0", "INPUT.FORMAT", "no such", cells=[{"NAME": "a"}]))
     assert result.returncode == 2
     assert "1 of 1 runs failed; the same command tries them again" in result.stderr

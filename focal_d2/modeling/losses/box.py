@@ -8,6 +8,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor, nn
 
+from focal_d2.errors import UserError
 from focal_d2.ops.ghm import harmonise
 
 _IOU_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
@@ -46,6 +47,11 @@ class BoxLoss(nn.Module):
             ghm_momentum: of the moving average of their counts; 0: this batch's.
         """
         super().__init__()
+        if not (ghm_mu > 0 and ghm_bins >= 1 and 0 <= ghm_momentum < 1):
+            raise UserError(
+                f"MODEL.FOCAL.GHM_R: MU is {ghm_mu}, BINS {ghm_bins}, MOMENTUM {ghm_momentum}; above 0, at "
+                "least 1 and in [0, 1) are needed"
+            )
         self.kind = kind
         self.transform = transform
         self.smooth_l1_beta = smooth_l1_beta
@@ -72,7 +78,10 @@ class BoxLoss(nn.Module):
         """
         if self.kind in _IOU_LOSSES:
             boxes = self.transform.apply_deltas(deltas, anchors)
-            return _IOU_LOSSES[self.kind](boxes, gt_boxes, reduction="sum")
+            # fvcore asserts on boxes that are NaN; the trainer's own check names the iteration.
+            finite = boxes.isfinite().all()
+            loss = _IOU_LOSSES[self.kind](torch.where(finite, boxes, gt_boxes), gt_boxes, reduction="sum")
+            return torch.where(finite, loss, float("nan"))
         targets = self.transform.get_deltas(anchors, gt_boxes)
         if self.kind == "smooth_l1":
             return smooth_l1_loss(deltas, targets, beta=self.smooth_l1_beta, reduction="sum")

@@ -17,6 +17,8 @@ from focal_d2.ops import (
     softmax_focal_loss,
     varifocal_loss,
 )
+from focal_d2.ops.common import check_at_least_0, check_in_0_1, check_weight
+from focal_d2.ops.quality import check_quality_beta
 
 _NO_WEIGHTING = -1.0
 
@@ -37,20 +39,26 @@ class _AlphaBalanced(_Elementwise):
     """Keeps α: a number, or one a class as a buffer that moves with the model."""
 
     alpha: Any
+    # Whether ALPHA may be "auto": a balance of positives against negatives.
+    counts_alpha = False
 
     def __init__(self, *, num_classes: int, alpha: float | list[float] | str) -> None:
         super().__init__(num_classes=num_classes)
-        if alpha == "auto":
+        if alpha == "auto" and self.counts_alpha:
             self.alpha = alpha
             return
         if isinstance(alpha, (list, tuple)):
             if len(alpha) != num_classes:
                 raise ValueError(f"ALPHA has {len(alpha)} values for {num_classes} classes")
+            for value in alpha:
+                check_in_0_1("each of ALPHA", value)
             self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float32), persistent=False)
-        else:
-            self.alpha = float(alpha)
-        if max(alpha if isinstance(alpha, (list, tuple)) else [self.alpha]) > 1:
-            raise ValueError(f"ALPHA is {alpha}; it must be in [0, 1], or negative for no weighting")
+            return
+        if isinstance(alpha, (str, bool)):
+            auto = ", or auto" if self.counts_alpha else ""
+            raise ValueError(f"ALPHA is {alpha!r}; it must be a number, a list of one for each class{auto}")
+        check_weight("ALPHA", alpha)
+        self.alpha = float(alpha)
 
     def forward(self, batch: DenseBatch) -> Tensor:
         """Return the sum over all anchors that are not ignored."""
@@ -78,6 +86,8 @@ class CrossEntropy(_Elementwise):
 class BalancedCrossEntropy(_AlphaBalanced):
     """α-balanced sigmoid cross entropy (paper, eq. 3)."""
 
+    counts_alpha = True
+
     def term(self, logits: Tensor, labels: Tensor) -> Tensor:
         """See `focal_d2.ops.sigmoid_focal_loss`."""
         return sigmoid_focal_loss(logits, labels, num_classes=self.num_classes, alpha=self.alpha, gamma=0.0)
@@ -87,8 +97,11 @@ class BalancedCrossEntropy(_AlphaBalanced):
 class FocalLoss(_AlphaBalanced):
     """α-balanced sigmoid focal loss (paper, eq. 5)."""
 
+    counts_alpha = True
+
     def __init__(self, *, num_classes: int, alpha: float | list[float], gamma: float) -> None:
         super().__init__(num_classes=num_classes, alpha=alpha)
+        check_at_least_0("GAMMA", gamma)
         self.gamma = gamma
 
     def term(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -104,6 +117,8 @@ class FocalStarLoss(_AlphaBalanced):
 
     def __init__(self, *, num_classes: int, alpha: float | list[float], gamma: float, beta: float) -> None:
         super().__init__(num_classes=num_classes, alpha=alpha)
+        if gamma <= 0:
+            raise ValueError(f"GAMMA is {gamma}; it must be above 0")
         self.gamma = gamma
         self.beta = beta
 
@@ -125,6 +140,8 @@ class SoftmaxFocalLoss(_Elementwise):
 
     def __init__(self, *, num_classes: int, alpha: float, gamma: float) -> None:
         super().__init__(num_classes=num_classes)
+        check_weight("ALPHA", alpha)
+        check_at_least_0("GAMMA", gamma)
         self.alpha = alpha
         self.gamma = gamma
 
@@ -182,6 +199,7 @@ class QualityFocalLoss(ClassificationLoss):
 
     def __init__(self, *, num_classes: int, beta: float) -> None:
         super().__init__(num_classes=num_classes)
+        check_quality_beta(beta)
         self.beta = beta
 
     def forward(self, batch: DenseBatch) -> Tensor:
@@ -197,6 +215,8 @@ class VarifocalLoss(ClassificationLoss):
 
     def __init__(self, *, num_classes: int, alpha: float, gamma: float) -> None:
         super().__init__(num_classes=num_classes)
+        check_in_0_1("ALPHA", alpha)
+        check_at_least_0("GAMMA", gamma)
         self.alpha = alpha
         self.gamma = gamma
 

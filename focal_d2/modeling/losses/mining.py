@@ -10,6 +10,7 @@ from torchvision.ops import nms
 
 from focal_d2.modeling.losses.base import ClassificationLoss, DenseBatch, register_loss
 from focal_d2.ops import IGNORE_LABEL, sigmoid_focal_loss
+from focal_d2.ops.common import check_at_least_0
 from focal_d2.ops.mining import hard_negatives, suppress
 
 
@@ -44,6 +45,7 @@ class HardNegativeMining(_Mining):
 
     def __init__(self, *, num_classes: int, negatives_per_positive: float) -> None:
         super().__init__(num_classes=num_classes)
+        check_at_least_0("negatives_per_positive", negatives_per_positive)
         self.negatives_per_positive = negatives_per_positive
 
     def choose(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
@@ -66,6 +68,11 @@ class OnlineHardExampleMining(_Mining):
         self, *, num_classes: int, examples: int, nms_thresh: float, negatives_per_positive: float
     ) -> None:
         super().__init__(num_classes=num_classes)
+        check_at_least_0("negatives_per_positive", negatives_per_positive)
+        if not isinstance(examples, int) or examples < 1:
+            raise ValueError(f"examples is {examples}; it must be a whole number, at least 1")
+        if not 0 <= nms_thresh <= 1:
+            raise ValueError(f"nms_thresh is {nms_thresh}; it must be in [0, 1]")
         self.examples = examples
         self.nms_thresh = nms_thresh
         self.negatives_per_positive = negatives_per_positive
@@ -91,6 +98,6 @@ class OnlineHardExampleMining(_Mining):
         return suppress(
             loss.masked_fill(batch.labels[image] == IGNORE_LABEL, float("-inf")),
             partial(batch.predicted_boxes, image),
-            partial(nms, iou_threshold=self.nms_thresh),
+            lambda boxes, scores: nms(boxes, scores.to(boxes.dtype), self.nms_thresh),
             count=count,
         )

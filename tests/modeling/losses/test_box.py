@@ -4,6 +4,7 @@ import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 
+from focal_d2 import UserError
 from focal_d2.modeling.losses import BOX_LOSSES, BoxLoss, LossNormalizer
 
 
@@ -33,6 +34,27 @@ def test_box_loss_is_zero_for_exact_boxes_and_for_none(kind):
     nothing = loss(none, anchors[:0], gt[:0])
     assert nothing.item() == 0
     assert torch.autograd.grad(nothing, none)[0].shape == (0, 4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", BOX_LOSSES)
+def test_box_loss_of_diverged_deltas_is_not_finite_and_raises_nothing(kind, value):
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    deltas = torch.tensor([[value, 0.0, 0.0, 0.0]], requires_grad=True)
+    loss = box_loss(kind)(deltas, anchors, anchors)
+    assert not loss.isfinite()
+    loss.backward()
+
+
+@pytest.mark.parametrize("kind", BOX_LOSSES)
+def test_what_a_box_loss_is_divided_by(kind):
+    assert box_loss(kind).divided_by_positives == (kind != "ghm_r")
+
+
+@pytest.mark.parametrize("change", [{"ghm_mu": 0.0}, {"ghm_bins": 0}, {"ghm_momentum": 1.5}])
+def test_ghm_r_parameters_out_of_range_are_named(change):
+    with pytest.raises(UserError, match="MODEL.FOCAL.GHM_R: MU is .* are needed"):
+        box_loss("ghm_r", **change)
 
 
 def test_ghm_r_by_hand():

@@ -187,8 +187,26 @@ def test_every_answer_to_imbalance_shifts_the_gradient_to_the_positives():
     assert ratios["ohem"] == pytest.approx(ratios["ce"] * 10_000 / 78, rel=1e-4)
     # Two bins are occupied; each gets the same weight, so the norms decide: 0.95 against 0.095.
     assert ratios["ghm"] == pytest.approx((1 - math.exp(-3)) / (1 - math.exp(-0.1)), rel=1e-4)
-    assert set(NAMES) == {n for n, r in ratios.items() if r >= ratios["ce"] * 0.999}
-    assert ratios["focal"] > 5 * ratios["ce"]
+    # The others reshape the two sides by functions of p; by hand from the formulas' derivatives.
+    p, q = math.exp(-3), 1 - math.exp(-0.1)
+
+    def slope(p_t, alpha, gamma):  # of FL with respect to x_t
+        return alpha * (1 - p_t) ** gamma * (gamma * p_t * math.log(p_t) + p_t - 1)
+
+    def star(x_t):  # of FL* at γ 2, β 1
+        return -1 / (1 + math.exp(2 * x_t + 1))
+
+    focal = 50 * slope(p, 0.25, 2) / (10_000 * slope(1 - q, 0.75, 2))
+    assert ratios["focal"] == pytest.approx(focal, rel=1e-4)
+    assert ratios["softmax_focal"] == pytest.approx(focal, rel=1e-4)
+    x = [math.log(p_t / (1 - p_t)) for p_t in (p, 1 - q)]
+    assert ratios["focal_star"] == pytest.approx(50 * star(x[0]) / (10_000 * star(x[1])), rel=1e-4)
+    # Boxes are exact: the target is 1.
+    quality = 50 * slope(p, 1, 2) / (10_000 * slope(1 - q, 1, 2))
+    assert ratios["quality_focal"] == pytest.approx(quality, rel=1e-3)
+    varifocal = 50 * (1 - p) / (-10_000 * slope(1 - q, 0.75, 2))
+    assert ratios["varifocal"] == pytest.approx(varifocal, rel=1e-3)
+    assert min(ratios["focal"], ratios["focal_star"], ratios["varifocal"]) > 5 * ratios["ce"]
 
 
 def test_hard_negative_mining_keeps_what_brute_force_keeps():
@@ -302,6 +320,25 @@ def test_focal_reads_detectron2s_keys_unless_its_own_are_set():
         ("ce", {"GAMMA": 2.0}, "LOSS.GAMMA is set, but the loss ce does not read it; it reads no"),
         ("focal", {"BINS": 3}, "LOSS.BINS is set.* it reads ALPHA, GAMMA"),
         ("focal", {"ALPHA": [0.5]}, "ALPHA has 1 values for 3 classes"),
+        ("focal", {"ALPHA": [0.5, -1.0, 0.5]}, "each of ALPHA is -1.0; it must be in \\[0, 1\\]"),
+        ("focal", {"ALPHA": "Auto"}, "ALPHA is 'Auto'; it must be a number, a list .*, or auto"),
+        ("focal", {"ALPHA": True}, "ALPHA is True"),
+        ("focal", {"ALPHA": float("nan")}, "ALPHA is nan"),
+        ("focal_star", {"ALPHA": "auto"}, "ALPHA is 'auto'; it must be a number, a list .* class$"),
+        ("focal", {"GAMMA": -1.0}, "GAMMA is -1.0; it must be at least 0"),
+        ("focal", {"GAMMA": "abc"}, "focal"),
+        ("focal_star", {"GAMMA": 0.0}, "GAMMA is 0.0; it must be above 0"),
+        ("softmax_focal", {"ALPHA": 3.0}, "ALPHA is 3.0"),
+        ("softmax_focal", {"ALPHA": "auto"}, "softmax_focal"),
+        ("softmax_focal", {"GAMMA": -1.0}, "GAMMA is -1.0"),
+        ("varifocal", {"ALPHA": -1.0}, "ALPHA is -1.0; it must be in"),
+        ("varifocal", {"GAMMA": -2.0}, "GAMMA is -2.0"),
+        ("quality_focal", {"BETA": 0.5}, "beta is 0.5; it must be 0, or at least 1"),
+        ("ohem", {"EXAMPLES": 0}, "examples is 0"),
+        ("ohem", {"EXAMPLES": 2.5}, "examples is 2.5; it must be a whole number"),
+        ("ohem", {"NMS_THRESH": 50.0}, "nms_thresh is 50.0"),
+        ("ohem", {"NEGATIVES_PER_POSITIVE": -1.0}, "negatives_per_positive is -1.0"),
+        ("hard_negative_mining", {"NEGATIVES_PER_POSITIVE": -1.0}, "negatives_per_positive is -1.0"),
         ("ghm", {"BINS": 0}, "BINS is 0"),
         ("fixed_weights", {"POSITIVE_WEIGHT": -1.0}, "at least 0"),
     ],
@@ -356,6 +393,14 @@ def test_a_users_own_loss_is_one_file_and_one_key(tmp_path, monkeypatch):
 def test_parameters_from_yaml_change_the_loss(name, key, value):
     batch = make_batch(build(name))
     assert build(name)(batch).item() != build(name, **{key: value})(batch).item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loss_of_nan_logits_is_nan(name):
+    # The trainer looks at the losses: none may hide what happened, or fail before it is seen.
+    loss = build(name)
+    batch = make_batch(loss)
+    assert loss(batch._replace(logits=[x * float("nan") for x in batch.logits])).isnan()
 
 
 def test_ghm_r_from_yaml():
