@@ -59,6 +59,9 @@ def add_focal_config(cfg: CfgNode) -> None:
     # Its parameters; None: the loss's default (LOSS_DEFAULTS).
     for parameter in sorted({p for defaults in LOSS_DEFAULTS.values() for p in defaults}):
         focal.LOSS[parameter] = None
+    # "reference": as the formulas read. "fused": value and gradient in one pass over the head's output, for
+    # ce, balanced_ce, focal and fixed_weights (α a number). "auto": fused on a CPU, where the loss has it.
+    focal.LOSS.IMPLEMENTATION = "reference"
     # What both losses are divided by: "ema" (detectron2: moving average of the batch's positive anchors,
     # momentum 0.9 from 100) or "paper" (this batch's positive anchors, at least 1).
     focal.LOSS.NORMALIZER = "ema"
@@ -113,7 +116,9 @@ def loss_parameters(cfg: CfgNode) -> dict[str, Any]:
     defaults = LOSS_DEFAULTS.get(node.NAME, {})
     if node.NAME == "focal":
         defaults = {"ALPHA": retinanet.FOCAL_LOSS_ALPHA, "GAMMA": retinanet.FOCAL_LOSS_GAMMA}
-    chosen = {k: v for k, v in node.items() if v is not None and k not in ("NAME", "NORMALIZER")}
+    chosen = {
+        k: v for k, v in node.items() if v is not None and k not in ("NAME", "NORMALIZER", "IMPLEMENTATION")
+    }
     return {**defaults, **chosen}
 
 

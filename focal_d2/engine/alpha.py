@@ -10,10 +10,10 @@ from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes
 
 from focal_d2.data import FocalDatasetMapper
 from focal_d2.errors import UserError
+from focal_d2.modeling.anchors import Anchors
 from focal_d2.modeling.losses import LOSSES
 
 # Beyond these a few wrong labels would own the gradient (paper, table 1a: α = 0.999 loses 6 AP).
@@ -86,11 +86,12 @@ def count_anchors(cfg: CfgNode) -> tuple[int, int]:
     return positives, negatives
 
 
-def _anchors(model: Any, image: torch.Tensor) -> Boxes:
+def _anchors(model: Any, image: torch.Tensor) -> Anchors:
     height, width = model.preprocess_image([{"image": image}]).tensor.shape[-2:]
     shapes = model.backbone.output_shape()
     features = [
         torch.empty(1, 1, -(-height // s), -(-width // s), device=model.device)
         for s in (shapes[name].stride for name in model.head_in_features)
     ]
-    return Boxes.cat(model.anchor_generator(features))
+    anchors: Anchors = model.anchors_of(features)
+    return anchors

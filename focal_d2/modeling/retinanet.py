@@ -6,6 +6,7 @@ of the batch. Boxes are XYXY in absolute pixels. Labels are int64: [0, K) a clas
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +20,14 @@ from detectron2.modeling import (
 )
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
-from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from focal_d2.config import check_choice, focal_config, loss_parameters
 from focal_d2.errors import UserError
+from focal_d2.modeling.anchors import AnchorCache, Anchors
 from focal_d2.modeling.head import FocalRetinaNetHead
 from focal_d2.modeling.losses import (
     BOX_LOSSES,
@@ -35,8 +37,10 @@ from focal_d2.modeling.losses import (
     DenseBatch,
     LossNormalizer,
     build_loss,
+    gather_deltas,
 )
 from focal_d2.ops import IGNORE_LABEL
+from focal_d2.ops.assign import match_anchors
 
 
 class AnchorTargets(NamedTuple):
@@ -45,6 +49,19 @@ class AnchorTargets(NamedTuple):
     labels: Tensor  # (N, R) int64
     positive: Tensor  # (N, R) bool
     gt_boxes: Tensor  # (P, 4) float, in the order of positive.nonzero()
+
+
+class Candidates(NamedTuple):
+    """Scores above the threshold, each (E,)."""
+
+    image: Tensor  # int64
+    anchor: Tensor  # int64
+    label: Tensor  # int64, in [0, K)
+    score: Tensor  # float
+
+    def where(self, chosen: Tensor) -> Candidates:
+        """Return some of them, by mask or index."""
+        return Candidates(*(field[chosen] for field in self))
 
 
 @META_ARCH_REGISTRY.register()
@@ -86,7 +103,7 @@ class FocalRetinaNet(DenseDetector):
             head_in_features: names of the backbone's outputs that the head reads, finest first.
             anchor_generator: features -> L × `Boxes`.
             box2box_transform: the R-CNN parametrisation of boxes.
-            anchor_matcher: (M, R) IoU matrix -> matched box and {1, 0, -1} of each anchor.
+            anchor_matcher: its thresholds, labels and allow_low_quality_matches; see `match_anchors`.
             num_classes: K, without background.
             cls_loss: the classification loss, which also says what logits mean.
             box_loss: the box loss.
@@ -103,6 +120,7 @@ class FocalRetinaNet(DenseDetector):
         super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
         self.num_classes = num_classes
         self.anchor_generator = anchor_generator
+        self.anchors_of = AnchorCache(anchor_generator)
         self.box2box_transform = box2box_transform
         self.anchor_matcher = anchor_matcher
         self.cls_loss = cls_loss
@@ -140,7 +158,10 @@ class FocalRetinaNet(DenseDetector):
             check_choice("MODEL.RETINANET.IN_FEATURES entry", name, tuple(shapes))
         feature_shapes = [shapes[name] for name in retinanet.IN_FEATURES]
         cls_loss = build_loss(
-            focal.LOSS.NAME, num_classes=retinanet.NUM_CLASSES, parameters=loss_parameters(cfg)
+            focal.LOSS.NAME,
+            num_classes=retinanet.NUM_CLASSES,
+            parameters=loss_parameters(cfg),
+            implementation=focal.LOSS.IMPLEMENTATION,
         )
         box2box_transform = Box2BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS)
         return {
@@ -215,12 +236,11 @@ class FocalRetinaNet(DenseDetector):
         """
         with torch.autocast(self.device.type, enabled=False):
             logits, deltas = predictions
-            anchors = Boxes.cat(self.anchor_generator(features))
+            anchors = self.anchors_of(features)
             targets = self.label_anchors(anchors, gt_instances)
             num_positives = targets.positive.sum()
             if has_event_storage():
                 get_event_storage().put_scalar("num_pos_anchors", num_positives.item() / len(gt_instances))
-            all_deltas = torch.cat([permute_to_N_HWA_K(x, 4) for x in deltas], dim=1).float()  # (N, R, 4)
             image_index, anchor_index = targets.positive.nonzero(as_tuple=True)  # (P,), (P,)
             losses = {
                 "loss_cls": self.cls_loss(
@@ -230,13 +250,15 @@ class FocalRetinaNet(DenseDetector):
                         labels=targets.labels,
                         positive=targets.positive,
                         gt_boxes=targets.gt_boxes,
-                        deltas=all_deltas,
-                        anchors=anchors.tensor,
+                        deltas=deltas,
+                        anchors=anchors.boxes,
                         decode=self.box2box_transform.apply_deltas,
                     )
                 ),
                 "loss_box_reg": self.box_loss(
-                    all_deltas[image_index, anchor_index], anchors.tensor[anchor_index], targets.gt_boxes
+                    gather_deltas(deltas, image_index, anchor_index),
+                    anchors.boxes[anchor_index],
+                    targets.gt_boxes,
                 ),
             }
             normalizer = self.loss_normalizer(num_positives)
@@ -247,34 +269,45 @@ class FocalRetinaNet(DenseDetector):
             return losses
 
     @torch.no_grad()
-    def label_anchors(self, anchors: Boxes, gt_instances: list[Instances]) -> AnchorTargets:
+    def label_anchors(self, anchors: Anchors, gt_instances: list[Instances]) -> AnchorTargets:
         """Match every anchor to at most one box by IoU (paper, section 4).
 
         Departure from the paper, as in detectron2: each box also gets its best anchors, however low
         their IoU, unless `MODEL.FOCAL.LOW_QUALITY_MATCHES` is false.
 
         Args:
-            anchors: R boxes.
+            anchors: of the batch's image shape (`self.anchors_of`).
             gt_instances: N × `Instances` with gt_boxes (M, 4) and gt_classes (M); M may be 0.
         """
         labels = torch.full(
-            (len(gt_instances), len(anchors)),
+            (len(gt_instances), len(anchors.boxes)),
             self.num_classes,
             dtype=torch.int64,
-            device=anchors.device,
+            device=anchors.boxes.device,
         )
         positive = torch.zeros_like(labels, dtype=torch.bool)
-        gt_boxes = [anchors.tensor.new_zeros(0, 4)]
+        gt_boxes = [anchors.boxes.new_zeros(0, 4)]
         for image_labels, image_positive, gt in zip(labels, positive, gt_instances, strict=True):
             if len(gt) == 0:
                 continue
-            matched, outcome = self.anchor_matcher(pairwise_iou(gt.gt_boxes, anchors))
+            matched, outcome = self._match(gt.gt_boxes, anchors)
             image_positive.copy_(outcome == 1)
             chosen = matched[image_positive]
             image_labels[outcome == -1] = IGNORE_LABEL
             image_labels[image_positive] = gt.gt_classes[chosen]
             gt_boxes.append(gt.gt_boxes.tensor[chosen])
         return AnchorTargets(labels, positive, torch.cat(gt_boxes))
+
+    def _match(self, boxes: Boxes, anchors: Anchors) -> tuple[Tensor, Tensor]:
+        matcher = self.anchor_matcher
+        return match_anchors(
+            boxes.tensor,
+            anchors.boxes,
+            anchors.grid,
+            thresholds=matcher.thresholds[1:-1],  # without the infinities around them
+            labels=matcher.labels,
+            low_quality_matches=matcher.allow_low_quality_matches,
+        )
 
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
@@ -286,23 +319,66 @@ class FocalRetinaNet(DenseDetector):
             image's pixels.
         """
         with torch.autocast(self.device.type, enabled=False):
-            logits, deltas = self._transpose_dense_predictions(predictions, [self.cls_loss.num_logits, 4])
-            anchors = self.anchor_generator(features)
+            logits, deltas = predictions
+            anchors = self.anchors_of(features)
+            found = self._candidates(logits)
+            boxes = self.box2box_transform.apply_deltas(
+                gather_deltas(deltas, found.image, found.anchor), anchors.boxes[found.anchor]
+            )
             results = []
             for i, image_size in enumerate(images.image_sizes):
-                candidates = self._decode_multi_level_predictions(
-                    anchors,
-                    [self.cls_loss.probabilities(x[i].float()) for x in logits],
-                    [x[i].float() for x in deltas],
-                    self.test_score_thresh,
-                    self.test_topk_candidates,
-                    image_size,
+                own = (found.image == i).nonzero().squeeze(1)
+                own = own[batched_nms(boxes[own], found.score[own], found.label[own], self.test_nms_thresh)]
+                own = own[: self.max_detections_per_image]
+                results.append(
+                    Instances(
+                        image_size,
+                        pred_boxes=Boxes(boxes[own]),
+                        scores=found.score[own],
+                        pred_classes=found.label[own],
+                    )
                 )
-                keep = batched_nms(
-                    candidates.pred_boxes.tensor,
-                    candidates.scores,
-                    candidates.pred_classes,
-                    self.test_nms_thresh,
-                )
-                results.append(candidates[keep[: self.max_detections_per_image]])
             return results
+
+    def _candidates(self, logits: list[Tensor]) -> Candidates:
+        """Find what scores above the threshold; of each image and level the best.
+
+        Args:
+            logits: L × (N, A·C, H, W).
+        """
+        parts = []
+        start = 0
+        for x in logits:
+            best = self._best(self._above_threshold(x))
+            parts.append(best._replace(anchor=best.anchor + start))
+            start += x.shape[1:].numel() // self.cls_loss.num_logits
+        return Candidates(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+    def _above_threshold(self, logits: Tensor) -> Candidates:
+        """Find what scores above the threshold on a level, (N, A·C, H, W)."""
+        level = logits.unflatten(1, (-1, self.cls_loss.num_logits))  # (N, A, C, H, W)
+        anchors, width = level.shape[1], level.shape[4]
+        cut = self.cls_loss.least_logit(self.test_score_thresh)
+        if cut is None:
+            scores = self.cls_loss.probabilities(level.movedim(2, 4).float()).movedim(4, 2)
+            image, a, label, row, column = (scores > self.test_score_thresh).nonzero(as_tuple=True)
+            score = scores[image, a, label, row, column]
+        else:
+            # Few logits are above it: probabilities of the others are never computed. Half precision rounds
+            # the number it is compared with.
+            cut -= abs(cut) * torch.finfo(level.dtype).eps if math.isfinite(cut) else 0.0
+            image, a, label, row, column = (level > cut).nonzero(as_tuple=True)
+            score = self.cls_loss.probabilities(level[image, a, label, row, column].float())
+        found = Candidates(image, (row * width + column) * anchors + a, label, score)
+        return found if cut is None else found.where(score > self.test_score_thresh)
+
+    def _best(self, found: Candidates) -> Candidates:
+        """Keep at most `test_topk_candidates` of each image."""
+        if len(found.score) <= self.test_topk_candidates:
+            return found
+        kept = []
+        for image in found.image.unique().tolist():
+            own = (found.image == image).nonzero().squeeze(1)
+            count = min(self.test_topk_candidates, len(own))
+            kept.append(own[found.score[own].topk(count).indices])
+        return found.where(torch.cat(kept))

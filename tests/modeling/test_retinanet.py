@@ -144,9 +144,9 @@ def test_targets_equal_detectron2_and_have_ignored_anchors(num_classes):
     batch = [make_image(n, num_classes) for n in (7, 0, 300)]
     instances = [x["instances"] for x in batch]
     features = [torch.zeros(1, 1, 128 // s, 160 // s) for s in (8, 16, 32, 64, 128)]
-    anchors = ours.anchor_generator(features)
-    targets = ours.label_anchors(Boxes.cat(anchors), instances)
-    labels, boxes = (torch.stack(x) for x in theirs.label_anchors(anchors, instances))
+    targets = ours.label_anchors(ours.anchors_of(features), instances)
+    theirs_of = theirs.label_anchors(theirs.anchor_generator(features), instances)
+    labels, boxes = (torch.stack(x) for x in theirs_of)
     assert torch.equal(targets.labels, labels)
     assert torch.equal(targets.gt_boxes, boxes[targets.positive])
     assert set(targets.labels[0].tolist()) >= {-1, num_classes}
@@ -266,7 +266,7 @@ def test_low_quality_matches_can_be_off():
     positives = []
     for low_quality in (True, False):
         model = build_model(make_cfg(MODEL__FOCAL__LOW_QUALITY_MATCHES=low_quality))
-        anchors = Boxes.cat(model.anchor_generator(features))
+        anchors = model.anchors_of(features)
         positives.append(int(model.label_anchors(anchors, [image["instances"]]).positive.sum()))
     assert positives[0] > 0
     assert positives[1] == 0

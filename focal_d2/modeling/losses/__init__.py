@@ -6,6 +6,7 @@ from focal_d2.modeling.losses.base import (
     ClassificationLoss,
     DenseBatch,
     build_loss,
+    gather_deltas,
     register_loss,
 )
 from focal_d2.modeling.losses.box import BOX_LOSSES, NORMALIZERS, BoxLoss, LossNormalizer
@@ -19,5 +20,6 @@ __all__ = [
     "DenseBatch",
     "LossNormalizer",
     "build_loss",
+    "gather_deltas",
     "register_loss",
 ]

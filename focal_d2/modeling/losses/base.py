@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from focal_d2.config import check_choice
 from focal_d2.errors import UserError
 from focal_d2.ops import paired_iou
 
@@ -27,19 +28,23 @@ class DenseBatch(NamedTuple):
     labels: Tensor  # (N, R) int64: [0, K) a class, K background, -1 ignored
     positive: Tensor  # (N, R) bool
     gt_boxes: Tensor  # (P, 4) XYXY, the boxes that the positives are matched to
-    deltas: Tensor  # (N, R, 4) float, predicted
+    deltas: list[Tensor]  # L × (N, A·4, H, W), as the head gives them
     anchors: Tensor  # (R, 4) XYXY
     decode: Callable[[Tensor, Tensor], Tensor]  # (deltas (E, 4), anchors (E, 4)) -> boxes (E, 4) XYXY
 
-    def levels(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (N, H·W·A, C) logits and (N, H·W·A) labels of one level after another."""
+    def raw_levels(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (N, A·C, H, W) logits and (N, H·W·A) labels of one level after another."""
         start = 0
         for x in self.logits:
-            # (N, A·C, H, W) to (N, H·W·A, C); detectron2's permute_to_N_HWA_K fails for N = 0.
-            flat = x.unflatten(1, (-1, self.num_logits)).permute(0, 3, 4, 1, 2).flatten(1, 3)
-            stop = start + flat.shape[1]
-            yield flat, self.labels[:, start:stop]
+            stop = start + x.shape[1:].numel() // self.num_logits
+            yield x, self.labels[:, start:stop]
             start = stop
+
+    def levels(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (N, H·W·A, C) logits and (N, H·W·A) labels of one level after another."""
+        for x, labels in self.raw_levels():
+            # detectron2's permute_to_N_HWA_K fails for N = 0.
+            yield x.unflatten(1, (-1, self.num_logits)).permute(0, 3, 4, 1, 2).flatten(1, 3), labels
 
     def all_logits(self) -> Tensor:
         """Return all levels' logits, (N, R, C)."""
@@ -47,25 +52,60 @@ class DenseBatch(NamedTuple):
 
     def predicted_boxes(self, image: int, anchors: Tensor) -> Tensor:
         """Return the boxes (E, 4) that anchors (E,) of an image predict, without gradient."""
-        return self.decode(self.deltas[image, anchors].detach(), self.anchors[anchors])
+        images = torch.full_like(anchors, image)
+        return self.decode(gather_deltas(self.deltas, images, anchors).detach(), self.anchors[anchors])
 
     def quality(self) -> Tensor:
         """Return the IoU (N, R) of predicted and matched boxes, 0 elsewhere, without gradient."""
-        quality = self.deltas.new_zeros(self.labels.shape)
+        quality = self.anchors.new_zeros(self.labels.shape)
         image, anchor = self.positive.nonzero(as_tuple=True)
-        boxes = self.decode(self.deltas[image, anchor].detach(), self.anchors[anchor])
+        boxes = self.decode(gather_deltas(self.deltas, image, anchor).detach(), self.anchors[anchor])
         quality[image, anchor] = paired_iou(boxes, self.gt_boxes)
         return quality
+
+
+def gather_deltas(deltas: list[Tensor], image: Tensor, anchor: Tensor) -> Tensor:
+    """Read the deltas of some anchors where the head put them.
+
+    Args:
+        deltas: L × (N, A·4, H, W).
+        image: (E,) index of the image.
+        anchor: (E,) index of the anchor, over all levels.
+
+    Returns:
+        (E, 4) float32, or float64 if they came so.
+    """
+    parts, places = [], []
+    start = 0
+    for x in deltas:
+        level = x.unflatten(1, (-1, 4))  # (N, A, 4, H, W)
+        stop = start + x.shape[1:].numel() // 4
+        place = ((anchor >= start) & (anchor < stop)).nonzero().squeeze(1)
+        cell, a = divide(anchor[place] - start, level.shape[1])
+        row, column = divide(cell, level.shape[4])
+        parts.append(level[image[place], a, :, row, column])
+        places.append(place)
+        start = stop
+    gathered = torch.cat(parts)[torch.cat(places).argsort()]
+    return gathered if gathered.dtype == torch.float64 else gathered.float()
+
+
+def divide(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
+    """Whole quotient and remainder."""
+    return x.div(by, rounding_mode="floor"), x.remainder(by)
 
 
 class ClassificationLoss(nn.Module):
     """Base of the classification losses: sigmoid over K classes unless a subclass says otherwise.
 
     `forward(batch: DenseBatch)` returns a scalar. It is divided by the positive anchors' number
-    (`MODEL.FOCAL.LOSS.NORMALIZER`) unless `divided_by_positives` is false.
+    (`MODEL.FOCAL.LOSS.NORMALIZER`) unless `divided_by_positives` is false. A loss that also has a one-pass
+    implementation says so with `has_fused`, and asks `use_fused`.
     """
 
     divided_by_positives = True
+    has_fused = False
+    implementation = "reference"
 
     def __init__(self, *, num_classes: int) -> None:
         super().__init__()
@@ -76,9 +116,27 @@ class ClassificationLoss(nn.Module):
         """Logits an anchor."""
         return self.num_classes
 
+    def use_fused(self, batch: DenseBatch) -> bool:
+        """Whether `MODEL.FOCAL.LOSS.IMPLEMENTATION` asks for the one-pass implementation."""
+        if self.implementation == "auto":
+            # Its pieces are sized for a processor's cache.
+            return self.has_fused and batch.labels.device.type == "cpu"
+        return self.implementation == "fused"
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the K classes' probabilities (..., K) of logits (..., C)."""
         return logits.sigmoid()
+
+    def least_logit(self, score: float) -> float | None:
+        """Return a logit that every score above `score` (in [0, 1]) exceeds, however it is rounded.
+
+        None, if it is not known: `probabilities` is not this class's.
+        """
+        if type(self).probabilities is not ClassificationLoss.probabilities:
+            return None
+        if not 0 < score < 1:
+            return math.copysign(math.inf, score - 0.5)
+        return math.log(score / (1 - score)) - 1e-3
 
     def prior_bias(self, prior: float) -> Tensor:
         """Return the logits (C,) of an anchor whose classes have the prior π (paper, section 3.3)."""
@@ -106,16 +164,23 @@ def register_loss(name: str) -> Callable[[_Loss], _Loss]:
     return register
 
 
-def build_loss(name: str, *, num_classes: int, parameters: dict[str, Any]) -> ClassificationLoss:
+IMPLEMENTATIONS = ("auto", "reference", "fused")
+
+
+def build_loss(
+    name: str, *, num_classes: int, parameters: dict[str, Any], implementation: str
+) -> ClassificationLoss:
     """Build the loss that YAML names.
 
     Args:
         name: one of `LOSSES`.
         num_classes: K.
         parameters: what YAML sets, by the names it uses there.
+        implementation: one of `IMPLEMENTATIONS`.
 
     Raises:
-        UserError: for an unknown name, or a parameter that this loss does not read.
+        UserError: for an unknown name, a parameter that this loss does not read, or an implementation that
+            it has not.
     """
     if name not in LOSSES:
         raise UserError(f'MODEL.FOCAL.LOSS.NAME is "{name}"; legal values: {", ".join(sorted(LOSSES))}')
@@ -126,8 +191,16 @@ def build_loss(name: str, *, num_classes: int, parameters: dict[str, Any]) -> Cl
             f"MODEL.FOCAL.LOSS.{parameter} is set, but the loss {name} does not read it; "
             f"it reads {', '.join(reads) or 'no parameters'}"
         )
+    check_choice("MODEL.FOCAL.LOSS.IMPLEMENTATION", implementation, IMPLEMENTATIONS)
+    if implementation == "fused" and not LOSSES[name].has_fused:
+        fused = ", ".join(sorted(key for key, loss in LOSSES.items() if loss.has_fused))
+        raise UserError(
+            f"MODEL.FOCAL.LOSS.IMPLEMENTATION is fused, but {name} has no such; these have: {fused}"
+        )
     arguments = {key.lower(): value for key, value in parameters.items()}
     try:
-        return LOSSES[name](num_classes=num_classes, **arguments)
+        loss = LOSSES[name](num_classes=num_classes, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"MODEL.FOCAL.LOSS ({name}): {error}") from error
+    loss.implementation = implementation
+    return loss

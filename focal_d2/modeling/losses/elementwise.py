@@ -11,6 +11,7 @@ from torch import Tensor
 from focal_d2.errors import UserError
 from focal_d2.modeling.losses.base import ClassificationLoss, DenseBatch, register_loss
 from focal_d2.ops import (
+    dense_focal_loss,
     quality_focal_loss,
     sigmoid_focal_loss,
     sigmoid_focal_star_loss,
@@ -71,30 +72,46 @@ class _AlphaBalanced(_Elementwise):
         return super().forward(batch)
 
 
-@register_loss("ce")
-class CrossEntropy(_Elementwise):
-    """Sigmoid cross entropy (paper, eq. 1)."""
+class _SigmoidFocal(_AlphaBalanced):
+    """Sigmoid focal loss and its special cases; has a one-pass implementation, unless α is a list."""
+
+    has_fused = True
+    gamma = 0.0
+
+    def forward(self, batch: DenseBatch) -> Tensor:
+        """Return the sum over all anchors that are not ignored."""
+        if not self.use_fused(batch) or not isinstance(self.alpha, float):
+            return super().forward(batch)
+        terms = [
+            dense_focal_loss(logits, labels, num_classes=self.num_classes, alpha=self.alpha, gamma=self.gamma)
+            for logits, labels in batch.raw_levels()
+        ]
+        return torch.stack(terms).sum()
 
     def term(self, logits: Tensor, labels: Tensor) -> Tensor:
         """See `focal_d2.ops.sigmoid_focal_loss`."""
         return sigmoid_focal_loss(
-            logits, labels, num_classes=self.num_classes, alpha=_NO_WEIGHTING, gamma=0.0
+            logits, labels, num_classes=self.num_classes, alpha=self.alpha, gamma=self.gamma
         )
 
 
+@register_loss("ce")
+class CrossEntropy(_SigmoidFocal):
+    """Sigmoid cross entropy (paper, eq. 1)."""
+
+    def __init__(self, *, num_classes: int) -> None:
+        super().__init__(num_classes=num_classes, alpha=_NO_WEIGHTING)
+
+
 @register_loss("balanced_ce")
-class BalancedCrossEntropy(_AlphaBalanced):
+class BalancedCrossEntropy(_SigmoidFocal):
     """α-balanced sigmoid cross entropy (paper, eq. 3)."""
 
     counts_alpha = True
 
-    def term(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """See `focal_d2.ops.sigmoid_focal_loss`."""
-        return sigmoid_focal_loss(logits, labels, num_classes=self.num_classes, alpha=self.alpha, gamma=0.0)
-
 
 @register_loss("focal")
-class FocalLoss(_AlphaBalanced):
+class FocalLoss(_SigmoidFocal):
     """α-balanced sigmoid focal loss (paper, eq. 5)."""
 
     counts_alpha = True
@@ -103,12 +120,6 @@ class FocalLoss(_AlphaBalanced):
         super().__init__(num_classes=num_classes, alpha=alpha)
         check_at_least_0("GAMMA", gamma)
         self.gamma = gamma
-
-    def term(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """See `focal_d2.ops.sigmoid_focal_loss`."""
-        return sigmoid_focal_loss(
-            logits, labels, num_classes=self.num_classes, alpha=self.alpha, gamma=self.gamma
-        )
 
 
 @register_loss("focal_star")
@@ -176,21 +187,18 @@ class SoftmaxCrossEntropy(SoftmaxFocalLoss):
 
 
 @register_loss("fixed_weights")
-class FixedWeights(_Elementwise):
+class FixedWeights(_SigmoidFocal):
     """Cross entropy with separate weights for positives and negatives, as in YOLO v1 (arXiv 1506.02640)."""
 
     def __init__(self, *, num_classes: int, positive_weight: float, negative_weight: float) -> None:
-        super().__init__(num_classes=num_classes)
         if min(positive_weight, negative_weight) < 0 or positive_weight + negative_weight == 0:
             raise ValueError("weights must be at least 0, and not both 0")
         self.total = positive_weight + negative_weight
-        self.alpha = positive_weight / self.total
+        super().__init__(num_classes=num_classes, alpha=positive_weight / self.total)
 
-    def term(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """See `focal_d2.ops.sigmoid_focal_loss`; the two weights are α and 1 - α times their sum."""
-        return self.total * sigmoid_focal_loss(
-            logits, labels, num_classes=self.num_classes, alpha=self.alpha, gamma=0.0
-        )
+    def forward(self, batch: DenseBatch) -> Tensor:
+        """Return the sum; the two weights are α and 1 - α times their sum."""
+        return self.total * super().forward(batch)
 
 
 @register_loss("quality_focal")

@@ -13,7 +13,13 @@ from torchvision.ops import box_iou
 
 from focal_d2 import UserError
 from focal_d2.config import LOSS_DEFAULTS, loss_parameters
-from focal_d2.modeling.losses import LOSSES, ClassificationLoss, DenseBatch, build_loss
+from focal_d2.modeling.losses import (
+    LOSSES,
+    ClassificationLoss,
+    DenseBatch,
+    build_loss,
+    gather_deltas,
+)
 from focal_d2.ops import IGNORE_LABEL, sigmoid_focal_loss
 from tests.conftest import REPOSITORY, make_cfg
 from tests.modeling.test_retinanet import losses_and_gradients, make_image
@@ -36,10 +42,10 @@ NAMES = [
 ]
 
 
-def build(name: str, **parameters) -> ClassificationLoss:
+def build(name: str, *, implementation: str = "auto", **parameters) -> ClassificationLoss:
     changes = {f"MODEL__FOCAL__LOSS__{k}": v for k, v in parameters.items()}
     cfg = make_cfg(MODEL__FOCAL__LOSS__NAME=name, **changes)
-    return build_loss(name, num_classes=K, parameters=loss_parameters(cfg))
+    return build_loss(name, num_classes=K, parameters=loss_parameters(cfg), implementation=implementation)
 
 
 def make_batch(loss: ClassificationLoss, images: int = 2, labels=None) -> DenseBatch:
@@ -58,7 +64,7 @@ def make_batch(loss: ClassificationLoss, images: int = 2, labels=None) -> DenseB
         labels=labels,
         positive=positive,
         gt_boxes=gt,
-        deltas=torch.randn(images, anchors, 4) * 0.1,
+        deltas=[torch.randn(images, A * 4, h, w) * 0.1 for h, w in SIZES],
         anchors=boxes,
         decode=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)).apply_deltas,
     )
@@ -160,7 +166,7 @@ def ratio_of_shares(name: str, **parameters) -> float:
         labels=labels,
         positive=labels == 0,
         gt_boxes=boxes[:50],
-        deltas=torch.zeros(1, 10_050, 4),
+        deltas=[torch.zeros(1, 4, 1, 10_050)],
         anchors=boxes,
         decode=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)).apply_deltas,
     )
@@ -245,7 +251,7 @@ def test_ohem_keeps_what_brute_force_keeps(examples, threshold, ratio):
 
 
 def test_ghm_weights_counted_by_hand():
-    loss = build_loss("ghm", num_classes=1, parameters={"BINS": 4, "MOMENTUM": 0.0})
+    loss = build_loss("ghm", num_classes=1, parameters={"BINS": 4, "MOMENTUM": 0.0}, implementation="auto")
     p = torch.tensor([0.1, 0.2, 0.6, 0.9])
     logits = p.logit().reshape(1, 1, 1, 4)
     labels = torch.tensor([[1, 1, 1, 0]])
@@ -261,7 +267,7 @@ def test_quality_losses_read_the_predicted_boxes():
     loss = build("quality_focal")
     batch = make_batch(loss)
     image, anchor = batch.positive.nonzero(as_tuple=True)
-    boxes = batch.decode(batch.deltas[image, anchor], batch.anchors[anchor])
+    boxes = batch.decode(gather_deltas(batch.deltas, image, anchor), batch.anchors[anchor])
     torch.testing.assert_close(batch.quality()[image, anchor], box_iou(boxes, batch.gt_boxes).diagonal())
     assert (batch.quality()[~batch.positive] == 0).all()
 
@@ -416,3 +422,50 @@ def test_ghm_r_from_yaml():
     assert (model.box_loss.ghm_mu, model.box_loss.ghm_momentum) == (0.5, 0.0)
     assert model.state_dict()["box_loss.histogram"].shape == (7,)
     assert model.box_loss.histogram.sum() > 0
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if LOSSES[name].has_fused])
+def test_one_pass_and_reference_agree(name):
+    results = []
+    batch = make_batch(build(name))
+    for implementation in ("fused", "reference"):
+        loss = build(name, implementation=implementation)
+        assert loss.use_fused(batch) == (implementation == "fused")
+        value = loss(batch)
+        results.append([value, *torch.autograd.grad(value, batch.logits)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+def test_implementation_from_yaml():
+    batch = make_batch(build("focal"))
+    for implementation, fused in (("reference", False), ("auto", True), ("fused", True)):
+        model = build_model(make_cfg(MODEL__FOCAL__LOSS__IMPLEMENTATION=implementation))
+        assert model.cls_loss.use_fused(batch) == fused
+
+
+def test_alpha_as_a_list_is_computed_by_the_reference():
+    batch = make_batch(build("focal"))
+    one, many = build("focal", ALPHA=0.3), build("focal", ALPHA=[0.3] * K, implementation="fused")
+    torch.testing.assert_close(one(batch), many(batch))
+
+
+@pytest.mark.parametrize(
+    "name, implementation, message",
+    [
+        ("ohem", "fused", "ohem has no such; these have: balanced_ce, ce, fixed_weights, focal"),
+        ("focal", "quick", 'IMPLEMENTATION is "quick"; legal values: auto, reference, fused'),
+    ],
+)
+def test_an_implementation_that_is_not_there_is_named(name, implementation, message):
+    with pytest.raises(UserError, match=message):
+        build(name, implementation=implementation)
+
+
+def test_gather_deltas_reads_what_a_permuted_copy_holds():
+    batch = make_batch(build("focal"))
+    copied = torch.cat(
+        [x.unflatten(1, (A, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in batch.deltas], dim=1
+    )
+    image, anchor = torch.randint(0, 2, (50,)), torch.randint(0, copied.shape[1], (50,))
+    assert torch.equal(gather_deltas(batch.deltas, image, anchor), copied[image, anchor])
+    assert gather_deltas(batch.deltas, image[:0], anchor[:0]).shape == (0, 4)

@@ -1,0 +1,67 @@
+"""Anchors of an image shape, made once, and where they stand."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+
+from focal_d2.ops.assign import AnchorGrid
+
+# Multi-scale training meets a few dozen shapes; of 800 × 1333 pixels each takes 3 MB.
+_MOST_SHAPES = 32
+
+
+class Anchors(NamedTuple):
+    """All anchors of an image shape."""
+
+    boxes: Tensor  # (R, 4) XYXY absolute pixels, all levels
+    grid: AnchorGrid | None  # None for a generator that is not detectron2's default one
+
+
+class AnchorCache:
+    """Makes the anchors of an image shape when it is first met; forgets the shape met longest ago."""
+
+    def __init__(self, generator: nn.Module) -> None:
+        self.generator = generator
+        self._known: OrderedDict[Any, Anchors] = OrderedDict()
+
+    def __call__(self, features: list[Tensor]) -> Anchors:
+        """Return the anchors for L × (N, C, H, W) features."""
+        sizes = tuple(tuple(x.shape[-2:]) for x in features)
+        key = (sizes, features[0].device)
+        if key not in self._known:
+            boxes = Boxes.cat(self.generator(features)).tensor
+            self._known[key] = Anchors(boxes, grid_of(self.generator, sizes))
+            if len(self._known) > _MOST_SHAPES:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]
+
+
+def grid_of(generator: nn.Module, sizes: Sequence[Sequence[int]]) -> AnchorGrid | None:
+    """Say where a generator's anchors stand.
+
+    Args:
+        generator: detectron2's.
+        sizes: (height, width) in cells of each level.
+
+    Returns:
+        The grid in the order of the generator's anchors, or None for a generator of another kind.
+    """
+    if type(generator) is not DefaultAnchorGenerator:
+        return None
+    corners, rows = [], []
+    first = 0
+    made: Any = generator
+    for (height, width), stride, cell in zip(sizes, made.strides, made.cell_anchors, strict=True):
+        corners.append(cell.double() + made.offset * stride)
+        rows += [[stride, width, height, first + a, len(cell)] for a in range(len(cell))]
+        first += height * width * len(cell)
+    strides, widths, heights, firsts, steps = torch.tensor(rows, device=corners[0].device).unbind(1)
+    return AnchorGrid(torch.cat(corners), strides.double(), widths, heights, firsts, steps)

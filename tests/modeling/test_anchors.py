@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import torch
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.structures import Boxes
+
+from focal_d2.modeling import anchors
+from focal_d2.modeling.anchors import AnchorCache, grid_of
+
+
+def make_generator(kind=DefaultAnchorGenerator):
+    return kind(sizes=[[16.0, 24.0], [32.0]], aspect_ratios=[[0.5, 2.0], [1.0]], strides=[8, 16], offset=0.5)
+
+
+def features(height, width):
+    return [torch.zeros(2, 3, height, width), torch.zeros(2, 3, height // 2, width // 2)]
+
+
+def test_anchors_are_made_once_for_a_shape():
+    cache = AnchorCache(make_generator())
+    first = cache(features(8, 6))
+    assert torch.equal(first.boxes, Boxes.cat(make_generator()(features(8, 6))).tensor)
+    assert cache(features(8, 6)) is first
+    assert cache(features(8, 4)) is not first
+
+
+def test_the_shape_met_longest_ago_is_forgotten(monkeypatch):
+    monkeypatch.setattr(anchors, "_MOST_SHAPES", 2)
+    cache = AnchorCache(make_generator())
+    first, second = cache(features(8, 6)), cache(features(8, 4))
+    cache(features(8, 6))
+    cache(features(4, 4))
+    assert cache(features(8, 6)) is first
+    assert cache(features(8, 4)) is not second
+
+
+def test_the_grid_says_where_every_anchor_stands():
+    made = AnchorCache(make_generator())(features(4, 6))
+    grid = made.grid
+    found = torch.full_like(made.boxes, float("nan"))
+    for s in range(len(grid.stride)):
+        for y in range(int(grid.height[s])):
+            for x in range(int(grid.width[s])):
+                shift = torch.tensor([x, y, x, y]) * grid.stride[s]
+                index = grid.first[s] + (y * grid.width[s] + x) * grid.step[s]
+                found[index] = (grid.corners[s] + shift).float()
+    torch.testing.assert_close(found, made.boxes)
+
+
+def test_another_kind_of_generator_has_no_grid():
+    class Own(DefaultAnchorGenerator):
+        pass
+
+    assert grid_of(make_generator(Own), [(4, 6), (2, 3)]) is None
