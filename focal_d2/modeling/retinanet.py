@@ -38,6 +38,7 @@ from focal_d2.modeling.losses import (
     LossNormalizer,
     build_loss,
     gather_deltas,
+    level_ranges,
 )
 from focal_d2.ops import IGNORE_LABEL
 from focal_d2.ops.assign import match_anchors
@@ -347,11 +348,9 @@ class FocalRetinaNet(DenseDetector):
             logits: L × (N, A·C, H, W).
         """
         parts = []
-        start = 0
-        for x in logits:
+        for x, start, _ in level_ranges(logits, self.cls_loss.num_logits):
             best = self._best(self._above_threshold(x))
             parts.append(best._replace(anchor=best.anchor + start))
-            start += x.shape[1:].numel() // self.cls_loss.num_logits
         return Candidates(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
     def _above_threshold(self, logits: Tensor) -> Candidates:

@@ -7,6 +7,7 @@ from focal_d2.modeling.losses.base import (
     DenseBatch,
     build_loss,
     gather_deltas,
+    level_ranges,
     register_loss,
 )
 from focal_d2.modeling.losses.box import BOX_LOSSES, NORMALIZERS, BoxLoss, LossNormalizer
@@ -21,5 +22,6 @@ __all__ = [
     "LossNormalizer",
     "build_loss",
     "gather_deltas",
+    "level_ranges",
     "register_loss",
 ]

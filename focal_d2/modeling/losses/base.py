@@ -34,11 +34,8 @@ class DenseBatch(NamedTuple):
 
     def raw_levels(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (N, A·C, H, W) logits and (N, H·W·A) labels of one level after another."""
-        start = 0
-        for x in self.logits:
-            stop = start + x.shape[1:].numel() // self.num_logits
+        for x, start, stop in level_ranges(self.logits, self.num_logits):
             yield x, self.labels[:, start:stop]
-            start = stop
 
     def levels(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (N, H·W·A, C) logits and (N, H·W·A) labels of one level after another."""
@@ -76,21 +73,27 @@ def gather_deltas(deltas: list[Tensor], image: Tensor, anchor: Tensor) -> Tensor
         (E, 4) float32, or float64 if they came so.
     """
     parts, places = [], []
-    start = 0
-    for x in deltas:
+    for x, start, stop in level_ranges(deltas, 4):
         level = x.unflatten(1, (-1, 4))  # (N, A, 4, H, W)
-        stop = start + x.shape[1:].numel() // 4
         place = ((anchor >= start) & (anchor < stop)).nonzero().squeeze(1)
-        cell, a = divide(anchor[place] - start, level.shape[1])
-        row, column = divide(cell, level.shape[4])
+        cell, a = _divide(anchor[place] - start, level.shape[1])
+        row, column = _divide(cell, level.shape[4])
         parts.append(level[image[place], a, :, row, column])
         places.append(place)
-        start = stop
     gathered = torch.cat(parts)[torch.cat(places).argsort()]
     return gathered if gathered.dtype == torch.float64 else gathered.float()
 
 
-def divide(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
+def level_ranges(outputs: list[Tensor], per_anchor: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Yield each level's (N, A·C, H, W) of L, C being `per_anchor`, and its anchors' range [start, stop)."""
+    start = 0
+    for x in outputs:
+        stop = start + x.shape[1:].numel() // per_anchor
+        yield x, start, stop
+        start = stop
+
+
+def _divide(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
     """Whole quotient and remainder."""
     return x.div(by, rounding_mode="floor"), x.remainder(by)
 
