@@ -60,7 +60,8 @@ def add_focal_config(cfg: CfgNode) -> None:
     for parameter in sorted({p for defaults in LOSS_DEFAULTS.values() for p in defaults}):
         focal.LOSS[parameter] = None
     # "reference": as the formulas read. "fused": value and gradient in one pass over the head's output, for
-    # ce, balanced_ce, focal and fixed_weights (α a number). "auto": fused on a CPU, where the loss has it.
+    # ce, balanced_ce, focal, fixed_weights, quality_focal, varifocal. "auto": fused on a CPU, where the loss
+    # has it.
     focal.LOSS.IMPLEMENTATION = "reference"
     # What both losses are divided by: "ema" (detectron2: moving average of the batch's positive anchors,
     # momentum 0.9 from 100) or "paper" (this batch's positive anchors, at least 1).

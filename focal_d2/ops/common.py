@@ -86,6 +86,16 @@ def check_at_least_0(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it must be at least 0")
 
 
+def check_quality_beta(beta: float) -> None:
+    """Refuse what quality focal loss has no gradient for.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if not (beta == 0 or beta >= 1):
+        raise ValueError(f"beta is {beta}; it must be 0, or at least 1")
+
+
 def balance(loss: Tensor, positive: Tensor, alpha: float | Tensor) -> Tensor:
     """Multiply by α_t: alpha where `positive`, 1 - alpha elsewhere; a negative float changes nothing.
 

@@ -1,37 +1,47 @@
-"""Sigmoid focal loss of a level's raw head output, value and gradient in one pass.
+"""Sigmoid focal loss, and its kin, of a head's raw output: value and gradient in one pass.
 
 A dense detector's labels are almost all background. So every logit is first taken for a negative, without
 reading a label, in chunks that stay in cache: its value is summed and its gradient written. Then the few
 positives are corrected, and what ignored anchors added is taken out again. Nothing of the logits' size is
 kept but the gradient, which backward only scales, in place.
 
-Shapes: N images, A anchors a cell, K classes; logits (N, A·K, H, W), labels (N, H·W·A) in the order of
-anchors, as detectron2 has them.
+Shapes: N images, L levels, A anchors a cell, K classes, R anchors an image (all levels); logits
+L × (N, A·K, H, W), labels (N, R) in the order of anchors, as detectron2 has them. P entries (an anchor and
+its class) are positive, E anchors are ignored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from focal_d2.ops.common import IGNORE_LABEL, check_at_least_0, check_weight
+from focal_d2.ops.common import (
+    check_at_least_0,
+    check_in_0_1,
+    check_quality_beta,
+    check_weight,
+)
 
-# Elements worked on at once: their float32 temporaries fit a core's second-level cache.
-_CHUNK = 1 << 17
+# Elements worked on at once: their float32 temporaries fit the cores' second-level caches.
+_CHUNK = 1 << 18
+# A probability above which 1 - p has lost digits that the logarithm needs.
+_NEAR_1 = 0.98
 
 
 def dense_focal_loss(
-    logits: Tensor, labels: Tensor, *, num_classes: int, alpha: float, gamma: float
+    logits: Sequence[Tensor], labels: Tensor, *, num_classes: int, alpha: float | Tensor, gamma: float
 ) -> Tensor:
-    """Return what `sigmoid_focal_loss` returns for the same logits as (N, H·W·A, K).
+    """Return what `sigmoid_focal_loss` returns for the same logits as (N, R, K).
 
     Args:
-        logits: (N, A·K, H, W) float, contiguous or channels-last (other layouts are copied).
-        labels: (N, H·W·A) int64; the class in [0, K), K for background, -1 (`IGNORE_LABEL`) for no loss.
+        logits: L × (N, A·K, H, W) float, contiguous or channels-last (other layouts are copied).
+        labels: (N, R) int64; the class in [0, K), K for background, -1 (`IGNORE_LABEL`) for no loss.
         num_classes: K.
-        alpha: weight of the positives in [0, 1]; a negative number leaves all weights at 1.
+        alpha: weight of the positives in [0, 1], 1 - alpha that of the negatives, or one for each class
+            (K,); a negative number leaves all weights at 1.
         gamma: focusing parameter, at least 0.
 
     Returns:
@@ -43,101 +53,170 @@ def dense_focal_loss(
     """
     check_weight("alpha", alpha)
     check_at_least_0("gamma", gamma)
-    images, channels, height, width = logits.shape
-    anchors, left_over = divmod(channels, num_classes)
-    if left_over or labels.shape != (images, height * width * anchors):
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: with K={num_classes} "
-            "they must be (N, A·K, H, W) and (N, H·W·A)"
+    if isinstance(alpha, Tensor):
+        return _dense(logits, labels, None, num_classes, _Focal(gamma, 1 - alpha, alpha))
+    weights = (1.0, 1.0) if alpha < 0 else (1.0 - alpha, alpha)
+    return _dense(logits, labels, None, num_classes, _Focal(gamma, *weights))
+
+
+def dense_quality_focal_loss(
+    logits: Sequence[Tensor], labels: Tensor, quality: Tensor, *, num_classes: int, beta: float
+) -> Tensor:
+    """Return what `quality_focal_loss` returns for the same logits as (N, R, K).
+
+    Args:
+        logits: see `dense_focal_loss`.
+        labels: see `dense_focal_loss`.
+        quality: (N, R) float in [0, 1], read where the label is a class.
+        num_classes: K.
+        beta: focusing parameter, 0 or at least 1.
+
+    Returns:
+        See `dense_focal_loss`.
+
+    Raises:
+        ValueError: if shapes, labels' dtype or beta do not fit.
+    """
+    check_quality_beta(beta)
+    return _dense(logits, labels, quality, num_classes, _Quality(beta, 1.0))
+
+
+def dense_varifocal_loss(
+    logits: Sequence[Tensor], labels: Tensor, quality: Tensor, *, num_classes: int, alpha: float, gamma: float
+) -> Tensor:
+    """Return what `varifocal_loss` returns for the same logits as (N, R, K).
+
+    Args:
+        logits: see `dense_focal_loss`.
+        labels: see `dense_focal_loss`.
+        quality: (N, R) float in [0, 1], read where the label is a class.
+        num_classes: K.
+        alpha: weight of the negatives, in [0, 1].
+        gamma: focusing parameter of the negatives, at least 0.
+
+    Returns:
+        See `dense_focal_loss`.
+
+    Raises:
+        ValueError: if shapes, labels' dtype, alpha or gamma do not fit.
+    """
+    check_in_0_1("alpha", alpha)
+    check_at_least_0("gamma", gamma)
+    return _dense(logits, labels, quality, num_classes, _Varifocal(gamma, alpha))
+
+
+class _Term(NamedTuple):
+    """Value and derivative of logits, both of the logits' shape, not weighted."""
+
+    value: Tensor
+    slope: Tensor
+
+
+class _Focal(NamedTuple):
+    """A loss whose negatives are w p^γ softplus(x); says what its positives are."""
+
+    gamma: float
+    negative_weight: float | Tensor  # a number, or (K,)
+    positive_weight: float | Tensor
+
+    def positives(self, x: Tensor, quality: Tensor, classes: Tensor) -> _Term:
+        """Weighted terms (P,) of positives: a negative of the opposite logit, with the opposite gradient."""
+        term = _negatives(-x, self.gamma)
+        weight = _of_class(self.positive_weight, classes)
+        return _Term(weight * term.value, -weight * term.slope)
+
+
+class _Quality(NamedTuple):
+    gamma: float
+    negative_weight: float
+
+    def positives(self, x: Tensor, quality: Tensor, classes: Tensor) -> _Term:
+        """|y - p|^β BCE(x, y) of the quality y."""
+        p, q, log_q = _sigmoid_and_log(x, _Workspace.like(x))
+        difference, entropy = p - quality, -log_q - quality * x
+        if self.gamma == 0:
+            return _Term(entropy, difference)
+        # At β = 1 the absolute value's derivative is taken as 0 where p = y, as autograd does.
+        power = difference.abs().pow(self.gamma - 1)
+        slope = self.gamma * power * difference.sign() * p * q * entropy
+        return _Term(power * difference.abs() * entropy, slope + power * difference.abs() * difference)
+
+
+class _Varifocal(NamedTuple):
+    gamma: float
+    negative_weight: float
+
+    def positives(self, x: Tensor, quality: Tensor, classes: Tensor) -> _Term:
+        """The quality times BCE; a positive of quality 0 is a negative."""
+        p, _, log_q = _sigmoid_and_log(x, _Workspace.like(x))
+        term = _negatives(x, self.gamma)
+        none = quality <= 0
+        return _Term(
+            torch.where(none, self.negative_weight * term.value, quality * (-log_q - quality * x)),
+            torch.where(none, self.negative_weight * term.slope, quality * (p - quality)),
         )
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64, not {labels.dtype}")
-    total: Tensor = _DenseFocalLoss.apply(logits, labels, num_classes, alpha, gamma)
+
+
+_Loss = _Focal | _Quality | _Varifocal
+
+
+@torch.compiler.disable
+def _dense(
+    logits: Sequence[Tensor], labels: Tensor, quality: Tensor | None, num_classes: int, loss: _Loss
+) -> Tensor:
+    _check_shapes(logits, labels, quality, num_classes)
+    total: Tensor = _DenseLoss.apply(labels, quality, num_classes, loss, *logits)
     return total
 
 
-class _DenseFocalLoss(torch.autograd.Function):
+def _check_shapes(logits: Sequence[Tensor], labels: Tensor, quality: Tensor | None, num_classes: int) -> None:
+    anchors = [x.shape[1:].numel() // num_classes for x in logits]
+    wanted = (logits[0].shape[0], sum(anchors))
+    if any(x.shape[1] % num_classes for x in logits) or labels.shape != wanted:
+        raise ValueError(
+            f"logits {[tuple(x.shape) for x in logits]} and labels {tuple(labels.shape)} do not fit: with "
+            f"K={num_classes} they must be L × (N, A·K, H, W) and (N, sum of H·W·A)"
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, not {labels.dtype}")
+    if quality is not None and quality.shape != labels.shape:
+        raise ValueError(f"quality {tuple(quality.shape)} must be labels' {tuple(labels.shape)}")
+
+
+class _DenseLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, num_classes: int, alpha: float, gamma: float
+        ctx: Any, labels: Tensor, quality: Tensor | None, num_classes: int, loss: _Loss, *logits: Tensor
     ) -> Tensor:
-        if not _is_dense(logits):
-            logits = logits.contiguous()
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        total = _value_and_gradient(logits, labels, num_classes, alpha, gamma, gradient)
-        ctx.gradient = gradient
-        return total
+        levels = tuple(x if _is_dense(x) else x.contiguous() for x in logits)
+        wanted = ctx.needs_input_grad[4:]
+        gradients = [torch.empty_like(x) if w else None for x, w in zip(levels, wanted, strict=True)]
+        work = _Workspace.like(max((_flat(x) for x in levels), key=len)[:_CHUNK])
+        negatives = [
+            _all_as_negatives(x, num_classes, loss, g, work) for x, g in zip(levels, gradients, strict=True)
+        ]
+        total = torch.stack(negatives).sum()
+        places = _find_places(levels, labels, quality, num_classes)
+        total = _correct(total, levels, gradients, places, num_classes, loss)
+        ctx.gradients = gradients
+        return total.to(torch.float64 if logits[0].dtype == torch.float64 else torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or ctx.gradient is None:  # create_graph=True, or a second backward
+        if torch.is_grad_enabled() or ctx.gradients is None:  # create_graph=True, or a second backward
             raise RuntimeError(
-                "the fused focal loss has one backward and no second derivative (retain_graph, "
-                "create_graph): set MODEL.FOCAL.LOSS.IMPLEMENTATION reference"
+                "the fused loss has one backward and no second derivative (retain_graph, create_graph): "
+                "set MODEL.FOCAL.LOSS.IMPLEMENTATION reference"
             )
-        gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(grad_output.to(gradient.dtype)), None, None, None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(grad_output)
+        return None, None, None, None, *gradients
 
 
 def _is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _value_and_gradient(
-    logits: Tensor, labels: Tensor, num_classes: int, alpha: float, gamma: float, gradient: Tensor | None
-) -> Tensor:
-    """Return the sum, and fill `gradient`, which has the layout of `logits`."""
-    positive_weight, negative_weight = (1.0, 1.0) if alpha < 0 else (alpha, 1.0 - alpha)
-    total = _all_as_negatives(logits, gamma, negative_weight, gradient)
-    height, width = logits.shape[2:]
-    anchors = logits.shape[1] // num_classes
-
-    # (N, A, K, H, W) views of the logits and of the gradient that is written.
-    x = logits.unflatten(1, (anchors, num_classes))
-    g = None if gradient is None else gradient.unflatten(1, (anchors, num_classes))
-    grid = labels.unflatten(1, (height, width, anchors))
-
-    ignored = (grid == IGNORE_LABEL).nonzero(as_tuple=True)
-    n, h, w, a = ignored
-    if len(n):
-        value, _ = _negatives(_computed(x[n, a, :, h, w]), gamma)
-        # To the last digit where nothing else is in the sum.
-        total = (
-            total - negative_weight * value.sum(dtype=torch.float64) if len(n) < labels.numel() else total * 0
-        )
-        if g is not None:
-            g[n, a, :, h, w] = 0
-    n, h, w, a = ((grid >= 0) & (grid < num_classes)).nonzero(as_tuple=True)
-    if len(n):
-        k = grid[n, h, w, a]
-        chosen = _computed(x[n, a, k, h, w])
-        as_negative, _ = _negatives(chosen, gamma)
-        # A positive is a negative of the opposite logit, with the opposite gradient.
-        value, slope = _negatives(-chosen, gamma)
-        total += positive_weight * value.sum(dtype=torch.float64)
-        total -= negative_weight * as_negative.sum(dtype=torch.float64)
-        if g is not None:
-            g[n, a, k, h, w] = (-positive_weight * slope).to(g.dtype)
-    return total.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-
-
-def _computed(x: Tensor) -> Tensor:
-    """In the precision that losses are computed in."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _all_as_negatives(logits: Tensor, gamma: float, weight: float, gradient: Tensor | None) -> Tensor:
-    flat = _flat(logits)
-    out = None if gradient is None else _flat(gradient)
-    work = _Workspace.like(flat[:_CHUNK])
-    sums = []
-    for start in range(0, flat.numel(), _CHUNK):
-        x = flat[start : start + _CHUNK]
-        to = None if out is None else out[start : start + _CHUNK]
-        sums.append(_chunk(x, gamma, weight, to, work.first(len(x))))
-    if not sums:
-        return flat.new_zeros((), dtype=torch.float64)
-    return torch.stack(sums).sum(dtype=torch.float64) * weight
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -145,51 +224,174 @@ def _flat(x: Tensor) -> Tensor:
     return (x if x.is_contiguous() else x.permute(0, 2, 3, 1)).view(-1)
 
 
+def _computed(x: Tensor) -> Tensor:
+    """In the precision that losses are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _of_class(weight: float | Tensor, classes: Tensor) -> float | Tensor:
+    return weight[classes] if isinstance(weight, Tensor) else weight
+
+
+class _Places(NamedTuple):
+    """Which entries of a level are not plain negatives, as indices into its flat logits."""
+
+    positive: Tensor  # (P,)
+    classes: Tensor  # (P,)
+    quality: Tensor | None  # (P,)
+    ignored: Tensor  # (E · K,)
+
+
+def _correct(
+    total: Tensor,
+    levels: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    places: Sequence[_Places],
+    num_classes: int,
+    loss: _Loss,
+) -> Tensor:
+    """Put positives in the place of negatives, take ignored anchors out; return the corrected sum."""
+    flat = [_flat(x) for x in levels]
+    classes = torch.cat([p.classes for p in places])
+    if len(classes):
+        x = _computed(torch.cat([x[p.positive] for x, p in zip(flat, places, strict=True)]))
+        soft = [p.quality for p in places if p.quality is not None]
+        term = loss.positives(x, torch.cat(soft).to(x.dtype) if soft else x, classes)
+        weight = _of_class(loss.negative_weight, classes)
+        total = total + term.value.sum(dtype=torch.float64)
+        total = total - (weight * _counted(x, loss.gamma)).sum(dtype=torch.float64)
+        parts = term.slope.split([len(p.classes) for p in places])
+        for g, p, slope in zip(gradients, places, parts, strict=True):
+            if g is not None:
+                _flat(g)[p.positive] = slope.to(g.dtype)
+    if any(len(p.ignored) for p in places):
+        x = _computed(torch.cat([x[p.ignored] for x, p in zip(flat, places, strict=True)]))
+        value = _counted(x, loss.gamma).view(-1, num_classes) * loss.negative_weight
+        # To the last digit where nothing else counts.
+        total = total - value.sum(dtype=torch.float64) if len(x) < sum(map(len, flat)) else total * 0
+        for g, p in zip(gradients, places, strict=True):
+            if g is not None:
+                _flat(g).index_fill_(0, p.ignored, 0)
+    return total
+
+
+def _find_places(
+    levels: Sequence[Tensor], labels: Tensor, quality: Tensor | None, num_classes: int
+) -> list[_Places]:
+    every = torch.arange(num_classes, device=labels.device)
+    image, anchor = (labels != num_classes).nonzero(as_tuple=True)
+    label = labels[image, anchor]
+    places = []
+    start = 0
+    for x in levels:
+        cells = x.shape[2] * x.shape[3]
+        per_cell = x.shape[1] // num_classes
+        stop = start + cells * per_cell
+        here = ((anchor >= start) & (anchor < stop)).nonzero().squeeze(1)
+        n, own, k = image[here], anchor[here] - start, label[here]
+        if x.is_contiguous():
+            cell, a = own.div(per_cell, rounding_mode="floor"), own.remainder(per_cell)
+            first, step = (n * per_cell + a) * num_classes * cells + cell, cells
+        else:
+            first, step = (n * cells * per_cell + own) * num_classes, 1
+        positive = k >= 0
+        chosen = here[positive]
+        places.append(
+            _Places(
+                (first + k * step)[positive],
+                k[positive],
+                None if quality is None else quality[image[chosen], anchor[chosen]],
+                (first[~positive].unsqueeze(1) + every * step).view(-1),
+            )
+        )
+        start = stop
+    return places
+
+
+def _all_as_negatives(
+    logits: Tensor, num_classes: int, loss: _Loss, gradient: Tensor | None, work: _Workspace
+) -> Tensor:
+    """Return the sum (float64) of a level's negatives, and write their gradient."""
+    flat, out = _flat(logits), None if gradient is None else _flat(gradient)
+    weight, size = loss.negative_weight, _CHUNK
+    if isinstance(weight, Tensor):
+        # One weight for each element of a chunk of whole periods of the classes.
+        period = weight if not logits.is_contiguous() else weight.repeat_interleave(logits.shape[2:].numel())
+        copies = max(1, min(_CHUNK, flat.numel()) // max(1, len(period)))
+        weight = period.to(work.p.dtype).repeat(copies)
+        size = max(1, len(weight))
+        work = work if size <= len(work.p) else _Workspace.like(flat[:size])
+    sums = []
+    gradients = [None] * -(-flat.numel() // size) if out is None else out.split(size)
+    for x, to in zip(flat.split(size), gradients, strict=True):
+        sums.append(_chunk(x, loss.gamma, weight, to, work.first(len(x))))
+    return torch.stack(sums).sum(dtype=torch.float64) * (1.0 if isinstance(weight, Tensor) else weight)
+
+
 class _Workspace(NamedTuple):
     """Temporaries of a chunk, in the precision that losses are computed in."""
 
-    x: Tensor
     p: Tensor
     q: Tensor
     log_q: Tensor
     more: Tensor
+    x: Tensor  # the logits, if they came in another precision; then spare
     zeros: Tensor
+    one: Tensor  # a scalar
 
     @staticmethod
     def like(x: Tensor) -> _Workspace:
         x = _computed(x)
-        x, p, q, log_q, more = (torch.empty_like(x) for _ in range(5))
-        return _Workspace(x, p, q, log_q, more, torch.zeros_like(x))
+        p, q, log_q, more, spare = (torch.empty_like(x) for _ in range(5))
+        return _Workspace(p, q, log_q, more, spare, torch.zeros_like(x), x.new_ones(()))
 
     def first(self, count: int) -> _Workspace:
-        return self if count == len(self.x) else _Workspace(*(t[:count] for t in self))
+        if count == len(self.p):
+            return self
+        return _Workspace(*(t[:count] if t.dim() else t for t in self))
 
 
-def _chunk(x: Tensor, gamma: float, weight: float, out: Tensor | None, work: _Workspace) -> Tensor:
-    """Return the unweighted sum of a chunk of negatives, and write their weighted gradient to `out`."""
+def _chunk(x: Tensor, gamma: float, weight: float | Tensor, out: Tensor | None, work: _Workspace) -> Tensor:
+    """Return a chunk of negatives' sum, and write their weighted gradient to `out`.
+
+    A number as `weight` is left out of the sum; a tensor (at least as long as x) is in it.
+    """
     if x.dtype != work.x.dtype:
         x = work.x.copy_(x)
-    p, q, log_q = _sigmoid_and_log(x, work)
+    p, q, log_q = _sigmoid_and_log(x, work, precise=gamma < 1)
     power = _power(p, gamma, work.more)
-    total = -(log_q.sum() if power is None else torch.dot(power, log_q))
-    if out is not None:
-        slope = p if gamma == 0 else torch.add(p, q.mul_(log_q), alpha=-gamma, out=q)
-        if power is None:
-            torch.mul(slope, weight, out=out)
-        elif out.dtype == slope.dtype:
-            torch.addcmul(work.zeros, power, slope, value=weight, out=out)
-        else:
-            torch.mul(slope, power, out=slope)
-            torch.mul(slope, weight, out=out)
+    if isinstance(weight, Tensor):
+        weights = weight[: len(x)]
+        power = weights if power is None else torch.mul(power, weights, out=work.more)
+    # Not torch.dot, which adds up long vectors less carefully.
+    total = -(log_q if power is None else torch.mul(power, log_q, out=work.x)).sum()
+    if out is None:
+        return total
+    slope = p if gamma == 0 else torch.addcmul(p, q, log_q, value=-gamma, out=q)
+    if power is None:
+        torch.mul(slope, weight, out=out)
+    elif isinstance(weight, Tensor):
+        torch.mul(power, slope, out=out)
+    elif out.dtype == slope.dtype:
+        torch.addcmul(work.zeros, power, slope, value=weight, out=out)
+    else:
+        torch.mul(torch.mul(slope, power, out=slope), weight, out=out)
     return total
 
 
-def _negatives(x: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def _counted(x: Tensor, gamma: float) -> Tensor:
+    """What each of some negatives added to its chunk's sum, with the same rounding."""
+    p, _, log_q = _sigmoid_and_log(x, _Workspace.like(x), precise=gamma < 1)
+    power = _power(p, gamma, torch.empty_like(p))
+    return -(log_q if power is None else power * log_q)
+
+
+def _negatives(x: Tensor, gamma: float) -> _Term:
     """Focal loss of negatives, p^γ softplus(x), and its derivative p^γ (γ (1 - p) softplus(x) + p)."""
     p, q, log_q = _sigmoid_and_log(x, _Workspace.like(x))
     value, slope = -log_q, p - gamma * q * log_q
     power = _power(p, gamma, torch.empty_like(p))
-    return (value, slope) if power is None else (power * value, power * slope)
+    return _Term(value, slope) if power is None else _Term(power * value, power * slope)
 
 
 def _power(p: Tensor, gamma: float, out: Tensor) -> Tensor | None:
@@ -203,18 +405,26 @@ def _power(p: Tensor, gamma: float, out: Tensor) -> Tensor | None:
     return torch.pow(p, gamma, out=out)
 
 
-def _sigmoid_and_log(x: Tensor, work: _Workspace) -> tuple[Tensor, Tensor, Tensor]:
-    """p = σ(x), q = 1 - p and log(q) = -softplus(x) to full precision, from one sigmoid and one logarithm.
+def _sigmoid_and_log(x: Tensor, work: _Workspace, *, precise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """p = σ(x), q = 1 - p and log(q) = -softplus(x), from sigmoids and one logarithm.
 
-    log1p is many times slower than log. With s = σ(-|x|) ≤ 1/2 and u the rounded 1 - s, the rounding error
-    (1 - u) - s is exact, and log(1 - s) = log(u) + ((1 - u) - s) / u to the last digit. Where no logit of the
-    chunk is above 0, which is most chunks, s is p and u is q.
+    log1p is many times slower than log on small arguments. With s = σ(-|x|) ≤ 1/2 and u the rounded 1 - s,
+    the rounding error (1 - u) - s is exact, and log(1 - s) is log(u) plus that error: its derivative there,
+    1 / u, differs from 1 where s is far larger than a rounding. Where no p of the chunk is near 1, which is
+    most chunks, p itself can be s: from 1/2 on, 1 - p is exact. Where p^γ multiplies the logarithm, its
+    error of 6e-8 need not be taken out, unless it is asked to be `precise`.
     """
-    above = None if x.numel() == 0 or x.amax() <= 0 else x > 0
-    s = torch.sigmoid(x if above is None else torch.abs(x, out=work.p).neg_(), out=work.p)
-    u = torch.sub(1, s, out=work.q)
+    p = torch.sigmoid(x, out=work.p)
+    near_1 = x.numel() > 0 and not p.amax().item() <= _NEAR_1  # NaN goes the longer way
+    if near_1:
+        q = torch.sigmoid(torch.neg(x, out=work.q), out=work.q)
+        s = torch.minimum(p, q)
+        u = 1 - s
+    else:
+        s, u = p, torch.sub(work.one, p, out=work.q)
     log = torch.log(u, out=work.log_q)
-    log.addcdiv_(torch.sub(1, u, out=work.more).sub_(s), u)
-    if above is None:
-        return s, u, log
-    return torch.where(above, u, s), torch.where(above, s, u), log.sub_(x.clamp(min=0))
+    if precise:
+        log += torch.sub(work.one, u, out=work.more).sub_(s)
+    if near_1:
+        return p, q, log.sub_(x.clamp(min=0))
+    return s, u, log

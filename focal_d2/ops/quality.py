@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from focal_d2.ops.common import check_at_least_0, check_in_0_1, compare, reduce
+from focal_d2.ops.common import check_at_least_0, check_in_0_1, check_quality_beta, compare, reduce
 
 
 def quality_focal_loss(
@@ -78,16 +78,6 @@ def varifocal_loss(
     loss = F.binary_cross_entropy_with_logits(x, target, reduction="none")
     negative_weight = alpha * torch.exp(gamma * F.logsigmoid(x))
     return reduce(torch.where(target > 0, target, negative_weight) * loss, counts, reduction)
-
-
-def check_quality_beta(beta: float) -> None:
-    """Refuse what quality focal loss has no gradient for.
-
-    Raises:
-        ValueError: naming the value.
-    """
-    if not (beta == 0 or beta >= 1):
-        raise ValueError(f"beta is {beta}; it must be 0, or at least 1")
 
 
 def _soft_targets(

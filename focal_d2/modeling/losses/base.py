@@ -32,16 +32,12 @@ class DenseBatch(NamedTuple):
     anchors: Tensor  # (R, 4) XYXY
     decode: Callable[[Tensor, Tensor], Tensor]  # (deltas (E, 4), anchors (E, 4)) -> boxes (E, 4) XYXY
 
-    def raw_levels(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (N, A·C, H, W) logits and (N, H·W·A) labels of one level after another."""
-        for x, start, stop in level_ranges(self.logits, self.num_logits):
-            yield x, self.labels[:, start:stop]
-
     def levels(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (N, H·W·A, C) logits and (N, H·W·A) labels of one level after another."""
-        for x, labels in self.raw_levels():
+        for x, start, stop in level_ranges(self.logits, self.num_logits):
             # detectron2's permute_to_N_HWA_K fails for N = 0.
-            yield x.unflatten(1, (-1, self.num_logits)).permute(0, 3, 4, 1, 2).flatten(1, 3), labels
+            anchors = x.unflatten(1, (-1, self.num_logits)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+            yield anchors, self.labels[:, start:stop]
 
     def all_logits(self) -> Tensor:
         """Return all levels' logits, (N, R, C)."""

@@ -12,14 +12,15 @@ from focal_d2.errors import UserError
 from focal_d2.modeling.losses.base import ClassificationLoss, DenseBatch, register_loss
 from focal_d2.ops import (
     dense_focal_loss,
+    dense_quality_focal_loss,
+    dense_varifocal_loss,
     quality_focal_loss,
     sigmoid_focal_loss,
     sigmoid_focal_star_loss,
     softmax_focal_loss,
     varifocal_loss,
 )
-from focal_d2.ops.common import check_at_least_0, check_in_0_1, check_weight
-from focal_d2.ops.quality import check_quality_beta
+from focal_d2.ops.common import check_at_least_0, check_in_0_1, check_quality_beta, check_weight
 
 _NO_WEIGHTING = -1.0
 
@@ -73,20 +74,18 @@ class _AlphaBalanced(_Elementwise):
 
 
 class _SigmoidFocal(_AlphaBalanced):
-    """Sigmoid focal loss and its special cases; has a one-pass implementation, unless α is a list."""
+    """Sigmoid focal loss and its special cases."""
 
     has_fused = True
     gamma = 0.0
 
     def forward(self, batch: DenseBatch) -> Tensor:
         """Return the sum over all anchors that are not ignored."""
-        if not self.use_fused(batch) or not isinstance(self.alpha, float):
+        if not self.use_fused(batch) or self.alpha == "auto":
             return super().forward(batch)
-        terms = [
-            dense_focal_loss(logits, labels, num_classes=self.num_classes, alpha=self.alpha, gamma=self.gamma)
-            for logits, labels in batch.raw_levels()
-        ]
-        return torch.stack(terms).sum()
+        return dense_focal_loss(
+            batch.logits, batch.labels, num_classes=self.num_classes, alpha=self.alpha, gamma=self.gamma
+        )
 
     def term(self, logits: Tensor, labels: Tensor) -> Tensor:
         """See `focal_d2.ops.sigmoid_focal_loss`."""
@@ -205,6 +204,8 @@ class FixedWeights(_SigmoidFocal):
 class QualityFocalLoss(ClassificationLoss):
     """Quality focal loss: the positives' target is the IoU of the predicted box (arXiv 2006.04388)."""
 
+    has_fused = True
+
     def __init__(self, *, num_classes: int, beta: float) -> None:
         super().__init__(num_classes=num_classes)
         check_quality_beta(beta)
@@ -212,6 +213,10 @@ class QualityFocalLoss(ClassificationLoss):
 
     def forward(self, batch: DenseBatch) -> Tensor:
         """See `focal_d2.ops.quality_focal_loss`."""
+        if self.use_fused(batch):
+            return dense_quality_focal_loss(
+                batch.logits, batch.labels, batch.quality(), num_classes=self.num_classes, beta=self.beta
+            )
         return quality_focal_loss(
             batch.all_logits(), batch.labels, batch.quality(), num_classes=self.num_classes, beta=self.beta
         )
@@ -220,6 +225,8 @@ class QualityFocalLoss(ClassificationLoss):
 @register_loss("varifocal")
 class VarifocalLoss(ClassificationLoss):
     """Varifocal loss: positives weigh as much as the IoU of the predicted box (arXiv 2008.13367)."""
+
+    has_fused = True
 
     def __init__(self, *, num_classes: int, alpha: float, gamma: float) -> None:
         super().__init__(num_classes=num_classes)
@@ -230,6 +237,15 @@ class VarifocalLoss(ClassificationLoss):
 
     def forward(self, batch: DenseBatch) -> Tensor:
         """See `focal_d2.ops.varifocal_loss`."""
+        if self.use_fused(batch):
+            return dense_varifocal_loss(
+                batch.logits,
+                batch.labels,
+                batch.quality(),
+                num_classes=self.num_classes,
+                alpha=self.alpha,
+                gamma=self.gamma,
+            )
         return varifocal_loss(
             batch.all_logits(),
             batch.labels,

@@ -443,16 +443,17 @@ def test_implementation_from_yaml():
         assert model.cls_loss.use_fused(batch) == fused
 
 
-def test_alpha_as_a_list_is_computed_by_the_reference():
+@pytest.mark.parametrize("implementation", ["reference", "fused"])
+def test_alpha_as_a_list(implementation):
     batch = make_batch(build("focal"))
-    one, many = build("focal", ALPHA=0.3), build("focal", ALPHA=[0.3] * K, implementation="fused")
+    one, many = build("focal", ALPHA=0.3), build("focal", ALPHA=[0.3] * K, implementation=implementation)
     torch.testing.assert_close(one(batch), many(batch))
 
 
 @pytest.mark.parametrize(
     "name, implementation, message",
     [
-        ("ohem", "fused", "ohem has no such; these have: balanced_ce, ce, fixed_weights, focal"),
+        ("ohem", "fused", "ohem has no such; these have: balanced_ce, ce, fixed_weights, focal, "),
         ("focal", "quick", 'IMPLEMENTATION is "quick"; legal values: auto, reference, fused'),
     ],
 )
