@@ -74,12 +74,23 @@ def add_focal_config(cfg: CfgNode) -> None:
     focal.GHM_R.MOMENTUM = 0.7
 
     focal.AMP = CfgNode()
-    # Backbone and head under bfloat16 autocast, losses and decoding in float32. Needs no loss scaling and
-    # works on CPU and CUDA. On a CPU, SOLVER.AMP.ENABLED turns this on.
+    # Backbone and head under autocast, losses and decoding in float32, in training and evaluation.
+    # SOLVER.AMP.ENABLED turns this on in focal_d2's trainer and tools.
     focal.AMP.ENABLED = False
+    # "bfloat16" needs no loss scaling and works on CPU and CUDA. "float16" is for CUDA only; focal_d2's
+    # trainer then scales the loss, as detectron2's does for SOLVER.AMP.ENABLED.
+    focal.AMP.DTYPE = "bfloat16"
+    # Let CUDA's matrix products and convolutions round float32 inputs to TF32 (10 bits of mantissa).
+    # PyTorch, and so detectron2, does so in convolutions. Read by focal_d2's trainer.
+    focal.TF32 = True
 
     # Store weights and images as NHWC, which convolution libraries prefer; values stay the same.
     focal.CHANNELS_LAST = False
+    # Compute a convolution and the frozen batch norm after it as one convolution: the same function, and
+    # the same names in checkpoints.
+    focal.FOLD_FROZEN_NORMS = True
+    # torch.compile backbone and head. Compiles anew for image shapes it has not met; needs a C++ compiler.
+    focal.COMPILE = False
 
     inputs = cfg.INPUT.FOCAL = CfgNode()
     # For pictures without an upright direction (aerial, microscopy), beside INPUT.RANDOM_FLIP.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.detection_utils import build_augmentation
@@ -13,7 +12,6 @@ from detectron2.modeling import build_model
 
 from focal_d2.data import FocalDatasetMapper
 from focal_d2.errors import UserError
-from focal_d2.modeling.anchors import Anchors
 from focal_d2.modeling.losses import LOSSES
 
 # Beyond these a few wrong labels would own the gradient (paper, table 1a: α = 0.999 loses 6 AP).
@@ -80,18 +78,8 @@ def count_anchors(cfg: CfgNode) -> tuple[int, int]:
     positives = negatives = 0
     for record in records[:_MOST_IMAGES]:
         sample = mapper(record)
-        labels = model.label_anchors(_anchors(model, sample["image"]), [sample["instances"].to(model.device)])
+        anchors = model.anchors_for(model.preprocess_image([sample]))
+        labels = model.label_anchors(anchors, [sample["instances"]])
         positives += int(labels.positive.sum())
         negatives += int((labels.labels == model.num_classes).sum())
     return positives, negatives
-
-
-def _anchors(model: Any, image: torch.Tensor) -> Anchors:
-    height, width = model.preprocess_image([{"image": image}]).tensor.shape[-2:]
-    shapes = model.backbone.output_shape()
-    features = [
-        torch.empty(1, 1, -(-height // s), -(-width // s), device=model.device)
-        for s in (shapes[name].stride for name in model.head_in_features)
-    ]
-    anchors: Anchors = model.anchors_of(features)
-    return anchors

@@ -107,7 +107,7 @@ def _refuse_nulls(cfg: CfgNode) -> None:
 
 
 def resolve_device(cfg: CfgNode) -> None:
-    """Replace `MODEL.DEVICE: auto`, and on a CPU turn `SOLVER.AMP.ENABLED` into `MODEL.FOCAL.AMP.ENABLED`.
+    """Replace `MODEL.DEVICE: auto`, and let `SOLVER.AMP.ENABLED` turn on `MODEL.FOCAL.AMP.ENABLED`.
 
     Args:
         cfg: full config that is not frozen, changed in place.
@@ -127,10 +127,10 @@ def resolve_device(cfg: CfgNode) -> None:
             f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}" but PyTorch finds no CUDA device here: '
             "set MODEL.DEVICE cpu (or auto)"
         )
-    if device.type == "cpu" and cfg.SOLVER.AMP.ENABLED:
-        # detectron2's AMP trainer insists on CUDA and a loss scaler; bfloat16 on a CPU needs neither.
-        cfg.SOLVER.AMP.ENABLED = False
-        cfg.MODEL.FOCAL.AMP.ENABLED = True
+    amp = cfg.MODEL.FOCAL.AMP
+    amp.ENABLED = amp.ENABLED or cfg.SOLVER.AMP.ENABLED
+    # detectron2's AMP trainer insists on CUDA and scales the loss, which only float16 needs.
+    cfg.SOLVER.AMP.ENABLED = amp.ENABLED and amp.DTYPE == "float16" and device.type == "cuda"
 
 
 def set_up_job(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -147,6 +147,8 @@ def set_up_job(cfg: CfgNode, args: argparse.Namespace) -> None:
             default_setup(cfg, args)
     except OSError as error:
         raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: {error}") from error
+    focal = cfg.MODEL.FOCAL
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = focal.TF32
     # Our own records go where detectron2's go.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="focal_d2")
 

@@ -31,11 +31,12 @@ class AnchorCache:
         self.generator = generator
         self._known: OrderedDict[Any, Anchors] = OrderedDict()
 
-    def __call__(self, features: list[Tensor]) -> Anchors:
-        """Return the anchors for L × (N, C, H, W) features."""
-        sizes = tuple(tuple(x.shape[-2:]) for x in features)
-        key = (sizes, features[0].device)
+    def __call__(self, sizes: Sequence[tuple[int, int]], device: torch.device) -> Anchors:
+        """Return the anchors of L levels of (height, width) cells."""
+        key = (tuple(sizes), device)
         if key not in self._known:
+            # The generator looks at nothing but shapes and device.
+            features = [torch.empty(1, 1, height, width, device=device) for height, width in sizes]
             boxes = Boxes.cat(self.generator(features)).tensor
             self._known[key] = Anchors(boxes, grid_of(self.generator, sizes))
             if len(self._known) > _MOST_SHAPES:

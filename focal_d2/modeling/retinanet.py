@@ -7,11 +7,12 @@ of the batch. Boxes are XYXY in absolute pixels. Labels are int64: [0, K) a clas
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import batched_nms
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
     Backbone,
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from focal_d2.config import check_choice, focal_config, loss_parameters
 from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import AnchorCache, Anchors
+from focal_d2.modeling.folding import fold_norms
 from focal_d2.modeling.head import FocalRetinaNetHead
 from focal_d2.modeling.losses import (
     BOX_LOSSES,
@@ -42,14 +44,34 @@ from focal_d2.modeling.losses import (
 )
 from focal_d2.ops import IGNORE_LABEL
 from focal_d2.ops.assign import match_anchors
+from focal_d2.ops.common import divide, in_memory_order
+from focal_d2.ops.detect import best_boxes, indices_above
+
+
+class Positives(NamedTuple):
+    """The positive anchors, in the order of `AnchorTargets.positive.nonzero()`."""
+
+    image: Tensor  # (P,) int64
+    anchor: Tensor  # (P,) int64
+    gt_boxes: Tensor  # (P, 4) float
 
 
 class AnchorTargets(NamedTuple):
-    """What the anchors of a batch shall predict."""
+    """What the anchors of a batch shall predict. B boxes in all images."""
 
     labels: Tensor  # (N, R) int64
     positive: Tensor  # (N, R) bool
-    gt_boxes: Tensor  # (P, 4) float, in the order of positive.nonzero()
+    matched: Tensor  # (N, R) int64: which of `boxes`; read where positive
+    boxes: Tensor  # (B, 4) float
+    num_positives: Callable[[], int]  # P
+
+    def positives(self) -> Positives:
+        """List them. Knowing their number, a GPU need not be waited for."""
+        if self.positive.is_cuda:
+            image, anchor = torch.nonzero_static(self.positive, size=self.num_positives()).unbind(1)
+        else:
+            image, anchor = self.positive.nonzero(as_tuple=True)
+        return Positives(image, anchor, self.boxes[self.matched[image, anchor]])
 
 
 class Candidates(NamedTuple):
@@ -93,8 +115,10 @@ class FocalRetinaNet(DenseDetector):
         max_detections_per_image: int,
         pixel_mean: list[float],
         pixel_std: list[float],
-        amp: bool,
+        amp: torch.dtype | None,
         channels_last: bool,
+        fold_frozen_norms: bool,
+        compile_network: bool,
     ) -> None:
         """Compose the detector.
 
@@ -115,8 +139,10 @@ class FocalRetinaNet(DenseDetector):
             max_detections_per_image: at most so many detections are returned.
             pixel_mean: a value for each channel, subtracted from the image.
             pixel_std: a value for each channel that divides the result.
-            amp: run backbone and head under bfloat16 autocast.
+            amp: run backbone and head under autocast to this type; None: in the weights' precision.
             channels_last: keep weights and images in NHWC.
+            fold_frozen_norms: compute convolution and frozen batch norm as one convolution.
+            compile_network: hand backbone and head to `torch.compile`.
         """
         super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
         self.num_classes = num_classes
@@ -135,6 +161,13 @@ class FocalRetinaNet(DenseDetector):
         self.channels_last = channels_last
         if channels_last:
             self.to(memory_format=torch.channels_last)
+        shapes = backbone.output_shape()
+        self._strides = [shapes[name].stride for name in head_in_features]
+        if fold_frozen_norms:
+            fold_norms(self.backbone)
+        if compile_network:
+            self.backbone.compile()
+            self.head.compile()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -202,16 +235,48 @@ class FocalRetinaNet(DenseDetector):
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "amp": focal.AMP.ENABLED,
+            "amp": _autocast_type(cfg),
             "channels_last": focal.CHANNELS_LAST,
+            "fold_frozen_norms": focal.FOLD_FROZEN_NORMS,
+            "compile_network": focal.COMPILE,
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Losses in training, detections in evaluation; see detectron2's `DenseDetector.forward`."""
-        if not self.amp:
-            return super().forward(batched_inputs)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            return super().forward(batched_inputs)
+        if not self.training:
+            with self.precision():
+                return super().forward(batched_inputs)
+        assert "instances" in batched_inputs[0], "training needs instances, which this batch has not"
+        images = self.preprocess_image(batched_inputs)
+        instances = [x["instances"] for x in batched_inputs]
+        # Before the network runs: by the time that a GPU's host needs the positives' number, it is there.
+        anchors = self.anchors_for(images)
+        targets = self.label_anchors(anchors, instances)
+        with self.precision():
+            features, predictions = self.network(images)
+        actual = self._anchors_of(features)
+        if actual is not anchors:  # a backbone that rounds its sizes another way
+            anchors, targets = actual, self.label_anchors(actual, instances)
+        return self._losses(predictions, anchors, targets)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the autocast context that `MODEL.FOCAL.AMP.*` asks for, or one that does nothing."""
+        if self.amp is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp)
+
+    def network(self, images: ImageList) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Run backbone and head.
+
+        Returns:
+            L × (N, C, H, W) features; L × (N, A·C, H, W) logits and L × (N, A·4, H, W) deltas.
+        """
+        outputs = self.backbone(images.tensor)
+        features = [outputs[name] for name in self.head_in_features]
+        return features, self.head(features)
+
+    def _move_to_current_device(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True)
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Normalise, pad and batch: an `ImageList` of (N, C, H, W) in the configured memory format."""
@@ -219,6 +284,14 @@ class FocalRetinaNet(DenseDetector):
         if not self.channels_last:
             return images
         return ImageList(images.tensor.contiguous(memory_format=torch.channels_last), images.image_sizes)
+
+    def anchors_for(self, images: ImageList) -> Anchors:
+        """Return the anchors of a batch, from the strides that the backbone states."""
+        height, width = images.tensor.shape[-2:]
+        return self.anchors_of([(-(-height // s), -(-width // s)) for s in self._strides], self.device)
+
+    def _anchors_of(self, features: list[Tensor]) -> Anchors:
+        return self.anchors_of([(x.shape[-2], x.shape[-1]) for x in features], self.device)
 
     def forward_training(
         self,
@@ -235,14 +308,18 @@ class FocalRetinaNet(DenseDetector):
             predictions: L × (N, A·C, H, W) logits and L × (N, A·4, H, W) deltas.
             gt_instances: N × `Instances` with gt_boxes (M, 4) and gt_classes (M).
         """
+        anchors = self._anchors_of(features)
+        return self._losses(predictions, anchors, self.label_anchors(anchors, gt_instances))
+
+    def _losses(
+        self, predictions: list[list[Tensor]], anchors: Anchors, targets: AnchorTargets
+    ) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, enabled=False):
             logits, deltas = predictions
-            anchors = self.anchors_of(features)
-            targets = self.label_anchors(anchors, gt_instances)
-            num_positives = targets.positive.sum()
+            positives = targets.positives()
             if has_event_storage():
-                get_event_storage().put_scalar("num_pos_anchors", num_positives.item() / len(gt_instances))
-            image_index, anchor_index = targets.positive.nonzero(as_tuple=True)  # (P,), (P,)
+                per_image = targets.num_positives() / len(targets.labels)
+                get_event_storage().put_scalar("num_pos_anchors", per_image)
             losses = {
                 "loss_cls": self.cls_loss(
                     DenseBatch(
@@ -250,19 +327,21 @@ class FocalRetinaNet(DenseDetector):
                         num_logits=self.cls_loss.num_logits,
                         labels=targets.labels,
                         positive=targets.positive,
-                        gt_boxes=targets.gt_boxes,
+                        image=positives.image,
+                        anchor=positives.anchor,
+                        gt_boxes=positives.gt_boxes,
                         deltas=deltas,
                         anchors=anchors.boxes,
                         decode=self.box2box_transform.apply_deltas,
                     )
                 ),
                 "loss_box_reg": self.box_loss(
-                    gather_deltas(deltas, image_index, anchor_index),
-                    anchors.boxes[anchor_index],
-                    targets.gt_boxes,
+                    gather_deltas(deltas, positives.image, positives.anchor),
+                    anchors.boxes[positives.anchor],
+                    positives.gt_boxes,
                 ),
             }
-            normalizer = self.loss_normalizer(num_positives)
+            normalizer = self.loss_normalizer(targets.positive.sum())
             if self.cls_loss.divided_by_positives:
                 losses["loss_cls"] = losses["loss_cls"] / normalizer
             if self.box_loss.divided_by_positives:
@@ -277,32 +356,32 @@ class FocalRetinaNet(DenseDetector):
         their IoU, unless `MODEL.FOCAL.LOW_QUALITY_MATCHES` is false.
 
         Args:
-            anchors: of the batch's image shape (`self.anchors_of`).
-            gt_instances: N × `Instances` with gt_boxes (M, 4) and gt_classes (M); M may be 0.
+            anchors: of the batch's image shape (`self.anchors_for`).
+            gt_instances: N × `Instances`, on any device, with gt_boxes (M, 4) and gt_classes (M); M may be 0.
         """
-        labels = torch.full(
-            (len(gt_instances), len(anchors.boxes)),
-            self.num_classes,
-            dtype=torch.int64,
-            device=anchors.boxes.device,
-        )
-        positive = torch.zeros_like(labels, dtype=torch.bool)
-        gt_boxes = [anchors.boxes.new_zeros(0, 4)]
-        for image_labels, image_positive, gt in zip(labels, positive, gt_instances, strict=True):
-            if len(gt) == 0:
+        device = anchors.boxes.device
+        shape = (len(gt_instances), len(anchors.boxes))
+        labels = torch.full(shape, self.num_classes, dtype=torch.int64, device=device)
+        positive = torch.zeros(shape, dtype=torch.bool, device=device)
+        matched = torch.zeros(shape, dtype=torch.int64, device=device)
+        boxes = torch.cat([x.gt_boxes.tensor for x in gt_instances]).to(device, non_blocking=True)
+        classes = torch.cat([x.gt_classes for x in gt_instances]).to(device, non_blocking=True)
+        first = 0
+        for i, count in enumerate(map(len, gt_instances)):
+            if count == 0:
                 continue
-            matched, outcome = self._match(gt.gt_boxes, anchors)
-            image_positive.copy_(outcome == 1)
-            chosen = matched[image_positive]
-            image_labels[outcome == -1] = IGNORE_LABEL
-            image_labels[image_positive] = gt.gt_classes[chosen]
-            gt_boxes.append(gt.gt_boxes.tensor[chosen])
-        return AnchorTargets(labels, positive, torch.cat(gt_boxes))
+            box, outcome = self._match(boxes[first : first + count], anchors)
+            torch.add(box, first, out=matched[i])
+            torch.eq(outcome, 1, out=positive[i])
+            labels[i].masked_fill_(outcome == -1, IGNORE_LABEL)
+            torch.where(positive[i], classes[matched[i]], labels[i], out=labels[i])
+            first += count
+        return AnchorTargets(labels, positive, matched, boxes, _count(positive))
 
-    def _match(self, boxes: Boxes, anchors: Anchors) -> tuple[Tensor, Tensor]:
+    def _match(self, boxes: Tensor, anchors: Anchors) -> tuple[Tensor, Tensor]:
         matcher = self.anchor_matcher
         return match_anchors(
-            boxes.tensor,
+            boxes,
             anchors.boxes,
             anchors.grid,
             thresholds=matcher.thresholds[1:-1],  # without the infinities around them
@@ -321,7 +400,7 @@ class FocalRetinaNet(DenseDetector):
         """
         with torch.autocast(self.device.type, enabled=False):
             logits, deltas = predictions
-            anchors = self.anchors_of(features)
+            anchors = self._anchors_of(features)
             found = self._candidates(logits)
             boxes = self.box2box_transform.apply_deltas(
                 gather_deltas(deltas, found.image, found.anchor), anchors.boxes[found.anchor]
@@ -329,8 +408,15 @@ class FocalRetinaNet(DenseDetector):
             results = []
             for i, image_size in enumerate(images.image_sizes):
                 own = (found.image == i).nonzero().squeeze(1)
-                own = own[batched_nms(boxes[own], found.score[own], found.label[own], self.test_nms_thresh)]
-                own = own[: self.max_detections_per_image]
+                own = own[
+                    best_boxes(
+                        boxes[own],
+                        found.score[own],
+                        found.label[own],
+                        self.test_nms_thresh,
+                        self.max_detections_per_image,
+                    )
+                ]
                 results.append(
                     Instances(
                         image_size,
@@ -355,21 +441,31 @@ class FocalRetinaNet(DenseDetector):
 
     def _above_threshold(self, logits: Tensor) -> Candidates:
         """Find what scores above the threshold on a level, (N, A·C, H, W)."""
-        level = logits.unflatten(1, (-1, self.cls_loss.num_logits))  # (N, A, C, H, W)
-        anchors, width = level.shape[1], level.shape[4]
+        num_logits = self.cls_loss.num_logits
+        cells = logits.shape[2] * logits.shape[3]
+        anchors = logits.shape[1] // num_logits
         cut = self.cls_loss.least_logit(self.test_score_thresh)
         if cut is None:
-            scores = self.cls_loss.probabilities(level.movedim(2, 4).float()).movedim(4, 2)
-            image, a, label, row, column = (scores > self.test_score_thresh).nonzero(as_tuple=True)
-            score = scores[image, a, label, row, column]
-        else:
-            # Few logits are above it: probabilities of the others are never computed. Half precision rounds
-            # the number it is compared with.
-            cut -= abs(cut) * torch.finfo(level.dtype).eps if math.isfinite(cut) else 0.0
-            image, a, label, row, column = (level > cut).nonzero(as_tuple=True)
-            score = self.cls_loss.probabilities(level[image, a, label, row, column].float())
-        found = Candidates(image, (row * width + column) * anchors + a, label, score)
-        return found if cut is None else found.where(score > self.test_score_thresh)
+            level = logits.unflatten(1, (-1, num_logits)).permute(0, 3, 4, 1, 2)  # (N, H, W, A, C)
+            scores = self.cls_loss.probabilities(level.float()).flatten(1, 3)  # (N, H · W · A, K)
+            image, anchor, label = (scores > self.test_score_thresh).nonzero(as_tuple=True)
+            return Candidates(image, anchor, label, scores[image, anchor, label])
+        # Few logits are above it: probabilities of the others are never computed. Half precision rounds the
+        # number it is compared with.
+        cut -= abs(cut) * torch.finfo(logits.dtype).eps if math.isfinite(cut) else 0.0
+        flat = in_memory_order(logits)
+        place = indices_above(flat, cut)
+        score = self.cls_loss.probabilities(flat[place].float())
+        certain = score > self.test_score_thresh
+        place, score = place[certain], score[certain]
+        if logits.is_contiguous():
+            rest, cell = divide(place, cells)
+            rest, label = divide(rest, num_logits)
+            image, a = divide(rest, anchors)
+            return Candidates(image, cell * anchors + a, label, score)
+        rest, label = divide(place, num_logits)
+        image, anchor = divide(rest, cells * anchors)
+        return Candidates(image, anchor, label, score)
 
     def _best(self, found: Candidates) -> Candidates:
         """Keep at most `test_topk_candidates` of each image."""
@@ -381,3 +477,33 @@ class FocalRetinaNet(DenseDetector):
             count = min(self.test_topk_candidates, len(own))
             kept.append(own[found.score[own].topk(count).indices])
         return found.where(torch.cat(kept))
+
+
+def _count(positive: Tensor) -> Callable[[], int]:
+    """Count them; on a GPU without waiting before the number is asked for."""
+    number = positive.sum()
+    if not number.is_cuda:
+        return number.item  # type: ignore[return-value]
+    host = torch.empty((), dtype=number.dtype, pin_memory=True)
+    host.copy_(number, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> int:
+        arrived.synchronize()
+        return int(host)
+
+    return wait
+
+
+_AUTOCAST_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _autocast_type(cfg: CfgNode) -> torch.dtype | None:
+    focal = focal_config(cfg)
+    name = check_choice("MODEL.FOCAL.AMP.DTYPE", focal.AMP.DTYPE, tuple(_AUTOCAST_TYPES))
+    if not focal.AMP.ENABLED:
+        return None
+    if name == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        raise UserError("MODEL.FOCAL.AMP.DTYPE is float16, which needs a GPU; on a CPU use bfloat16")
+    return _AUTOCAST_TYPES[name]

@@ -107,3 +107,18 @@ def balance(loss: Tensor, positive: Tensor, alpha: float | Tensor) -> Tensor:
     if not isinstance(alpha, Tensor) and alpha < 0:
         return loss
     return torch.where(positive, alpha * loss, (1 - alpha) * loss)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether (N, C, H, W) is contiguous or channels-last."""
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """All elements (n,) of (N, C, H, W), as a view if it is dense: NCHW order if contiguous, else NHWC."""
+    return (x if x.is_contiguous() else x.permute(0, 2, 3, 1)).reshape(-1)
+
+
+def divide(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
+    """Whole quotient and remainder."""
+    return x.div(by, rounding_mode="floor"), x.remainder(by)

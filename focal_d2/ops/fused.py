@@ -23,6 +23,9 @@ from focal_d2.ops.common import (
     check_in_0_1,
     check_quality_beta,
     check_weight,
+    divide,
+    in_memory_order,
+    is_dense,
 )
 
 # Elements worked on at once: their float32 temporaries fit the cores' second-level caches.
@@ -188,16 +191,16 @@ class _DenseLoss(torch.autograd.Function):
     def forward(
         ctx: Any, labels: Tensor, quality: Tensor | None, num_classes: int, loss: _Loss, *logits: Tensor
     ) -> Tensor:
-        levels = tuple(x if _is_dense(x) else x.contiguous() for x in logits)
+        levels = tuple(x if is_dense(x) else x.contiguous() for x in logits)
         wanted = ctx.needs_input_grad[4:]
         gradients = [torch.empty_like(x) if w else None for x, w in zip(levels, wanted, strict=True)]
-        work = _Workspace.like(max((_flat(x) for x in levels), key=len)[:_CHUNK])
+        work = _Workspace.like(max((in_memory_order(x) for x in levels), key=len)[:_CHUNK])
         negatives = [
             _all_as_negatives(x, num_classes, loss, g, work) for x, g in zip(levels, gradients, strict=True)
         ]
         total = torch.stack(negatives).sum()
         places = _find_places(levels, labels, quality, num_classes)
-        total = _correct(total, levels, gradients, places, num_classes, loss)
+        total = _correct(total, levels, gradients, places, num_classes, loss, work)
         ctx.gradients = gradients
         return total.to(torch.float64 if logits[0].dtype == torch.float64 else torch.float32)
 
@@ -215,15 +218,6 @@ class _DenseLoss(torch.autograd.Function):
         return None, None, None, None, *gradients
 
 
-def _is_dense(x: Tensor) -> bool:
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """All elements in the order of memory, as a view."""
-    return (x if x.is_contiguous() else x.permute(0, 2, 3, 1)).view(-1)
-
-
 def _computed(x: Tensor) -> Tensor:
     """In the precision that losses are computed in."""
     return x if x.dtype == torch.float64 else x.float()
@@ -234,12 +228,19 @@ def _of_class(weight: float | Tensor, classes: Tensor) -> float | Tensor:
 
 
 class _Places(NamedTuple):
-    """Which entries of a level are not plain negatives, as indices into its flat logits."""
+    """Which entries of a level are not plain negatives: indices into `_by_class` of it."""
 
-    positive: Tensor  # (P,)
+    block: Tensor  # (P,)
     classes: Tensor  # (P,)
+    offset: Tensor  # (P,)
     quality: Tensor | None  # (P,)
-    ignored: Tensor  # (E · K,)
+    ignored_block: Tensor  # (E,)
+    ignored_offset: Tensor  # (E,)
+
+
+def _by_class(x: Tensor, num_classes: int) -> Tensor:
+    """(N · A, K, H · W) of a contiguous level, (N · H · W · A, K, 1) of a channels-last one, as a view."""
+    return in_memory_order(x).view(-1, num_classes, x.shape[2] * x.shape[3] if x.is_contiguous() else 1)
 
 
 def _correct(
@@ -249,36 +250,39 @@ def _correct(
     places: Sequence[_Places],
     num_classes: int,
     loss: _Loss,
+    work: _Workspace,
 ) -> Tensor:
     """Put positives in the place of negatives, take ignored anchors out; return the corrected sum."""
-    flat = [_flat(x) for x in levels]
+    views = [_by_class(x, num_classes) for x in levels]
+    written = [None if g is None else _by_class(g, num_classes) for g in gradients]
     classes = torch.cat([p.classes for p in places])
     if len(classes):
-        x = _computed(torch.cat([x[p.positive] for x, p in zip(flat, places, strict=True)]))
+        x = torch.cat([x[p.block, p.classes, p.offset] for x, p in zip(views, places, strict=True)])
+        x = _computed(x)
         soft = [p.quality for p in places if p.quality is not None]
         term = loss.positives(x, torch.cat(soft).to(x.dtype) if soft else x, classes)
         weight = _of_class(loss.negative_weight, classes)
         total = total + term.value.sum(dtype=torch.float64)
-        total = total - (weight * _counted(x, loss.gamma)).sum(dtype=torch.float64)
+        total = total - (weight * _counted(x, loss.gamma, work)).sum(dtype=torch.float64)
         parts = term.slope.split([len(p.classes) for p in places])
-        for g, p, slope in zip(gradients, places, parts, strict=True):
+        for g, p, slope in zip(written, places, parts, strict=True):
             if g is not None:
-                _flat(g)[p.positive] = slope.to(g.dtype)
-    if any(len(p.ignored) for p in places):
-        x = _computed(torch.cat([x[p.ignored] for x, p in zip(flat, places, strict=True)]))
-        value = _counted(x, loss.gamma).view(-1, num_classes) * loss.negative_weight
-        # To the last digit where nothing else counts.
-        total = total - value.sum(dtype=torch.float64) if len(x) < sum(map(len, flat)) else total * 0
-        for g, p in zip(gradients, places, strict=True):
+                g[p.block, p.classes, p.offset] = slope.to(g.dtype)
+    ignored = sum(len(p.ignored_block) for p in places)
+    for x, g, p in zip(views, written, places, strict=True):
+        if len(p.ignored_block):
+            taken = _computed(x[p.ignored_block, :, p.ignored_offset])  # (E, K)
+            value = _counted(taken.view(-1), loss.gamma, work).view(-1, num_classes)
+            total = total - (value * loss.negative_weight).sum(dtype=torch.float64)
             if g is not None:
-                _flat(g).index_fill_(0, p.ignored, 0)
-    return total
+                g[p.ignored_block, :, p.ignored_offset] = 0
+    # To the last digit where nothing else counts.
+    return total * 0 if ignored * num_classes == sum(x.numel() for x in views) else total
 
 
 def _find_places(
     levels: Sequence[Tensor], labels: Tensor, quality: Tensor | None, num_classes: int
 ) -> list[_Places]:
-    every = torch.arange(num_classes, device=labels.device)
     image, anchor = (labels != num_classes).nonzero(as_tuple=True)
     label = labels[image, anchor]
     places = []
@@ -290,18 +294,20 @@ def _find_places(
         here = ((anchor >= start) & (anchor < stop)).nonzero().squeeze(1)
         n, own, k = image[here], anchor[here] - start, label[here]
         if x.is_contiguous():
-            cell, a = own.div(per_cell, rounding_mode="floor"), own.remainder(per_cell)
-            first, step = (n * per_cell + a) * num_classes * cells + cell, cells
+            offset, a = divide(own, per_cell)
+            block = n * per_cell + a
         else:
-            first, step = (n * cells * per_cell + own) * num_classes, 1
+            block, offset = n * (stop - start) + own, torch.zeros_like(own)
         positive = k >= 0
         chosen = here[positive]
         places.append(
             _Places(
-                (first + k * step)[positive],
+                block[positive],
                 k[positive],
+                offset[positive],
                 None if quality is None else quality[image[chosen], anchor[chosen]],
-                (first[~positive].unsqueeze(1) + every * step).view(-1),
+                block[~positive],
+                offset[~positive],
             )
         )
         start = stop
@@ -312,7 +318,7 @@ def _all_as_negatives(
     logits: Tensor, num_classes: int, loss: _Loss, gradient: Tensor | None, work: _Workspace
 ) -> Tensor:
     """Return the sum (float64) of a level's negatives, and write their gradient."""
-    flat, out = _flat(logits), None if gradient is None else _flat(gradient)
+    flat, out = in_memory_order(logits), None if gradient is None else in_memory_order(gradient)
     weight, size = loss.negative_weight, _CHUNK
     if isinstance(weight, Tensor):
         # One weight for each element of a chunk of whole periods of the classes.
@@ -335,15 +341,14 @@ class _Workspace(NamedTuple):
     q: Tensor
     log_q: Tensor
     more: Tensor
-    x: Tensor  # the logits, if they came in another precision; then spare
-    zeros: Tensor
+    zero: Tensor  # a scalar; as a tensor it is not made anew for each call
     one: Tensor  # a scalar
 
     @staticmethod
     def like(x: Tensor) -> _Workspace:
         x = _computed(x)
-        p, q, log_q, more, spare = (torch.empty_like(x) for _ in range(5))
-        return _Workspace(p, q, log_q, more, spare, torch.zeros_like(x), x.new_ones(()))
+        p, q, log_q, more = (torch.empty_like(x) for _ in range(4))
+        return _Workspace(p, q, log_q, more, x.new_zeros(()), x.new_ones(()))
 
     def first(self, count: int) -> _Workspace:
         if count == len(self.p):
@@ -356,34 +361,37 @@ def _chunk(x: Tensor, gamma: float, weight: float | Tensor, out: Tensor | None, 
 
     A number as `weight` is left out of the sum; a tensor (at least as long as x) is in it.
     """
-    if x.dtype != work.x.dtype:
-        x = work.x.copy_(x)
-    p, q, log_q = _sigmoid_and_log(x, work, precise=gamma < 1)
+    p, q, log_q = _sigmoid_and_log(_computed(x), work, precise=gamma < 1)
     power = _power(p, gamma, work.more)
     if isinstance(weight, Tensor):
         weights = weight[: len(x)]
         power = weights if power is None else torch.mul(power, weights, out=work.more)
+    slope = p if gamma == 0 else torch.addcmul(p, q, log_q, value=-gamma, out=q)
     # Not torch.dot, which adds up long vectors less carefully.
-    total = -(log_q if power is None else torch.mul(power, log_q, out=work.x)).sum()
+    total = -(log_q if power is None else log_q.mul_(power)).sum()
     if out is None:
         return total
-    slope = p if gamma == 0 else torch.addcmul(p, q, log_q, value=-gamma, out=q)
     if power is None:
         torch.mul(slope, weight, out=out)
     elif isinstance(weight, Tensor):
         torch.mul(power, slope, out=out)
     elif out.dtype == slope.dtype:
-        torch.addcmul(work.zeros, power, slope, value=weight, out=out)
+        torch.addcmul(work.zero, power, slope, value=weight, out=out)
     else:
         torch.mul(torch.mul(slope, power, out=slope), weight, out=out)
     return total
 
 
-def _counted(x: Tensor, gamma: float) -> Tensor:
-    """What each of some negatives added to its chunk's sum, with the same rounding."""
-    p, _, log_q = _sigmoid_and_log(x, _Workspace.like(x), precise=gamma < 1)
-    power = _power(p, gamma, torch.empty_like(p))
-    return -(log_q if power is None else power * log_q)
+def _counted(x: Tensor, gamma: float, work: _Workspace) -> Tensor:
+    """What each of some negatives (n,) added to its chunk's sum, with the same rounding."""
+    values = torch.empty_like(x)
+    size = max(1, len(work.p))
+    for some, to in zip(x.split(size), values.split(size), strict=True):
+        room = work.first(len(some))
+        p, _, log_q = _sigmoid_and_log(some, room, precise=gamma < 1)
+        power = _power(p, gamma, room.more)
+        torch.neg(log_q if power is None else log_q.mul_(power), out=to)
+    return values
 
 
 def _negatives(x: Tensor, gamma: float) -> _Term:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from focal_d2 import UserError
-from focal_d2.engine import load_config
+from focal_d2.engine import default_argument_parser, load_config
+from focal_d2.engine.setup import set_up_job
 from tests.conftest import REPOSITORY
 
 DEMO = str(REPOSITORY / "configs/neon_trees/focal_retinanet_R_18_FPN_demo.yaml")
@@ -89,3 +90,28 @@ def test_missing_file_is_named():
 def test_cuda_without_cuda_says_what_to_set():
     with pytest.raises(UserError, match="MODEL.DEVICE cpu"):
         load_config("", ["MODEL.DEVICE", "cuda"])
+
+
+@pytest.mark.parametrize("enabled, dtype", [(False, "bfloat16"), (True, "bfloat16"), (True, "float16")])
+def test_amp_on_cuda(enabled, dtype, monkeypatch):
+    # Which trainer is taken, decided without a GPU.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    opts = ["MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", str(enabled), "MODEL.FOCAL.AMP.DTYPE", dtype]
+    cfg = load_config("", opts)
+    assert enabled == cfg.MODEL.FOCAL.AMP.ENABLED
+    assert (enabled and dtype == "float16") == cfg.SOLVER.AMP.ENABLED  # only this one scales the loss
+
+
+@pytest.fixture
+def tf32():
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_tf32_is_set(value, tmp_path, tf32):
+    cfg = load_config("", [*CPU, "OUTPUT_DIR", str(tmp_path), "MODEL.FOCAL.TF32", str(value)])
+    set_up_job(cfg, default_argument_parser().parse_args([]))
+    assert torch.backends.cudnn.allow_tf32 == value
+    assert torch.backends.cuda.matmul.allow_tf32 == value

@@ -12,30 +12,31 @@ def make_generator(kind=DefaultAnchorGenerator):
     return kind(sizes=[[16.0, 24.0], [32.0]], aspect_ratios=[[0.5, 2.0], [1.0]], strides=[8, 16], offset=0.5)
 
 
-def features(height, width):
-    return [torch.zeros(2, 3, height, width), torch.zeros(2, 3, height // 2, width // 2)]
+def levels(height, width):
+    return [(height, width), (height // 2, width // 2)], torch.device("cpu")
 
 
 def test_anchors_are_made_once_for_a_shape():
     cache = AnchorCache(make_generator())
-    first = cache(features(8, 6))
-    assert torch.equal(first.boxes, Boxes.cat(make_generator()(features(8, 6))).tensor)
-    assert cache(features(8, 6)) is first
-    assert cache(features(8, 4)) is not first
+    first = cache(*levels(8, 6))
+    features = [torch.zeros(1, 1, *size) for size in levels(8, 6)[0]]
+    assert torch.equal(first.boxes, Boxes.cat(make_generator()(features)).tensor)
+    assert cache(*levels(8, 6)) is first
+    assert cache(*levels(8, 4)) is not first
 
 
 def test_the_shape_met_longest_ago_is_forgotten(monkeypatch):
     monkeypatch.setattr(anchors, "_MOST_SHAPES", 2)
     cache = AnchorCache(make_generator())
-    first, second = cache(features(8, 6)), cache(features(8, 4))
-    cache(features(8, 6))
-    cache(features(4, 4))
-    assert cache(features(8, 6)) is first
-    assert cache(features(8, 4)) is not second
+    first, second = cache(*levels(8, 6)), cache(*levels(8, 4))
+    cache(*levels(8, 6))
+    cache(*levels(4, 4))
+    assert cache(*levels(8, 6)) is first
+    assert cache(*levels(8, 4)) is not second
 
 
 def test_the_grid_says_where_every_anchor_stands():
-    made = AnchorCache(make_generator())(features(4, 6))
+    made = AnchorCache(make_generator())(*levels(4, 6))
     grid = made.grid
     found = torch.full_like(made.boxes, float("nan"))
     for s in range(len(grid.stride)):

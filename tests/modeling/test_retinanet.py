@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 import focal_d2
+from focal_d2 import UserError
 from tests.conftest import make_cfg
 
 SIZE = (128, 160)
@@ -143,12 +144,13 @@ def test_targets_equal_detectron2_and_have_ignored_anchors(num_classes):
     ours, theirs = make_pair(MODEL__RETINANET__NUM_CLASSES=num_classes)
     batch = [make_image(n, num_classes) for n in (7, 0, 300)]
     instances = [x["instances"] for x in batch]
-    features = [torch.zeros(1, 1, 128 // s, 160 // s) for s in (8, 16, 32, 64, 128)]
-    targets = ours.label_anchors(ours.anchors_of(features), instances)
+    features = [torch.zeros(1, 1, 128 // s, -(-160 // s)) for s in (8, 16, 32, 64, 128)]
+    targets = ours.label_anchors(ours.anchors_for(ours.preprocess_image(batch)), instances)
     theirs_of = theirs.label_anchors(theirs.anchor_generator(features), instances)
     labels, boxes = (torch.stack(x) for x in theirs_of)
     assert torch.equal(targets.labels, labels)
-    assert torch.equal(targets.gt_boxes, boxes[targets.positive])
+    assert torch.equal(targets.boxes[targets.matched[targets.positive]], boxes[targets.positive])
+    assert targets.num_positives() == targets.positive.sum()
     assert set(targets.labels[0].tolist()) >= {-1, num_classes}
 
 
@@ -227,6 +229,32 @@ def test_empty_images_train_without_nan():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_float16_on_a_cpu_and_unknown_types_are_refused():
+    with pytest.raises(UserError, match="float16, which needs a GPU"):
+        build_model(make_cfg(MODEL__FOCAL__AMP__ENABLED=True, MODEL__FOCAL__AMP__DTYPE="float16"))
+    with pytest.raises(UserError, match='DTYPE is "half"; legal values: bfloat16, float16'):
+        build_model(make_cfg(MODEL__FOCAL__AMP__DTYPE="half"))
+
+
+def test_compile_takes_backbone_and_head(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    model = build_model(make_cfg(MODEL__FOCAL__COMPILE=True))
+    assert compiled == [model.backbone, model.head]
+    compiled.clear()
+    build_model(make_cfg())
+    assert compiled == []
+
+
+def test_a_backbone_that_rounds_its_sizes_down_is_labelled_by_what_it_gives():
+    model = build_model(make_cfg())
+    batch = [make_image(5, 3)]
+    expected = model(batch)
+    model._strides = [s * 2 for s in model._strides]
+    model.loss_normalizer.ema.fill_(model.loss_normalizer.INITIAL)
+    torch.testing.assert_close(model(batch), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_amp_and_channels_last_change_little(channels_last):
     overrides = {"MODEL__RETINANET__SCORE_THRESH_TEST": 0.012, "MODEL__FOCAL__CHANNELS_LAST": channels_last}
@@ -262,11 +290,10 @@ def test_channels_last_is_the_same_function_in_another_layout():
 def test_low_quality_matches_can_be_off():
     image = make_image(1, 3)
     image["instances"].gt_boxes.tensor.copy_(torch.tensor([[40.0, 40.0, 43.0, 43.0]]))  # IoU below 0.01
-    features = [torch.zeros(1, 1, 128 // s, 160 // s) for s in (8, 16, 32, 64, 128)]
     positives = []
     for low_quality in (True, False):
         model = build_model(make_cfg(MODEL__FOCAL__LOW_QUALITY_MATCHES=low_quality))
-        anchors = model.anchors_of(features)
+        anchors = model.anchors_for(model.preprocess_image([image]))
         positives.append(int(model.label_anchors(anchors, [image["instances"]]).positive.sum()))
     assert positives[0] > 0
     assert positives[1] == 0

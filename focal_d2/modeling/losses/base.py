@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from focal_d2.config import check_choice
 from focal_d2.errors import UserError
 from focal_d2.ops import paired_iou
+from focal_d2.ops.common import divide
 
 
 class DenseBatch(NamedTuple):
@@ -27,6 +28,8 @@ class DenseBatch(NamedTuple):
     num_logits: int  # C
     labels: Tensor  # (N, R) int64: [0, K) a class, K background, -1 ignored
     positive: Tensor  # (N, R) bool
+    image: Tensor  # (P,) int64: the image of each positive, in the order of positive.nonzero()
+    anchor: Tensor  # (P,) int64: its anchor, over all levels
     gt_boxes: Tensor  # (P, 4) XYXY, the boxes that the positives are matched to
     deltas: list[Tensor]  # L × (N, A·4, H, W), as the head gives them
     anchors: Tensor  # (R, 4) XYXY
@@ -51,9 +54,9 @@ class DenseBatch(NamedTuple):
     def quality(self) -> Tensor:
         """Return the IoU (N, R) of predicted and matched boxes, 0 elsewhere, without gradient."""
         quality = self.anchors.new_zeros(self.labels.shape)
-        image, anchor = self.positive.nonzero(as_tuple=True)
-        boxes = self.decode(gather_deltas(self.deltas, image, anchor).detach(), self.anchors[anchor])
-        quality[image, anchor] = paired_iou(boxes, self.gt_boxes)
+        deltas = gather_deltas(self.deltas, self.image, self.anchor).detach()
+        boxes = self.decode(deltas, self.anchors[self.anchor])
+        quality[self.image, self.anchor] = paired_iou(boxes, self.gt_boxes)
         return quality
 
 
@@ -68,15 +71,20 @@ def gather_deltas(deltas: list[Tensor], image: Tensor, anchor: Tensor) -> Tensor
     Returns:
         (E, 4) float32, or float64 if they came so.
     """
-    parts, places = [], []
+    gathered = None
     for x, start, stop in level_ranges(deltas, 4):
+        if stop == start:
+            continue
         level = x.unflatten(1, (-1, 4))  # (N, A, 4, H, W)
-        place = ((anchor >= start) & (anchor < stop)).nonzero().squeeze(1)
-        cell, a = _divide(anchor[place] - start, level.shape[1])
-        row, column = _divide(cell, level.shape[4])
-        parts.append(level[image[place], a, :, row, column])
-        places.append(place)
-    gathered = torch.cat(parts)[torch.cat(places).argsort()]
+        # Every level is asked for every anchor, and gives some other one's where it has it not: to pick its
+        # own first would make a GPU wait.
+        cell, a = divide((anchor - start).clamp(0, stop - start - 1), level.shape[1])
+        row, column = divide(cell, level.shape[4])
+        found = level[image, a, :, row, column]
+        own = ((anchor >= start) & (anchor < stop)).unsqueeze(1)
+        gathered = torch.where(own, found, 0.0 if gathered is None else gathered)
+    if gathered is None:
+        gathered = torch.cat([x.flatten() for x in deltas]).view(0, 4)
     return gathered if gathered.dtype == torch.float64 else gathered.float()
 
 
@@ -87,11 +95,6 @@ def level_ranges(outputs: list[Tensor], per_anchor: int) -> Iterator[tuple[Tenso
         stop = start + x.shape[1:].numel() // per_anchor
         yield x, start, stop
         start = stop
-
-
-def _divide(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
-    """Whole quotient and remainder."""
-    return x.div(by, rounding_mode="floor"), x.remainder(by)
 
 
 class ClassificationLoss(nn.Module):

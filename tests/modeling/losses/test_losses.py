@@ -58,11 +58,14 @@ def make_batch(loss: ClassificationLoss, images: int = 2, labels=None) -> DenseB
         labels[torch.rand(labels.shape) < 0.6] = K
     positive = (labels >= 0) & (labels < K)
     gt = boxes.expand(images, -1, -1)[positive] + torch.randn(int(positive.sum()), 4)
+    image, anchor = positive.nonzero(as_tuple=True)
     return DenseBatch(
         logits=[torch.randn(images, A * c, h, w, requires_grad=True) for h, w in SIZES],
         num_logits=c,
         labels=labels,
         positive=positive,
+        image=image,
+        anchor=anchor,
         gt_boxes=gt,
         deltas=[torch.randn(images, A * 4, h, w) * 0.1 for h, w in SIZES],
         anchors=boxes,
@@ -165,6 +168,8 @@ def ratio_of_shares(name: str, **parameters) -> float:
         num_logits=loss.num_logits,
         labels=labels,
         positive=labels == 0,
+        image=torch.zeros(50, dtype=torch.int64),
+        anchor=torch.arange(50),
         gt_boxes=boxes[:50],
         deltas=[torch.zeros(1, 4, 1, 10_050)],
         anchors=boxes,
@@ -266,7 +271,7 @@ def test_ghm_weights_counted_by_hand():
 def test_quality_losses_read_the_predicted_boxes():
     loss = build("quality_focal")
     batch = make_batch(loss)
-    image, anchor = batch.positive.nonzero(as_tuple=True)
+    image, anchor = batch.image, batch.anchor
     boxes = batch.decode(gather_deltas(batch.deltas, image, anchor), batch.anchors[anchor])
     torch.testing.assert_close(batch.quality()[image, anchor], box_iou(boxes, batch.gt_boxes).diagonal())
     assert (batch.quality()[~batch.positive] == 0).all()

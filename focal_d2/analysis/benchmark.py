@@ -1,0 +1,555 @@
+"""Time and memory of the detector's pieces beside detectron2's RetinaNet, in one process, turn by turn.
+
+Seconds depend on the machine and on what else it does; ratios of runs that take turns depend on them least.
+Beside each figure stands a limit: work that no implementation can do without.
+
+Shapes: N images, L levels, A anchors a cell, K classes, R anchors an image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import detectron2
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
+from fvcore.nn import sigmoid_focal_loss_jit
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from focal_d2.errors import UserError
+from focal_d2.modeling.losses import DenseBatch
+
+# Of the logits in the inference benchmark: some thousand an image exceed a score of 0.05, as after training.
+_LOGIT_MEAN, _LOGIT_STD = -7.0, 1.3
+# Bytes copied to measure a GPU's bandwidth.
+_COPIED = 1 << 30
+
+
+class Setting(NamedTuple):
+    """What is timed."""
+
+    device: str
+    size: int  # pixels, height and width of an image
+    batch: int  # N
+    classes: int  # K
+    boxes: int  # an image
+    repeats: int
+    precision: str  # "fp32" or "bf16": ours; detectron2's too on CUDA, on a CPU it has fp32 only
+
+
+class Row(NamedTuple):
+    """Medians in seconds, and bytes at the peak beyond what was there before; None: not measured."""
+
+    name: str
+    ours: float | None = None
+    detectron2: float | None = None
+    limit: float | None = None
+    limit_is: str = ""
+    ours_bytes: int | None = None
+    detectron2_bytes: int | None = None
+    limit_bytes: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures and their ratios, for JSON."""
+        return {
+            **self._asdict(),
+            "speedup": _ratio(self.detectron2, self.ours),
+            "over_limit": _ratio(self.ours, self.limit),
+            "memory_of_detectron2": _ratio(self.ours_bytes, self.detectron2_bytes),
+            "memory_over_limit": _ratio(self.ours_bytes, self.limit_bytes),
+        }
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Say what the figures were measured on."""
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines: list[str] = []
+        if platform.system() == "Linux":
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else platform.processor()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "detectron2": detectron2.__version__,
+    }
+
+
+def keep_memory() -> bool:
+    """Let the C library keep freed memory instead of giving it back to the system: a warm allocator.
+
+    Without it, most of the time of a big temporary on a CPU is the system's, clearing its pages. Returns
+    whether the library has the call (glibc has).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim_threshold, mmap_max = -1, -4
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+
+
+def take_turns(runs: dict[str, Callable[[], Any]], setting: Setting) -> dict[str, float]:
+    """Median seconds of each, run one after another in alternating order; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(setting.repeats + 1):
+        for name in list(runs) if i % 2 else reversed(runs):
+            _wait(setting)
+            start = time.perf_counter()
+            runs[name]()
+            _wait(setting)
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _wait(setting: Setting) -> None:
+    if torch.device(setting.device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """Most bytes that the allocator had given out at once during `run`, beyond those before it."""
+    run()  # what stays (caches) is there already
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports each start, and that it has no GPU
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    given = peak = 0
+    for _, change in sorted(changes, key=lambda c: c[0]):
+        given += change
+        peak = max(peak, given)
+    return peak
+
+
+def _timed(name: str, times: dict[str, float], limit_is: str, **peaks: int) -> Row:
+    row = Row(name, times["ours"], times["detectron2"], times["limit"], limit_is)
+    return row._replace(**peaks)  # type: ignore[arg-type]
+
+
+class Pair(NamedTuple):
+    """Ours and detectron2's RetinaNet with the same weights."""
+
+    ours: Any
+    detectron2: Any
+
+
+def build_pair(cfg: CfgNode, setting: Setting) -> Pair:
+    """Build both detectors in training mode.
+
+    Args:
+        cfg: full config of ours; not changed.
+        setting: what is timed.
+
+    Raises:
+        UserError: if the config's model is not interchangeable with detectron2's RetinaNet.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = setting.device
+    cfg.MODEL.RETINANET.NUM_CLASSES = setting.classes
+    cfg.MODEL.FOCAL.AMP.ENABLED = setting.precision == "bf16"
+    torch.manual_seed(0)
+    ours = build_model(cfg).train()
+    # Random weights under frozen norms grow from block to block; trained ones do not.
+    for name, buffer in ours.named_buffers():
+        if name.endswith("conv3.norm.weight"):
+            buffer.fill_(0.2)
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    theirs = build_model(cfg).train()
+    state = {k: v for k, v in ours.state_dict().items() if not k.startswith("loss_normalizer.")}
+    try:
+        theirs.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"this config's model is not detectron2's RetinaNet: {str(error).splitlines()[1].strip()}"
+        ) from error
+    return Pair(ours, theirs)
+
+
+def make_batch(setting: Setting) -> list[dict[str, Any]]:
+    """Make N noise images with boxes of 16 to 256 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    batch = []
+    for _ in range(setting.batch):
+        sides = (16 * 16 ** torch.rand(setting.boxes, 2, generator=generator)).clamp(max=setting.size)
+        low = torch.rand(setting.boxes, 2, generator=generator) * (setting.size - sides)
+        instances = Instances((setting.size, setting.size))
+        instances.gt_boxes = Boxes(torch.cat([low, low + sides], 1))
+        instances.gt_classes = torch.randint(0, setting.classes, (setting.boxes,), generator=generator)
+        image = torch.randint(0, 256, (3, setting.size, setting.size), generator=generator).byte()
+        batch.append({"image": image, "instances": instances, "height": setting.size, "width": setting.size})
+    return batch
+
+
+def _precision(setting: Setting) -> contextlib.AbstractContextManager[Any]:
+    """detectron2's way to lower precision, which it has on CUDA only."""
+    device = torch.device(setting.device).type
+    return torch.autocast(device, torch.bfloat16, enabled=setting.precision == "bf16" and device == "cuda")
+
+
+def _images(setting: Setting) -> ImageList:
+    """Images without content, where only their size matters."""
+    shape = (setting.batch, 1, setting.size, setting.size)
+    return ImageList(torch.empty(shape, device=setting.device), [shape[2:]] * setting.batch)
+
+
+def _levels(pair: Pair, setting: Setting) -> list[Tensor]:
+    """Stand-ins (1, 1, H, W) for the features."""
+    sides = [-(-setting.size // stride) for stride in pair.detectron2.anchor_generator.strides]
+    return [torch.empty(1, 1, side, side, device=setting.device) for side in sides]
+
+
+def _random_outputs(
+    pair: Pair, setting: Setting, per_anchor: int, mean: float, std: float, dtype: torch.dtype
+) -> list[Tensor]:
+    """L × (N, A · per_anchor, H, W), normally distributed."""
+    generator = torch.Generator(setting.device).manual_seed(0)
+    per_cell = pair.ours.anchor_generator.num_anchors
+    outputs = []
+    for x, anchors in zip(_levels(pair, setting), per_cell, strict=True):
+        shape = (setting.batch, anchors * per_anchor, *x.shape[-2:])
+        drawn = torch.randn(shape, generator=generator, device=setting.device)
+        outputs.append(drawn.mul_(std).add_(mean).to(dtype))
+    return outputs
+
+
+def time_loss(cfg: CfgNode, setting: Setting) -> list[Row]:
+    """Classification loss, forward and backward, from the head's output to its gradient."""
+    pair = build_pair(cfg, setting)
+    ours = pair.ours
+    anchors = ours.anchors_for(_images(setting))
+    targets = ours.label_anchors(anchors, [x["instances"].to(setting.device) for x in make_batch(setting)])
+    positives = targets.positives()
+    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+    # As the head gives them in its first iterations.
+    logits = [x.requires_grad_() for x in _random_outputs(pair, setting, setting.classes, -4.6, 1.0, dtype)]
+    batch = DenseBatch(
+        logits=logits,
+        num_logits=setting.classes,
+        labels=targets.labels,
+        positive=targets.positive,
+        **positives._asdict(),
+        deltas=[],
+        anchors=anchors.boxes,
+        decode=ours.box2box_transform.apply_deltas,
+    )
+    alpha, gamma = cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA, cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA
+
+    def detectron2_loss() -> None:
+        # As RetinaNet.forward_training and RetinaNet.losses have it.
+        flat = torch.cat([permute_to_N_HWA_K(x, setting.classes) for x in logits], dim=1)
+        valid = targets.labels >= 0
+        one_hot = F.one_hot(targets.labels[valid], num_classes=setting.classes + 1)[:, :-1]
+        loss = sigmoid_focal_loss_jit(
+            flat[valid], one_hot.to(flat.dtype), alpha=alpha, gamma=gamma, reduction="sum"
+        )
+        torch.autograd.grad(loss / 100, logits)
+
+    def own_loss() -> None:
+        torch.autograd.grad(ours.cls_loss(batch) / 100, logits)
+
+    size = sum(x.numel() * x.element_size() for x in logits)
+    runs = {"ours": own_loss, "detectron2": detectron2_loss}
+    if torch.device(setting.device).type == "cuda":
+        times = take_turns(runs, setting)
+        # The logits are read and the gradient is written.
+        times["limit"] = 2 * size / copy_bandwidth(setting)
+        limit_is = "reading the logits and writing the gradient at the measured copy bandwidth"
+    else:
+        times = take_turns({**runs, "limit": lambda: [torch.sigmoid(x.detach()) for x in logits]}, setting)
+        limit_is = "one pass of sigmoid over the logits"
+    return [
+        _timed(
+            "loss",
+            times,
+            limit_is,
+            ours_bytes=peak_bytes(own_loss, setting.device),
+            detectron2_bytes=peak_bytes(detectron2_loss, setting.device),
+            limit_bytes=size,
+        )
+    ]
+
+
+def copy_bandwidth(setting: Setting) -> float:
+    """Bytes a second that a copy on the device reads and writes, both counted."""
+    source = torch.empty(_COPIED // 4, device=setting.device)
+    target = torch.empty_like(source)
+    seconds = take_turns({"copy": lambda: target.copy_(source)}, setting)["copy"]
+    return 2 * _COPIED / seconds
+
+
+def time_assign(cfg: CfgNode, setting: Setting) -> list[Row]:
+    """Labels and matched boxes of all anchors."""
+    pair = build_pair(cfg, setting)
+    features = _levels(pair, setting)
+    instances = [x["instances"].to(setting.device) for x in make_batch(setting)]
+    anchors = pair.ours.anchors_for(_images(setting))
+    boxes = pair.detectron2.anchor_generator(features)
+
+    def own_labels() -> None:
+        pair.ours.label_anchors(anchors, instances)
+
+    def detectron2_labels() -> None:
+        pair.detectron2.label_anchors(boxes, instances)
+
+    shape = (setting.batch, len(anchors.boxes))
+    times = take_turns(
+        {
+            "ours": own_labels,
+            "detectron2": detectron2_labels,
+            "limit": lambda: torch.full(shape, setting.classes, device=setting.device),
+        },
+        setting,
+    )
+    return [
+        _timed(
+            f"assign, {shape[1]} anchors",
+            times,
+            "filling the labels",
+            ours_bytes=peak_bytes(own_labels, setting.device),
+            detectron2_bytes=peak_bytes(detectron2_labels, setting.device),
+        )
+    ]
+
+
+class _Steps(NamedTuple):
+    """A training step without the optimizer: forward, losses, backward; and the network's part of it."""
+
+    ours: Callable[[], None]
+    detectron2: Callable[[], None]
+    limit: Callable[[], None]
+
+
+_NETWORK = "backbone and head alone, forward and backward of their outputs' sum"
+
+
+def _steps(cfg: CfgNode, setting: Setting) -> _Steps:
+    pair = build_pair(cfg, setting)
+    batch = make_batch(setting)
+
+    def clear(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    def own_step() -> None:
+        with EventStorage():
+            sum(pair.ours(batch).values()).backward()
+        clear(pair.ours)
+
+    def detectron2_step() -> None:
+        with EventStorage(), _precision(setting):
+            losses = pair.detectron2(batch)
+        sum(losses.values()).backward()
+        clear(pair.detectron2)
+
+    def network() -> None:
+        images = pair.ours.preprocess_image(batch)
+        with pair.ours.precision():
+            outputs = pair.ours.network(images)[1]
+        torch.stack([x.sum(dtype=torch.float32) for level in outputs for x in level]).sum().backward()
+        clear(pair.ours)
+
+    return _Steps(own_step, detectron2_step, network)
+
+
+def time_step(cfg: CfgNode, setting: Setting) -> list[Row]:
+    """A training step without the optimizer."""
+    times = take_turns(_steps(cfg, setting)._asdict(), setting)
+    return [_timed("step", times, _NETWORK)]
+
+
+def measure_memory(cfg: CfgNode, setting: Setting) -> list[Row]:
+    """Most memory that a training step takes beyond weights and buffers."""
+    ours, theirs, network = (peak_bytes(run, setting.device) for run in _steps(cfg, setting))
+    return [
+        Row(
+            "memory of a step",
+            limit_is=_NETWORK,
+            ours_bytes=ours,
+            detectron2_bytes=theirs,
+            limit_bytes=network,
+        )
+    ]
+
+
+def time_inference(cfg: CfgNode, setting: Setting) -> list[Row]:
+    """From the head's output to detections, and the whole way from images."""
+    pair = build_pair(cfg, setting)
+    batch = make_batch(setting)
+    for model in pair:
+        model.eval()
+    with torch.no_grad():
+        _set_logits(pair, batch)
+        images = pair.ours.preprocess_image(batch)
+        features = _levels(pair, setting)
+        outputs = [
+            _random_outputs(pair, setting, setting.classes, _LOGIT_MEAN, _LOGIT_STD, torch.float32),
+            _random_outputs(pair, setting, 4, 0.0, 0.2, torch.float32),
+        ]
+        plain = ImageList(images.tensor, images.image_sizes)
+        after = take_turns(
+            {
+                "ours": lambda: pair.ours.forward_inference(images, features, outputs),
+                "detectron2": lambda: pair.detectron2.forward_inference(plain, features, copy.copy(outputs)),
+                "limit": lambda: [(x > 0).any() for x in outputs[0]],
+            },
+            setting,
+        )
+
+        def detectron2_whole() -> None:
+            with _precision(setting):
+                pair.detectron2(batch)
+
+        def network() -> None:
+            with pair.ours.precision():
+                pair.ours.network(pair.ours.preprocess_image(batch))
+
+        whole = take_turns(
+            {"ours": lambda: pair.ours(batch), "detectron2": detectron2_whole, "limit": network}, setting
+        )
+    return [
+        _timed("post-processing", after, "comparing all logits with a number"),
+        _timed("inference", whole, "backbone and head alone"),
+    ]
+
+
+def _set_logits(pair: Pair, batch: list[dict[str, Any]]) -> None:
+    """Scale the last classification layer of both so that an untrained network has candidates."""
+    layer = pair.ours.head.cls_score
+    logits = torch.cat([x.flatten() for x in pair.ours.network(pair.ours.preprocess_image(batch))[1][0]])
+    layer.weight.mul_(_LOGIT_STD / logits.float().std())
+    layer.bias.fill_(_LOGIT_MEAN)
+    pair.detectron2.head.cls_score.load_state_dict(layer.state_dict())
+
+
+BENCHMARKS: dict[str, Callable[[CfgNode, Setting], list[Row]]] = {
+    "loss": time_loss,
+    "assign": time_assign,
+    "step": time_step,
+    "inference": time_inference,
+    "memory": measure_memory,
+}
+
+
+def sweep(cfg: CfgNode, setting: Setting, values: dict[str, list[int]]) -> Iterator[dict[str, Any]]:
+    """Time a step, and take its memory, over one field of the setting after another.
+
+    Args:
+        cfg: full config of ours.
+        setting: where the others stay.
+        values: of each field's name.
+
+    Yields:
+        The field, its value and the figures, in the order of `values`.
+    """
+    for field, choices in values.items():
+        for value in choices:
+            at = setting._replace(**{field: value})  # type: ignore[arg-type]
+            (step,), (memory,) = time_step(cfg, at), measure_memory(cfg, at)
+            kept = {k: v for k, v in memory._asdict().items() if k.endswith("_bytes")}
+            yield {"field": field, "value": value, **step._replace(**kept).as_dict()}
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """Write a result for a terminal.
+
+    Args:
+        result: "setting", "hardware" and "rows", as `tools/benchmark.py --json` prints them.
+    """
+    lines = [", ".join(f"{k} {v}" for k, v in result[part].items()) for part in ("hardware", "setting")]
+    for row in result["rows"]:
+        lines.append(f"\n{row['name']}" if "name" in row else f"\n{row['field']} {row['value']}")
+        for who in ("ours", "detectron2", "limit"):
+            parts = [f"  {who:<11}"]
+            if row[who] is not None:
+                parts.append(f"{row[who] * 1000:10.1f} ms")
+            if row[f"{who}_bytes"] is not None:
+                parts.append(f"{row[f'{who}_bytes'] / 2**20:10.1f} MiB")
+            if who == "limit":
+                parts.append(f"  ({row['limit_is']})")
+            lines.append(" ".join(parts))
+        for ratio, text in _RATIOS.items():
+            if row[ratio] is not None:
+                lines.append(f"  ours is {row[ratio]:.3f} × {text}")
+    return "\n".join(lines)
+
+
+_RATIOS = {
+    "speedup": "as fast as detectron2",
+    "over_limit": "the limit's time",
+    "memory_of_detectron2": "detectron2's memory",
+    "memory_over_limit": "the limit's memory",
+}
+_UNITS = {
+    "size": "pixels, height and width",
+    "batch": "images",
+    "classes": "classes",
+    "boxes": "boxes an image",
+}
+
+
+def plot_sweep(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw a step's time (top) and memory (bottom) over each field that was swept.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    fields = list(dict.fromkeys(row["field"] for row in rows))
+    figure = Figure(figsize=(3.6 * len(fields), 6), layout="tight")
+    axes = figure.subplots(2, len(fields), squeeze=False)
+    for column, field in enumerate(fields):
+        own = [row for row in rows if row["field"] == field]
+        values = [row["value"] for row in own]
+        for line, colour, style in (("detectron2", "C3", "o-"), ("ours", "C0", "o-"), ("limit", "0.6", "--")):
+            label = "network alone" if line == "limit" else "focal_d2" if line == "ours" else line
+            seconds = [row[line] for row in own]
+            gib = [row[f"{line}_bytes"] / 2**30 for row in own]
+            axes[0][column].plot(values, seconds, style, color=colour, label=label)
+            axes[1][column].plot(values, gib, style, color=colour, label=label)
+        for row_of_axes in axes:
+            axis = row_of_axes[column]
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            if field in ("classes", "boxes"):
+                axis.set_xscale("log")
+            axis.set_xlabel(_UNITS[field])
+    axes[0][0].set_ylabel("step, s")
+    axes[1][0].set_ylabel("peak memory of a step, GiB")
+    axes[0][0].legend(frameon=False)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise UserError(f"{path}: {error}") from error

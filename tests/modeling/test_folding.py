@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from torch import nn
+
+from focal_d2.modeling.folding import FoldedConv2d, fold_norms
+from tests.conftest import make_cfg
+
+
+def make_pair(**more):
+    torch.manual_seed(0)
+    norm = FrozenBatchNorm2d(6)
+    for buffer in (norm.weight, norm.bias, norm.running_mean):
+        buffer.copy_(torch.randn(6))
+    norm.running_var.copy_(torch.rand(6) + 0.1)
+    plain = Conv2d(4, 6, 3, stride=2, padding=1, norm=norm, **more).double()
+    folded = Conv2d(4, 6, 3, stride=2, padding=1, norm=FrozenBatchNorm2d(6), **more).double()
+    folded.load_state_dict(plain.state_dict())
+    assert fold_norms(nn.Sequential(folded)) == 1
+    return plain, folded
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", [None, nn.ReLU()])
+def test_folding_is_the_same_function(bias, activation):
+    results = []
+    for layer in make_pair(bias=bias, activation=activation):
+        x = torch.linspace(-2, 2, 2 * 4 * 9 * 9, dtype=torch.float64).view(2, 4, 9, 9).requires_grad_()
+        y = layer(x)
+        results.append([y, *torch.autograd.grad((y**3).sum(), [x, *layer.parameters()])])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+
+
+def test_names_stay_and_what_is_loaded_counts():
+    plain, folded = make_pair(bias=False)
+    x = torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    assert list(folded.state_dict()) == list(plain.state_dict())
+    plain.norm.weight.mul_(2)
+    folded.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(folded(x), plain(x))
+    folded.norm = plain.norm = nn.BatchNorm2d(6).double()
+    torch.testing.assert_close(folded(x), plain(x))
+
+
+@pytest.mark.parametrize("norm, folds", [("FrozenBN", True), ("BN", False), ("GN", False)])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_only_frozen_norms_and_only_if_asked(norm, folds, wanted):
+    cfg = make_cfg(MODEL__RESNETS__NORM=norm, MODEL__FOCAL__FOLD_FROZEN_NORMS=wanted)
+    layers = [m for m in build_model(cfg).modules() if isinstance(m, FoldedConv2d)]
+    assert len(layers) == (20 if folds and wanted else 0)  # ResNet-18's convolutions

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+
+import cv2
+import pytest
+import torch
+
+from focal_d2.analysis import benchmark
+from tests.conftest import REPOSITORY
+
+SMALL = [
+    "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.FPN.OUT_CHANNELS", "32",
+    "MODEL.RETINANET.NUM_CONVS", "1",
+]  # fmt: skip
+
+
+def run(monkeypatch, capsys, *argv):
+    # It would stay so for the whole process.
+    monkeypatch.setattr(benchmark, "keep_memory", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, argv)])
+    code = 0
+    try:
+        runpy.run_path(str(REPOSITORY / "tools/benchmark.py"), run_name="__main__")
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    return code, *capsys.readouterr()
+
+
+def options(*more):
+    return ["--device", "cpu", "--size", 64, "--batch", 1, "--classes", 3, "--repeats", 1, *more, *SMALL]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("what", ["loss", "assign", "step", "inference", "memory"])
+def test_each_measures_both_and_a_limit(what, precision, monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, what, *options("--precision", precision, "--json"))
+    assert code == 0
+    result = json.loads(out)
+    assert result["hardware"]["torch"] == torch.__version__
+    assert result["setting"]["precision"] == precision
+    for row in result["rows"]:
+        assert row["limit_is"]
+        if what == "memory":
+            assert row["memory_of_detectron2"] == row["ours_bytes"] / row["detectron2_bytes"]
+            assert row["limit_bytes"] > 0
+        else:
+            assert row["speedup"] == row["detectron2"] / row["ours"]
+            assert row["over_limit"] == row["ours"] / row["limit"]
+    assert ("ours_bytes" in row and row["ours_bytes"] is not None) == (what in ("loss", "assign", "memory"))
+
+
+def test_text_has_figures_and_ratios(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "loss", *options())
+    assert code == 0
+    assert "× as fast as detectron2" in out
+    assert "MiB" in out
+    assert "one pass of sigmoid" in out
+
+
+def test_a_sweep_is_drawn(monkeypatch, capsys, tmp_path):
+    row = {"ours": 1.0, "detectron2": 2.0, "limit": 0.9}
+    row |= {f"{k}_bytes": int(v * 2**30) for k, v in row.items()}
+    benchmark.plot_sweep([{"field": "size", "value": v, **row} for v in (1, 2)], tmp_path / "a.png")
+    assert cv2.imread(str(tmp_path / "a.png")).shape[2] == 3
+
+
+def test_peak_is_the_allocators():
+    def work():
+        a = torch.empty(1 << 20)
+        b = torch.empty(1 << 19)
+        del a
+        return torch.empty(1 << 18) + b.sum()
+
+    peak = benchmark.peak_bytes(work, "cpu")
+    assert 6 << 20 <= peak < (6 << 20) + 4096
+
+
+def test_mistakes_are_named(monkeypatch, capsys):
+    assert run(monkeypatch, capsys, "loss", "--size", "0")[0] == 2
+    code, _, err = run(monkeypatch, capsys, "step", *options(), "MODEL.FOCAL.HEAD.CHANNELS", "64")
+    assert code == 2
+    assert "not detectron2's RetinaNet" in err
+    assert len(err.strip().splitlines()) == 1
