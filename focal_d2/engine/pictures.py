@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from detectron2.data.detection_utils import read_image
 
-from focal_d2.data.mapper import UNREADABLE
+from focal_d2.data.pixels import UNREADABLE
 from focal_d2.errors import UserError
 
 GREEN, YELLOW = (80, 255, 80), (0, 220, 255)  # BGR

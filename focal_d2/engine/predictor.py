@@ -12,6 +12,8 @@ from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 
 from focal_d2.data import known_class_names
+from focal_d2.data.mapper import input_backend
+from focal_d2.data.pixels import OpenCVInput
 from focal_d2.engine.checkpoint import FocalCheckpointer
 from focal_d2.engine.pictures import read_bgr
 from focal_d2.engine.setup import resolve_device
@@ -54,6 +56,7 @@ class Predictor:
         self.model = build_model(cfg).eval()
         FocalCheckpointer(self.model, partial=False).load(cfg.MODEL.WEIGHTS)
         self.input_format = cfg.INPUT.FORMAT
+        self.augmentation_input = OpenCVInput if input_backend(cfg) == "opencv" else T.AugInput
         self.resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         names = known_class_names(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
         num_classes = cfg.MODEL.RETINANET.NUM_CLASSES
@@ -77,8 +80,9 @@ class Predictor:
         height, width = pixels.shape[:2]
         if self.input_format == "RGB":
             pixels = pixels[:, :, ::-1]
-        pixels = self.resize.get_transform(pixels).apply_image(pixels)
-        tensor = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        resized = self.augmentation_input(pixels)
+        self.resize(resized)
+        tensor = torch.as_tensor(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
         (output,) = self.model([{"image": tensor, "height": height, "width": width}])
         instances = output["instances"].to("cpu")
         return Detections(

@@ -8,7 +8,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from focal_d2 import Detections, Predictor, UserError
-from focal_d2.data import register_coco_datasets
+from focal_d2.data import FocalDatasetMapper, register_coco_datasets
 from tests.conftest import make_cfg
 
 
@@ -46,6 +46,21 @@ def test_predictor_takes_pixels_too(cfg_and_image):
     predictor = Predictor(cfg)
     for a, b in zip(predictor(path), predictor(read_image(str(path), "BGR")), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_predictor_resizes_as_the_test_loader_does(cfg_and_image):
+    cfg, path = cfg_and_image
+    cfg.INPUT.FOCAL.BACKEND = "opencv"
+    cfg.INPUT.FORMAT = "RGB"
+    predictor = Predictor(cfg)
+    seen: list[torch.Tensor] = []
+    predictor.model.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]["image"]))
+    predictor(path)
+    mapped = FocalDatasetMapper(cfg, is_train=False)({"file_name": str(path)})
+    assert torch.equal(seen[0], mapped["image"])
+    cfg.INPUT.FORMAT = "L"
+    with pytest.raises(UserError, match='INPUT.FORMAT is "L"'):
+        Predictor(cfg)
 
 
 def test_predictor_names_the_unreadable_image(cfg_and_image, tmp_path):

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import read_image
+from PIL import Image, PngImagePlugin
+
+from focal_d2.data import pixels
+from focal_d2.data.pixels import UNREADABLE, OpenCVInput, read_pixels, resize, to_planes
+
+
+def photograph(height: int = 90, width: int = 120, *, channels: int = 3) -> np.ndarray:
+    """Smooth colours, sharp edges and noise: (H, W, C) uint8."""
+    rng = np.random.default_rng(0)
+    image = cv2.resize(rng.integers(0, 256, (6, 8, channels), np.uint8), (width, height))
+    image[height // 3 : height // 2, width // 4 : width // 2] = 255
+    image[::7, : width // 5] = 0
+    return np.clip(image + rng.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
+
+
+def encode(image: np.ndarray | Image.Image, kind: str, **kwargs: object) -> bytes:
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    file = io.BytesIO()
+    image.save(file, kind, **kwargs)
+    return file.getvalue()
+
+
+def with_chunk(png: bytes, name: bytes, content: bytes) -> bytes:
+    """Put a chunk after a PNG file's header."""
+    checksum = zlib.crc32(name + content)
+    return (
+        png[:33] + struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum) + png[33:]
+    )
+
+
+def exif(orientation: int) -> bytes:
+    tags = Image.Exif()
+    tags[274] = orientation
+    return tags.tobytes()
+
+
+def note(key: str, value: str, **kwargs: bool) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_text(key, value, **kwargs)
+    return info
+
+
+XMP_TURNED = '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+IMAGE, GREY = photograph(), photograph()[:, :, 0]
+PNG = encode(IMAGE, "PNG")
+JPEGS = {
+    "jpeg": encode(IMAGE, "JPEG"),
+    "progressive": encode(IMAGE, "JPEG", progressive=True),
+    "grey jpeg": encode(GREY, "JPEG"),
+    "full colour": encode(IMAGE, "JPEG", subsampling=0),
+    "rgb jpeg": encode(IMAGE, "JPEG", keep_rgb=True),
+    "restarts": cv2.imencode(".jpg", IMAGE, [cv2.IMWRITE_JPEG_RST_INTERVAL, 4])[1].tobytes(),
+    "exif of a thumbnail": encode(IMAGE, "JPEG", exif=exif(1) + encode(GREY[:16, :16], "JPEG")),
+    "broken exif": encode(IMAGE, "JPEG", exif=b"Exif\0\0no tags"),
+    "unknown orientation": encode(IMAGE, "JPEG", exif=exif(9)),
+    "jpeg with xmp": encode(IMAGE, "JPEG", xmp=XMP_TURNED.encode()),
+}
+BY_OPENCV = {
+    **JPEGS,
+    "png": PNG,
+    "grey png": encode(GREY, "PNG"),
+    "text": encode(IMAGE, "PNG", pnginfo=note("Software", "some")),
+    "gamma": with_chunk(PNG, b"gAMA", struct.pack(">I", 45455)),
+    "significant bits": with_chunk(PNG, b"sBIT", bytes((5, 6, 5))),
+    "background": with_chunk(PNG, b"bKGD", struct.pack(">3H", 1, 2, 3)),
+}
+BY_PILLOW = {
+    "palette": encode(Image.fromarray(IMAGE).quantize(16), "PNG"),
+    "alpha": encode(photograph(channels=4), "PNG"),
+    "grey and alpha": encode(Image.fromarray(IMAGE).convert("LA"), "PNG"),
+    "one bit": encode(Image.fromarray(IMAGE).convert("1"), "PNG"),
+    "16 bits": encode(Image.fromarray(GREY.astype(np.uint16) * 257), "PNG"),
+    "16 bits colour": cv2.imencode(".png", IMAGE.astype(np.uint16) * 250)[1].tobytes(),
+    "transparent colour": with_chunk(PNG, b"tRNS", struct.pack(">3H", *IMAGE[0, 0].tolist())),
+    "png with exif": encode(IMAGE, "PNG", exif=exif(6)),
+    "png with a raw profile": encode(
+        IMAGE, "PNG", pnginfo=note("Raw profile type exif", "\nexif\n26\n" + exif(6).hex())
+    ),
+    "png with xmp": encode(IMAGE, "PNG", pnginfo=note("XML:com.adobe.xmp", XMP_TURNED)),
+    "animated png": encode(IMAGE, "PNG", save_all=True, append_images=[Image.fromarray(IMAGE[::-1])]),
+    "cmyk": encode(Image.fromarray(IMAGE).convert("CMYK"), "JPEG"),
+    "trailing bytes": JPEGS["jpeg"] + b"more",
+    "several pictures": encode(IMAGE, "MPO", save_all=True, append_images=[Image.fromarray(IMAGE[::-1])]),
+    "gif": encode(IMAGE, "GIF", save_all=True, append_images=[Image.fromarray(IMAGE[::-1])]),
+    "bmp": encode(IMAGE, "BMP"),
+    "tiff": encode(IMAGE, "TIFF"),
+    "webp": encode(IMAGE, "WEBP"),
+}
+
+
+@pytest.fixture
+def opened_by_pillow(monkeypatch) -> list[str]:
+    """The files that were handed to detectron2's `read_image`."""
+    files: list[str] = []
+
+    def spy(file_name, image_format):
+        files.append(file_name)
+        return read_image(file_name, image_format)
+
+    monkeypatch.setattr(pixels, "read_image", spy)
+    return files
+
+
+@pytest.mark.parametrize("image_format", ["BGR", "RGB"])
+@pytest.mark.parametrize("kind", [*BY_OPENCV, *BY_PILLOW])
+def test_read_pixels_is_detectron2s(tmp_path, opened_by_pillow, kind, image_format):
+    path = tmp_path / "ein Bild – 図.img"
+    path.write_bytes({**BY_OPENCV, **BY_PILLOW}[kind])
+    expected = read_image(str(path), image_format)
+    found = read_pixels(str(path), image_format)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected)
+    assert bool(opened_by_pillow) == (kind in BY_PILLOW)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_read_pixels_turns_as_exif_says(tmp_path, kind, orientation):
+    path = tmp_path / "turned"
+    path.write_bytes(encode(IMAGE, kind, exif=exif(orientation)))
+    found = read_pixels(str(path), "BGR")
+    assert found.shape == ((90, 120, 3) if orientation < 5 else (120, 90, 3))
+    np.testing.assert_array_equal(found, read_image(str(path), "BGR"))
+
+
+def outcome(read, path: str) -> np.ndarray | str:
+    try:
+        return read(path, "BGR")
+    except UNREADABLE as error:
+        return f"{type(error).__name__}: {error}".partition(" at 0x")[0]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "zeros"])
+@pytest.mark.parametrize("kind", [*JPEGS, "png", "grey png"])
+def test_broken_files_are_read_or_refused_as_ever(tmp_path, kind, damage):
+    """Corrupt data: the same pixels or the same error as detectron2's."""
+    rng = np.random.default_rng(0)
+    whole, path = BY_OPENCV[kind], tmp_path / "broken"
+    refused = 0
+    for i in range(60):
+        data = bytearray(whole)
+        at = int(rng.integers(0, len(data)))
+        if damage == "cut":
+            del data[len(data) - i - 1 if i < 20 else at :]
+        elif damage == "changed":
+            data[at] ^= int(rng.integers(1, 256))
+        else:
+            data[at : at + 40] = bytes(len(data[at : at + 40]))
+        path.write_bytes(data)
+        expected, found = outcome(read_image, str(path)), outcome(read_pixels, str(path))
+        if isinstance(expected, str):
+            refused += 1
+            assert found == expected
+        else:
+            np.testing.assert_array_equal(found, expected)
+    # What is not cut may decode.
+    assert refused > 30 or damage != "cut"
+
+
+@pytest.mark.parametrize("marker", [0x5C, 0xC4, 0xD8, 0xDA])
+def test_marker_within_a_scan_is_refused(tmp_path, marker):
+    # OpenCV makes the rest of such a picture grey.
+    data, path = bytearray(JPEGS["jpeg"]), tmp_path / "broken.jpg"
+    middle = (data.index(b"\xff\xda") + len(data)) // 2
+    data[middle : middle + 2] = bytes((0xFF, marker))
+    path.write_bytes(data)
+    with pytest.raises(OSError, match="broken data stream"):
+        read_pixels(str(path), "BGR")
+
+
+@pytest.mark.parametrize(
+    "size, most, mean",
+    [
+        ((90, 120), 0, 0),
+        ((180, 240), 1, 0.35),
+        ((131, 175), 1, 0.35),
+        ((72, 96), 2, 0.1),
+        ((33, 44), 2, 0.1),
+    ],
+)
+def test_resize_is_within_two_grey_levels_of_pillows(size, most, mean):
+    image = photograph()
+    expected = T.ResizeTransform(90, 120, *size).apply_image(image)
+    found = resize(image, *size)
+    assert found.dtype == np.uint8
+    assert found.flags.c_contiguous
+    difference = np.abs(found.astype(int) - expected)
+    assert difference.max() <= most
+    assert difference.mean() <= mean
+
+
+def test_resize_smooths_where_one_side_shrinks():
+    image = photograph()
+    expected = T.ResizeTransform(90, 120, 91, 60).apply_image(image)
+    assert np.abs(resize(image, 91, 60).astype(int) - expected).max() <= 2
+
+
+def test_to_planes_copies():
+    image = photograph()
+    planes = to_planes(image)
+    assert planes.is_contiguous()
+    np.testing.assert_array_equal(planes.numpy(), image.transpose(2, 0, 1))
+    image[:] = 0
+    assert planes.max() > 0
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        T.HFlipTransform(120),
+        T.VFlipTransform(90),
+        T.NoOpTransform(),
+        T.CropTransform(10, 20, 50, 40),
+        T.RotationTransform(90, 120, 90),
+        T.BlendTransform(0, 0, 1.2),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_opencv_input_transforms_as_detectron2s(transform):
+    image = photograph()[:, :, ::-1]
+    image.flags.writeable = False
+    found, expected = OpenCVInput(image), T.AugInput(image)
+    for inputs in (found, expected):
+        inputs.transform(transform)
+    np.testing.assert_array_equal(found.image, expected.image)
+
+
+def test_opencv_input_resizes_what_was_cropped():
+    image = photograph()
+    found, expected = OpenCVInput(image), T.AugInput(image)
+    for inputs in (found, expected):
+        for transform in (T.CropTransform(10, 20, 50, 40), T.ResizeTransform(40, 50, 32, 40)):
+            inputs.transform(transform)
+    assert np.abs(found.image.astype(int) - expected.image).max() <= 2
