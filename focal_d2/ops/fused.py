@@ -5,6 +5,9 @@ reading a label, in chunks that stay in cache: its value is summed and its gradi
 positives are corrected, and what ignored anchors added is taken out again. Nothing of the logits' size is
 kept but the gradient, which backward only scales, in place.
 
+On a GPU a Triton kernel reads each logit with its label and does all of this at once, without a wait for the
+GPU, but for float64 logits or where Triton is not installed.
+
 Shapes: N images, L levels, A anchors a cell, K classes, R anchors an image (all levels); logits
 L × (N, A·K, H, W), labels (N, R) in the order of anchors, as detectron2 has them. P entries (an anchor and
 its class) are positive, E anchors are ignored.
@@ -23,6 +26,7 @@ from focal_d2.ops.common import (
     check_in_0_1,
     check_quality_beta,
     check_weight,
+    find_kernels,
 )
 
 # Elements worked on at once: their float32 temporaries fit the cores' second-level caches.
@@ -158,6 +162,9 @@ class _Varifocal(NamedTuple):
 
 
 _Loss = _Focal | _Quality | _Varifocal
+# What the kernel calls them, and the precisions it reads; it computes in float32.
+_KINDS = {_Focal: "focal", _Quality: "quality", _Varifocal: "varifocal"}
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.compiler.disable
@@ -191,13 +198,21 @@ class _DenseLoss(torch.autograd.Function):
         levels = tuple(x if _is_dense(x) else x.contiguous() for x in logits)
         wanted = ctx.needs_input_grad[4:]
         gradients = [torch.empty_like(x) if w else None for x, w in zip(levels, wanted, strict=True)]
-        work = _Workspace.like(max((_flat(x) for x in levels), key=len)[:_CHUNK])
-        negatives = [
-            _all_as_negatives(x, num_classes, loss, g, work) for x, g in zip(levels, gradients, strict=True)
-        ]
-        total = torch.stack(negatives).sum()
-        places = _find_places(levels, labels, quality, num_classes)
-        total = _correct(total, levels, gradients, places, num_classes, loss)
+        kernels = find_kernels(labels)
+        if kernels is not None and all(x.dtype in _KERNEL_DTYPES for x in levels):
+            total = kernels.dense_loss(
+                levels,
+                gradients,
+                labels,
+                quality,
+                num_classes=num_classes,
+                kind=_KINDS[type(loss)],
+                gamma=loss.gamma,
+                negative_weight=loss.negative_weight,
+                positive_weight=loss.positive_weight if isinstance(loss, _Focal) else 1.0,
+            )
+        else:
+            total = _in_chunks(levels, gradients, labels, quality, num_classes, loss)
         ctx.gradients = gradients
         return total.to(torch.float64 if logits[0].dtype == torch.float64 else torch.float32)
 
@@ -213,6 +228,23 @@ class _DenseLoss(torch.autograd.Function):
             if gradient is not None:
                 gradient.mul_(grad_output)
         return None, None, None, None, *gradients
+
+
+def _in_chunks(
+    levels: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    labels: Tensor,
+    quality: Tensor | None,
+    num_classes: int,
+    loss: _Loss,
+) -> Tensor:
+    """Return the sum (float64), and write the gradients, without a kernel of our own."""
+    work = _Workspace.like(max((_flat(x) for x in levels), key=len)[:_CHUNK])
+    negatives = [
+        _all_as_negatives(x, num_classes, loss, g, work) for x, g in zip(levels, gradients, strict=True)
+    ]
+    places = _find_places(levels, labels, quality, num_classes)
+    return _correct(torch.stack(negatives).sum(), levels, gradients, places, num_classes, loss)
 
 
 def _is_dense(x: Tensor) -> bool:
