@@ -13,9 +13,13 @@ import sys
 
 import pytest
 import torch
+from detectron2.modeling.matcher import Matcher
+from detectron2.structures import Boxes, pairwise_iou
 
 from focal_d2.ops import common, dense_focal_loss, dense_quality_focal_loss, sigmoid_focal_loss
+from focal_d2.ops.assign import match_anchors
 from tests.conftest import REPOSITORY
+from tests.ops.test_assign import make_anchors, random_boxes
 from tests.ops.test_fused import LAYOUTS, LOSSES, flatten, make_levels, value_and_gradient
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,6 +40,7 @@ def small_tiles(monkeypatch):
     from focal_d2.ops import kernels
 
     monkeypatch.setattr(kernels, "_LOSS_TILE", 256)
+    monkeypatch.setattr(kernels, "_MATCH_TILE", 128)
 
 
 @pytest.mark.slow
@@ -59,9 +64,10 @@ def test_without_triton_pytorch_does_it_all():
     program = """
 import sys, torch
 sys.modules["triton"] = None  # importing it fails
-from focal_d2.ops import dense_focal_loss
-labels = torch.zeros(1, 2, dtype=torch.int64)
+from focal_d2.ops import assign, dense_focal_loss
+labels, box = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[0.0, 0, 1, 1]])
 print(float(dense_focal_loss([torch.zeros(1, 1, 1, 2)], labels, num_classes=1, alpha=-1.0, gamma=0.0)))
+print(assign.match_anchors(box, box, None, thresholds=[0.5], labels=[0, 1], low_quality_matches=True))
 assert sys.modules.get("focal_d2.ops.kernels") is None
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # asks for kernels on the CPU
@@ -111,6 +117,24 @@ def test_loss_compiles_without_float64(kind, channels_last, monkeypatch, tmp_pat
         ptx = compile_for_a_gpu("_loss_kernel", types, {**constants, "POWER": power}, num_warps=4)
         assert ".f64" not in ptx
     compile_for_a_gpu("_loss_kernel", types, {**constants, "POWER": 2, "gradient": None}, num_warps=4)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@needs_triton
+def test_matching_compiles_to_the_operations_it_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = {
+        **dict.fromkeys(["boxes", "anchors", "highest"], "*fp32"),
+        **{"matched": "*i64", "best": "*i32", "is_best": "*i1"},
+    }
+    for ptx in (
+        compile_for_a_gpu("_match_kernel", types, {"BEST": True, "TILE": 512}, enable_fp_fusion=False),
+        compile_for_a_gpu("_match_kernel", types, {"BEST": False, "TILE": 512}, enable_fp_fusion=False),
+        compile_for_a_gpu("_best_kernel", {**types, "best": "*fp32"}, {"TILE": 512}, enable_fp_fusion=False),
+    ):
+        assert "div.rn.f32" in ptx
+        assert "fma" not in ptx
+        assert ".ftz" not in ptx
 
 
 def on(device, logits):
@@ -270,6 +294,88 @@ def test_more_than_2_to_the_31_logits(layout):
     assert (logits.grad == 0.5).all()
 
 
+def assert_matched(boxes, anchors, device, thresholds=(0.4, 0.5), labels=(0, -1, 1), low_quality=True):
+    matcher = Matcher(list(thresholds), list(labels), allow_low_quality_matches=low_quality)
+    matched, outcome = matcher(pairwise_iou(Boxes(boxes), Boxes(anchors)))
+    got = match_anchors(
+        boxes.to(device),
+        anchors.to(device),
+        None,
+        thresholds=thresholds,
+        labels=labels,
+        low_quality_matches=low_quality,
+    )
+    assert got.outcome.dtype == torch.int8
+    assert torch.equal(got.outcome.cpu(), outcome)
+    assert torch.equal(got.matched.cpu(), matched)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.usefixtures("small_tiles")
+def test_matches_are_detectron2s(seed, device):
+    generator = torch.Generator().manual_seed(seed)
+    height, width = torch.randint(16, 80, (2,), generator=generator).tolist()
+    anchors, _ = make_anchors(height, width, offset=0.5 * (seed % 2))
+    # Of all sizes, tiny, larger than the image.
+    for low, high, count in ((4, 100, 5), (1, 8, 4), (300, 3000, 3)):
+        boxes = random_boxes(count, height, width, low, high, generator)
+        if seed % 3 == 0:
+            boxes = boxes.round()  # ties
+        if seed % 2 == 0:
+            boxes = torch.cat([boxes, boxes[:2]])  # identical boxes
+        assert_matched(boxes, anchors, device, low_quality=seed % 3 < 2)
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[-16, -16, 16, 16], [-16, -16, 16, 16]],  # an anchor, twice
+        [[20.5, 20.5, 20.51, 20.52]],
+        [[-5000, -5000, -4000, -4000]],  # overlaps nothing: every anchor is its best
+        [[10, 10, 60, 60], [9000, 10, 9100, 60]],
+        [[5, 5, 5, 5]],  # no area
+        [[5, 5, 37, 37], [5, 5, 37, 37], [4, 4, 36, 36]],
+    ],
+)
+@pytest.mark.parametrize("low_quality", [True, False])
+def test_matches_of_odd_boxes(boxes, low_quality, device):
+    anchors, _ = make_anchors(40, 50)
+    assert_matched(torch.tensor(boxes, dtype=torch.float32), anchors, device, low_quality=low_quality)
+
+
+@pytest.mark.parametrize(
+    "thresholds, labels",
+    [((0.3, 0.7), (0, -1, 1)), ((0.5,), (0, 1)), ((0.2, 0.5), (1, -1, 0)), ((0.1, 0.2, 0.6), (-1, 0, -1, 1))],
+)
+def test_matches_with_other_thresholds(thresholds, labels, device):
+    generator = torch.Generator().manual_seed(0)
+    anchors, _ = make_anchors(40, 50)
+    assert_matched(random_boxes(6, 40, 50, 8, 100, generator), anchors, device, thresholds, labels)
+
+
+def test_no_anchors_have_no_matches(device):
+    got = match_anchors(
+        torch.tensor([[0.0, 0, 1, 1]], device=device),
+        torch.zeros(0, 4, device=device),
+        None,
+        thresholds=[0.5],
+        labels=[0, 1],
+        low_quality_matches=True,
+    )
+    assert got.matched.shape == got.outcome.shape == (0,)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_triton
+def test_matches_of_a_large_scene():
+    generator = torch.Generator().manual_seed(0)
+    anchors, _ = make_anchors(800, 1344)
+    boxes = random_boxes(200, 800, 1344, 4, 800, generator)
+    assert_matched(boxes, anchors, "cuda")
+    assert_matched(boxes.round(), anchors, "cuda")
+
+
 @pytest.mark.gpu
 @needs_gpu
 @needs_triton
@@ -278,11 +384,21 @@ def test_nothing_waits_for_the_gpu(layout):
     logits, labels = make_levels(dtype=torch.bfloat16, layout=layout)
     inputs, labels = on("cuda", logits), labels.cuda()
     quality, alpha = torch.rand(labels.shape, device="cuda"), torch.rand(4, device="cuda")
+    anchors, _ = (x.cuda() if isinstance(x, torch.Tensor) else x for x in make_anchors(64, 96))
+    boxes = torch.tensor([[5.0, 5, 37, 37], [-500, 0, -400, 10]], device="cuda")
     for mode in ("default", "error"):  # first, kernels are compiled
         torch.cuda.set_sync_debug_mode(mode)
         try:
             for x in (alpha, 0.25):
                 dense_focal_loss(inputs, labels, num_classes=4, alpha=x, gamma=2.0).backward()
             dense_quality_focal_loss(inputs, labels, quality, num_classes=4, beta=2.0).backward()
+            match_anchors(
+                boxes,
+                anchors,
+                None,
+                thresholds=[0.4, 0.5],
+                labels=[0, -1, 1],
+                low_quality_matches=True,
+            )
         finally:
             torch.cuda.set_sync_debug_mode("default")
