@@ -9,6 +9,9 @@ Windows are found in float64 and made a little larger than they need be; what li
 IoU than matters however float32 rounds. Where that can't be said (a box that hardly overlaps any anchor, or
 positives below the first threshold) all pairs are looked at, a slice of anchors at a time.
 
+On a GPU, lists whose length depends on the boxes would wait for it. There Triton kernels, if it is installed,
+look at all pairs and keep none.
+
 Shapes: M boxes, R anchors, S anchor shapes (levels × anchors a cell), T listed pairs. Boxes are XYXY.
 """
 
@@ -19,6 +22,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from focal_d2.ops.common import find_kernels
 
 # Coordinates in float32 are off by at most 2^-11 pixels below 8192 pixels; windows are larger by this much.
 _SLACK = 0.02
@@ -72,6 +77,13 @@ def match_anchors(
         low_quality_matches: an anchor that is a box's best gets label 1, however low their IoU.
     """
     arguments = (list(thresholds), list(labels), low_quality_matches)
+    kernels = find_kernels(boxes)
+    if kernels is not None and boxes.dtype == anchors.dtype == torch.float32:
+        found = kernels.find_best_boxes(boxes, anchors, with_is_best=low_quality_matches)
+        outcome = _label(found.highest, *arguments[:2])
+        if found.is_best is not None:
+            outcome.masked_fill_(found.is_best, 1)
+        return Matches(found.matched, outcome)
     if grid is None or labels[0] == 1:
         return _match_all(boxes, anchors, *arguments)
     windows = _overlaps(boxes.double(), grid)
@@ -228,7 +240,7 @@ def _best_box(pairs: _Pairs, boxes: int, anchors: int) -> tuple[Tensor, Tensor]:
 def _label(highest: Tensor, thresholds: list[float], labels: list[int]) -> Tensor:
     outcome = torch.full(highest.shape, labels[0], dtype=torch.int8, device=highest.device)
     for threshold, label in zip(thresholds, labels[1:], strict=True):
-        outcome[highest >= threshold] = label
+        outcome.masked_fill_(highest >= threshold, label)
     return outcome
 
 

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORE_LABEL = -1
+
+
+def find_kernels(x: Tensor) -> ModuleType | None:
+    """Return the module of our Triton kernels if they run on x: on a GPU, or anywhere in the interpreter."""
+    if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        return _import_kernels()
+    return None
+
+
+@functools.cache
+def _import_kernels() -> ModuleType | None:
+    try:
+        return importlib.import_module("focal_d2.ops.kernels")
+    except ImportError:  # no Triton here
+        return None
 
 
 class Targets(NamedTuple):
@@ -59,9 +78,13 @@ def reduce(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
 def check_weight(name: str, value: float | Tensor) -> None:
     """Refuse weights above 1; negative ones mean no weighting.
 
+    Weights on a GPU are not looked at, which would wait for it: check them before they go there.
+
     Raises:
         ValueError: naming the value.
     """
+    if isinstance(value, Tensor) and value.is_cuda:
+        return
     if not (value.max().item() if isinstance(value, Tensor) else value) <= 1:  # NaN neither
         raise ValueError(f"{name} is {value}; it must be in [0, 1], or negative for no weighting")
 

@@ -5,6 +5,9 @@ reading a label, in chunks that stay in cache: its value is summed and its gradi
 positives are corrected, and what ignored anchors added is taken out again. Nothing of the logits' size is
 kept but the gradient, which backward only scales, in place.
 
+On a GPU a Triton kernel reads each logit with its label and does all of this at once, without a wait for the
+GPU, but for float64 logits or where Triton is not installed.
+
 Shapes: N images, L levels, A anchors a cell, K classes, R anchors an image (all levels); logits
 L × (N, A·K, H, W), labels (N, R) in the order of anchors, as detectron2 has them. P entries (an anchor and
 its class) are positive, E anchors are ignored.
@@ -24,12 +27,16 @@ from focal_d2.ops.common import (
     check_quality_beta,
     check_weight,
     divide,
+    find_kernels,
     in_memory_order,
     is_dense,
 )
 
 # Elements worked on at once: their float32 temporaries fit the cores' second-level caches.
 _CHUNK = 1 << 18
+# What gradients are multiplied by while they wait in float16, whose numbers end at 6e-8: there a loss scaler
+# multiplies them only in backward.
+_FLOAT16_SCALE = 4096.0
 # A probability above which 1 - p has lost digits that the logarithm needs.
 _NEAR_1 = 0.98
 
@@ -161,6 +168,9 @@ class _Varifocal(NamedTuple):
 
 
 _Loss = _Focal | _Quality | _Varifocal
+# What the kernel calls them, and the precisions it reads; it computes in float32.
+_KINDS = {_Focal: "focal", _Quality: "quality", _Varifocal: "varifocal"}
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.compiler.disable
@@ -180,8 +190,8 @@ def _check_shapes(logits: Sequence[Tensor], labels: Tensor, quality: Tensor | No
             f"logits {[tuple(x.shape) for x in logits]} and labels {tuple(labels.shape)} do not fit: with "
             f"K={num_classes} they must be L × (N, A·K, H, W) and (N, sum of H·W·A)"
         )
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64, not {labels.dtype}")
+    if labels.dtype != torch.int64 or len({x.dtype for x in logits}) > 1:
+        raise ValueError(f"labels must be int64, not {labels.dtype}, and logits of one type on all levels")
     if quality is not None and quality.shape != labels.shape:
         raise ValueError(f"quality {tuple(quality.shape)} must be labels' {tuple(labels.shape)}")
 
@@ -194,13 +204,22 @@ class _DenseLoss(torch.autograd.Function):
         levels = tuple(x if is_dense(x) else x.contiguous() for x in logits)
         wanted = ctx.needs_input_grad[4:]
         gradients = [torch.empty_like(x) if w else None for x, w in zip(levels, wanted, strict=True)]
-        work = _Workspace.like(max((in_memory_order(x) for x in levels), key=len)[:_CHUNK])
-        negatives = [
-            _all_as_negatives(x, num_classes, loss, g, work) for x, g in zip(levels, gradients, strict=True)
-        ]
-        total = torch.stack(negatives).sum()
-        places = _find_places(levels, labels, quality, num_classes)
-        total = _correct(total, levels, gradients, places, num_classes, loss, work)
+        kernels = find_kernels(labels)
+        if kernels is not None and all(x.dtype in _KERNEL_DTYPES for x in levels):
+            total = kernels.dense_loss(
+                levels,
+                gradients,
+                labels,
+                quality,
+                num_classes=num_classes,
+                kind=_KINDS[type(loss)],
+                gamma=loss.gamma,
+                gradient_scale=_kept_scale(levels[0]),
+                negative_weight=loss.negative_weight,
+                positive_weight=loss.positive_weight if isinstance(loss, _Focal) else 1.0,
+            )
+        else:
+            total = _in_chunks(levels, gradients, labels, quality, num_classes, loss)
         ctx.gradients = gradients
         return total.to(torch.float64 if logits[0].dtype == torch.float64 else torch.float32)
 
@@ -214,8 +233,29 @@ class _DenseLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
             if gradient is not None:
-                gradient.mul_(grad_output)
+                gradient.mul_(grad_output / _kept_scale(gradient))
         return None, None, None, None, *gradients
+
+
+def _kept_scale(gradient: Tensor) -> float:
+    return _FLOAT16_SCALE if gradient.dtype == torch.float16 else 1.0
+
+
+def _in_chunks(
+    levels: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    labels: Tensor,
+    quality: Tensor | None,
+    num_classes: int,
+    loss: _Loss,
+) -> Tensor:
+    """Return the sum (float64), and write the gradients, without a kernel of our own."""
+    work = _Workspace.like(max((in_memory_order(x) for x in levels), key=len)[:_CHUNK])
+    negatives = [
+        _all_as_negatives(x, num_classes, loss, g, work) for x, g in zip(levels, gradients, strict=True)
+    ]
+    places = _find_places(levels, labels, quality, num_classes)
+    return _correct(torch.stack(negatives).sum(), levels, gradients, places, num_classes, loss, work)
 
 
 def _computed(x: Tensor) -> Tensor:
@@ -267,7 +307,7 @@ def _correct(
         parts = term.slope.split([len(p.classes) for p in places])
         for g, p, slope in zip(written, places, parts, strict=True):
             if g is not None:
-                g[p.block, p.classes, p.offset] = slope.to(g.dtype)
+                g[p.block, p.classes, p.offset] = (slope * _kept_scale(g)).to(g.dtype)
     ignored = sum(len(p.ignored_block) for p in places)
     for x, g, p in zip(views, written, places, strict=True):
         if len(p.ignored_block):
@@ -371,14 +411,15 @@ def _chunk(x: Tensor, gamma: float, weight: float | Tensor, out: Tensor | None, 
     total = -(log_q if power is None else log_q.mul_(power)).sum()
     if out is None:
         return total
+    scale = _kept_scale(out)
     if power is None:
-        torch.mul(slope, weight, out=out)
+        torch.mul(slope, weight * scale, out=out)
     elif isinstance(weight, Tensor):
-        torch.mul(power, slope, out=out)
+        torch.mul(power, slope if scale == 1 else slope.mul_(scale), out=out)
     elif out.dtype == slope.dtype:
         torch.addcmul(work.zero, power, slope, value=weight, out=out)
     else:
-        torch.mul(torch.mul(slope, power, out=slope), weight, out=out)
+        torch.mul(torch.mul(slope, power, out=slope), weight * scale, out=out)
     return total
 
 

@@ -182,6 +182,18 @@ def test_backward_scales_and_runs_once():
         loss.backward()
 
 
+def test_float16_gradients_do_not_vanish_before_they_are_scaled():
+    # As with a loss scaler: 3 p³ of p = 1/1000 is 3e-9, and float16 ends at 6e-8.
+    logits, labels = make_level(scale=0.0, dtype=torch.float16)
+    logits.data.fill_(-6.9)
+    labels.fill_(4)
+    loss = dense_focal_loss([logits], labels, num_classes=4, alpha=-1.0, gamma=2.0)
+    (gradient,) = torch.autograd.grad(loss * 65536, logits)
+    x = logits.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(reference(x, labels, 4, -1.0, 2.0) * 65536, x)
+    torch.testing.assert_close(gradient.double(), expected, rtol=2e-3, atol=0)
+
+
 def test_a_second_derivative_raises():
     logits, labels = make_level()
     loss = dense_focal_loss([logits], labels, num_classes=4, alpha=0.25, gamma=2.0)

@@ -1,0 +1,404 @@
+"""The Triton kernels against plain references: on a GPU, and in Triton's interpreter on the CPU.
+
+The interpreter has to be asked for before Triton is imported. So these tests run on the CPU in a process of
+their own, which `test_all_in_the_interpreter` starts; without a GPU, this process skips them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.modeling.matcher import Matcher
+from detectron2.structures import Boxes, pairwise_iou
+
+from focal_d2.ops import common, dense_focal_loss, dense_quality_focal_loss, sigmoid_focal_loss
+from focal_d2.ops.assign import match_anchors
+from tests.conftest import REPOSITORY
+from tests.ops.test_assign import make_anchors, random_boxes
+from tests.ops.test_fused import LAYOUTS, LOSSES, flatten, make_levels, value_and_gradient
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+on_gpu = [pytest.mark.gpu, needs_gpu, needs_triton]
+
+
+@pytest.fixture(params=["cpu" if INTERPRETED else pytest.param("cuda", marks=on_gpu)])
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several programs for small levels, the last ones not full."""
+    from focal_d2.ops import kernels
+
+    monkeypatch.setattr(kernels, "_LOSS_TILE", 256)
+    monkeypatch.setattr(kernels, "_MATCH_TILE", 128)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="is in the interpreter already")
+@needs_triton
+def test_all_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=220,
+    )
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert " passed" in result.stdout
+
+
+def test_without_triton_pytorch_does_it_all():
+    program = """
+import sys, torch
+sys.modules["triton"] = None  # importing it fails
+from focal_d2.ops import assign, dense_focal_loss
+labels, box = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[0.0, 0, 1, 1]])
+print(float(dense_focal_loss([torch.zeros(1, 1, 1, 2)], labels, num_classes=1, alpha=-1.0, gamma=0.0)))
+print(assign.match_anchors(box, box, None, thresholds=[0.5], labels=[0, 1], low_quality_matches=True))
+assert sys.modules.get("focal_d2.ops.kernels") is None
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # asks for kernels on the CPU
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("1.386294")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is in the interpreter")
+def test_on_a_cpu_there_are_no_kernels():
+    assert common.find_kernels(torch.zeros(1)) is None
+
+
+def compile_for_a_gpu(name, signature, constants, **options):
+    """PTX of a kernel for compute capability 8.0, which needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from focal_d2.ops import kernels
+
+    kernel = getattr(kernels, name)
+    types = {n: "constexpr" if n in constants else signature.get(n, "i32") for n in kernel.arg_names}
+    source = ASTSource(kernel, types, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@needs_triton
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kind", ["focal", "focal, α a class", "quality", "varifocal"])
+def test_loss_compiles_without_float64(kind, channels_last, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kind, per_class = kind.split(",")[0], "," in kind
+    weight = "*fp32" if per_class else "fp32"
+    types = {
+        **dict.fromkeys(["logits", "gradient"], "*bf16"),
+        **dict.fromkeys(["negative_weight", "positive_weight"], weight),
+        **{"labels": "*i64", "quality": "*fp32", "partial": "*fp32", "gamma": "fp32", "size": "i64"},
+    }
+    constants = {"K": 20, "KIND": kind, "PER_CLASS": per_class, "CHANNELS_LAST": channels_last}
+    constants |= {"TILE": 1024, "ROWS": 16, **({"quality": None} if kind == "focal" else {})}
+    for power in (0, -1):
+        ptx = compile_for_a_gpu("_loss_kernel", types, {**constants, "POWER": power}, num_warps=4)
+        assert ".f64" not in ptx
+    compile_for_a_gpu("_loss_kernel", types, {**constants, "POWER": 2, "gradient": None}, num_warps=4)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@needs_triton
+def test_matching_compiles_to_the_operations_it_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = {
+        **dict.fromkeys(["boxes", "anchors", "highest"], "*fp32"),
+        **{"matched": "*i64", "best": "*i32", "is_best": "*i1"},
+    }
+    for ptx in (
+        compile_for_a_gpu("_match_kernel", types, {"BEST": True, "TILE": 512}, enable_fp_fusion=False),
+        compile_for_a_gpu("_match_kernel", types, {"BEST": False, "TILE": 512}, enable_fp_fusion=False),
+        compile_for_a_gpu("_best_kernel", {**types, "best": "*fp32"}, {"TILE": 512}, enable_fp_fusion=False),
+    ):
+        assert "div.rn.f32" in ptx
+        assert "fma" not in ptx
+        assert ".ftz" not in ptx
+
+
+def on(device, logits):
+    """Copies that want gradients."""
+    return [x.detach().to(device).requires_grad_() for x in logits]
+
+
+def in_float64(loss, logits, labels, *soft, num_classes, **more):
+    """Value and gradients of a reference."""
+    logits = [x.detach().double().requires_grad_() for x in logits]
+    total = loss(flatten(logits, num_classes), labels, *soft, num_classes=num_classes, **more)
+    return value_and_gradient(total, logits)
+
+
+def assert_close(got, expected, **tolerance):
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g.cpu().double(), e, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.usefixtures("small_tiles")
+def test_loss_is_the_reference(name, layout, dtype, device):
+    dense, plain, draw = LOSSES[name]
+    for _ in range(3):
+        n, a, k, levels = (int(torch.randint(1, m, ())) for m in (4, 4, 40, 4))
+        sizes = torch.randint(1, 9, (levels, 2)).tolist()
+        logits, labels = make_levels(n, a, k, sizes, dtype=dtype, layout=layout)
+        more = draw(k)
+        soft = []
+        if "quality" in name or "varifocal" in name:
+            soft = [(torch.rand(labels.shape) * 1.4 - 0.2).clamp(0, 1)]
+        expected = in_float64(plain, logits, labels, *soft, num_classes=k, **more)
+        more = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in more.items()}
+        inputs = on(device, logits)
+        loss = dense(inputs, labels.to(device), *(s.to(device) for s in soft), num_classes=k, **more)
+        got = value_and_gradient(loss, inputs)
+        assert got[0].dtype == torch.float32
+        assert_close(got[:1], expected[:1], rtol=2e-6, atol=1e-6)
+        for gradient, x in zip(got[1:], inputs, strict=True):
+            assert (gradient.dtype, gradient.stride()) == (dtype, x.stride())
+        # The interpreter cuts off digits for bfloat16, where a GPU rounds.
+        tolerance = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+        assert_close(got[1:], expected[1:], rtol=tolerance, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("alpha", [-1.0, 0.0, 0.25, 1.0, "a class"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
+def test_special_parameters(alpha, gamma, layout, device):
+    logits, labels = make_levels(dtype=torch.float32, layout=layout)
+    alpha = torch.tensor([0.0, 1.0, 0.3, 0.9]) if alpha == "a class" else alpha
+    expected = in_float64(sigmoid_focal_loss, logits, labels, num_classes=4, alpha=alpha, gamma=gamma)
+    inputs = on(device, logits)
+    alpha = alpha.to(device) if isinstance(alpha, torch.Tensor) else alpha
+    loss = dense_focal_loss(inputs, labels.to(device), num_classes=4, alpha=alpha, gamma=gamma)
+    assert_close(value_and_gradient(loss, inputs), expected, rtol=5e-6, atol=1e-9)
+
+
+EXTREMES = [-1e4, -88.0, -17.0, -5.0, -1e-3, 0.0, 1e-3, 5.0, 17.0, 88.0, 1e4]
+
+
+@pytest.mark.parametrize("x", EXTREMES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_is_precise_for_any_logit(name, x, device):
+    dense, plain, _ = LOSSES[name]
+    for focus in (0.0, 1.0, 1.5, 2.0):
+        if "varifocal" in name:
+            more, qualities = {"alpha": 0.75, "gamma": focus}, [0.0, 1e-3, 0.3, 0.999, 1.0]
+        elif "quality" in name:
+            more, qualities = {"beta": focus}, [0.0, 1e-3, 0.3, 0.999, 1.0]
+        else:
+            more, qualities = {"alpha": 0.25, "gamma": focus}, [None]
+        # A GPU's exponential is as far off as if the last bit of x had changed.
+        rtol = 3e-6 + (0 if INTERPRETED else 1.2e-7 * min(abs(x), 88) * (1 + focus))
+        for label in (0, 1):  # positive, background
+            for q in qualities[: None if label == 0 else 1]:
+                logits, labels = [torch.full((1, 1, 1, 1), x)], torch.tensor([[label]])
+                soft = [] if q is None else [torch.tensor([[q]])]
+                expected = in_float64(plain, logits, labels, *soft, num_classes=1, **more)
+                inputs = on(device, logits)
+                loss = dense(inputs, labels.to(device), *(s.to(device) for s in soft), num_classes=1, **more)
+                assert_close(value_and_gradient(loss, inputs), expected, rtol=rtol, atol=1e-30)
+
+
+def test_ignored_anchors_are_silent_whatever_their_logits(device):
+    logits, labels = make_levels(dtype=torch.float32)
+    labels.fill_(-1)
+    with torch.no_grad():
+        logits[0].fill_(float("nan"))
+    inputs = on(device, logits)
+    loss = dense_focal_loss(inputs, labels.to(device), num_classes=4, alpha=0.25, gamma=2.0)
+    for y in value_and_gradient(loss, inputs):
+        assert (y == 0).all()
+
+
+def test_a_nan_that_counts_is_seen(device):
+    logits, labels = make_levels(dtype=torch.float32)
+    labels.fill_(4)
+    with torch.no_grad():
+        logits[0][0, 0, 0, 0] = float("nan")
+    loss = dense_focal_loss(on(device, logits), labels.to(device), num_classes=4, alpha=0.25, gamma=2.0)
+    assert loss.isnan()
+
+
+@pytest.mark.parametrize("n, sizes", [(0, [(3, 2)]), (2, [(0, 3)]), (2, [(3, 2), (0, 3), (1, 1)])])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_to_sum(n, sizes, layout, device):
+    logits, labels = make_levels(n, sizes=sizes, dtype=torch.float32, layout=layout)
+    expected = in_float64(sigmoid_focal_loss, logits, labels, num_classes=4, alpha=0.25, gamma=2.0)
+    inputs = on(device, logits)
+    loss = dense_focal_loss(inputs, labels.to(device), num_classes=4, alpha=0.25, gamma=2.0)
+    assert_close(value_and_gradient(loss, inputs), expected, rtol=5e-6, atol=1e-9)
+
+
+def test_gradient_only_where_wanted(device):
+    logits, labels = make_levels(dtype=torch.float32)
+    more = {"num_classes": 4, "beta": 2.0}
+    labels, quality = labels.to(device), torch.rand(labels.shape, device=device)
+    inputs = on(device, logits)
+    expected = value_and_gradient(dense_quality_focal_loss(inputs, labels, quality, **more), inputs)
+    inputs[0].requires_grad_(False)
+    loss = dense_quality_focal_loss(inputs, labels, quality, **more)
+    (2 * loss).backward()
+    assert inputs[0].grad is None
+    assert torch.equal(inputs[1].grad, 2 * expected[2])
+    with torch.no_grad():
+        assert torch.equal(dense_quality_focal_loss(inputs, labels, quality, **more), expected[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sum_does_not_depend_on_the_run(layout, device):
+    logits, labels = make_levels(sizes=((16, 24), (5, 5)), dtype=torch.float32, layout=layout)
+    inputs, labels = on(device, logits), labels.to(device)
+    losses = [dense_focal_loss(inputs, labels, num_classes=4, alpha=0.25, gamma=2.0) for _ in range(3)]
+    assert len({loss.item() for loss in losses}) == 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_triton
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_than_2_to_the_31_logits(layout):
+    if torch.cuda.mem_get_info()[0] < 14 << 30:
+        pytest.skip("needs 14 GiB of GPU memory")
+    k, cells = 64, (1 << 25) + 8
+    logits = torch.zeros(1, 1, cells, k, dtype=torch.bfloat16, device="cuda").permute(0, 3, 1, 2)
+    logits = logits.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    labels = torch.full((1, cells), k, device="cuda")
+    labels[0, -1] = k - 1
+    loss = dense_focal_loss([logits], labels, num_classes=k, alpha=-1.0, gamma=0.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(k * cells * 0.69314718, rel=1e-5)
+    assert logits.grad[0, -1, 0, -1] == -0.5
+    logits.grad[0, -1, 0, -1] = 0.5
+    assert (logits.grad == 0.5).all()
+
+
+def assert_matched(boxes, anchors, device, thresholds=(0.4, 0.5), labels=(0, -1, 1), low_quality=True):
+    matcher = Matcher(list(thresholds), list(labels), allow_low_quality_matches=low_quality)
+    matched, outcome = matcher(pairwise_iou(Boxes(boxes), Boxes(anchors)))
+    got = match_anchors(
+        boxes.to(device),
+        anchors.to(device),
+        None,
+        thresholds=thresholds,
+        labels=labels,
+        low_quality_matches=low_quality,
+    )
+    assert got.outcome.dtype == torch.int8
+    assert torch.equal(got.outcome.cpu(), outcome)
+    assert torch.equal(got.matched.cpu(), matched)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.usefixtures("small_tiles")
+def test_matches_are_detectron2s(seed, device):
+    generator = torch.Generator().manual_seed(seed)
+    height, width = torch.randint(16, 80, (2,), generator=generator).tolist()
+    anchors, _ = make_anchors(height, width, offset=0.5 * (seed % 2))
+    # Of all sizes, tiny, larger than the image.
+    for low, high, count in ((4, 100, 5), (1, 8, 4), (300, 3000, 3)):
+        boxes = random_boxes(count, height, width, low, high, generator)
+        if seed % 3 == 0:
+            boxes = boxes.round()  # ties
+        if seed % 2 == 0:
+            boxes = torch.cat([boxes, boxes[:2]])  # identical boxes
+        assert_matched(boxes, anchors, device, low_quality=seed % 3 < 2)
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[-16, -16, 16, 16], [-16, -16, 16, 16]],  # an anchor, twice
+        [[20.5, 20.5, 20.51, 20.52]],
+        [[-5000, -5000, -4000, -4000]],  # overlaps nothing: every anchor is its best
+        [[10, 10, 60, 60], [9000, 10, 9100, 60]],
+        [[5, 5, 5, 5]],  # no area
+        [[5, 5, 37, 37], [5, 5, 37, 37], [4, 4, 36, 36]],
+    ],
+)
+@pytest.mark.parametrize("low_quality", [True, False])
+def test_matches_of_odd_boxes(boxes, low_quality, device):
+    anchors, _ = make_anchors(40, 50)
+    assert_matched(torch.tensor(boxes, dtype=torch.float32), anchors, device, low_quality=low_quality)
+
+
+@pytest.mark.parametrize(
+    "thresholds, labels",
+    [((0.3, 0.7), (0, -1, 1)), ((0.5,), (0, 1)), ((0.2, 0.5), (1, -1, 0)), ((0.1, 0.2, 0.6), (-1, 0, -1, 1))],
+)
+def test_matches_with_other_thresholds(thresholds, labels, device):
+    generator = torch.Generator().manual_seed(0)
+    anchors, _ = make_anchors(40, 50)
+    assert_matched(random_boxes(6, 40, 50, 8, 100, generator), anchors, device, thresholds, labels)
+
+
+def test_no_anchors_have_no_matches(device):
+    got = match_anchors(
+        torch.tensor([[0.0, 0, 1, 1]], device=device),
+        torch.zeros(0, 4, device=device),
+        None,
+        thresholds=[0.5],
+        labels=[0, 1],
+        low_quality_matches=True,
+    )
+    assert got.matched.shape == got.outcome.shape == (0,)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_triton
+def test_matches_of_a_large_scene():
+    generator = torch.Generator().manual_seed(0)
+    anchors, _ = make_anchors(800, 1344)
+    boxes = random_boxes(200, 800, 1344, 4, 800, generator)
+    assert_matched(boxes, anchors, "cuda")
+    assert_matched(boxes.round(), anchors, "cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_triton
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_waits_for_the_gpu(layout):
+    logits, labels = make_levels(dtype=torch.bfloat16, layout=layout)
+    inputs, labels = on("cuda", logits), labels.cuda()
+    quality, alpha = torch.rand(labels.shape, device="cuda"), torch.rand(4, device="cuda")
+    anchors, _ = (x.cuda() if isinstance(x, torch.Tensor) else x for x in make_anchors(64, 96))
+    boxes = torch.tensor([[5.0, 5, 37, 37], [-500, 0, -400, 10]], device="cuda")
+    for mode in ("default", "error"):  # first, kernels are compiled
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for x in (alpha, 0.25):
+                dense_focal_loss(inputs, labels, num_classes=4, alpha=x, gamma=2.0).backward()
+            dense_quality_focal_loss(inputs, labels, quality, num_classes=4, beta=2.0).backward()
+            match_anchors(
+                boxes,
+                anchors,
+                None,
+                thresholds=[0.4, 0.5],
+                labels=[0, -1, 1],
+                low_quality_matches=True,
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
