@@ -62,7 +62,7 @@ def add_focal_config(cfg: CfgNode) -> None:
     # "reference": as the formulas read. "fused": value and gradient in one pass over the head's output, for
     # ce, balanced_ce, focal, fixed_weights, quality_focal, varifocal. "auto": fused on a CPU, where the loss
     # has it.
-    focal.LOSS.IMPLEMENTATION = "reference"
+    focal.LOSS.IMPLEMENTATION = "auto"
     # What both losses are divided by: "ema" (detectron2: moving average of the batch's positive anchors,
     # momentum 0.9 from 100) or "paper" (this batch's positive anchors, at least 1).
     focal.LOSS.NORMALIZER = "ema"

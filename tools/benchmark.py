@@ -16,8 +16,8 @@ from focal_d2.engine import command_line, load_config
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "focal_retinanet_R_50_FPN_1x.yaml"
 SWEEP = {
-    "size": [256, 384, 512, 640],
-    "batch": [1, 2, 4],
+    "size": [128, 256, 384, 512],
+    "batch": [1, 2, 4, 8],
     "classes": [1, 20, 80, 365, 1203],
     "boxes": [1, 10, 100, 1000],
 }
@@ -46,7 +46,7 @@ def main() -> None:
         repeats=args.repeats,
         precision=args.precision,
     )
-    warm = not args.cold_memory and benchmark.keep_memory()
+    warm = args.warm_memory and benchmark.keep_memory()
     result: dict[str, Any] = {
         "benchmark": args.what,
         "setting": {**setting._asdict(), "warm_allocator": warm},
@@ -75,7 +75,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=["fp32", "bf16"], default="fp32", help="ours; on CUDA detectron2's too"
     )
     parser.add_argument(
-        "--cold-memory", action="store_true", help="let the C library give freed memory back to the system"
+        "--warm-memory",
+        action="store_true",
+        help="on a CPU, keep freed memory instead of giving it back to the system, which then clears it anew",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE …")

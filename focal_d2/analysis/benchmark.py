@@ -14,17 +14,21 @@ import ctypes
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import detectron2
+import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, BoxMode, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.nn import sigmoid_focal_loss_jit
 from matplotlib.figure import Figure
@@ -32,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from focal_d2.data import FocalDatasetMapper
 from focal_d2.errors import UserError
 from focal_d2.modeling.losses import DenseBatch
 
@@ -455,11 +460,61 @@ def _set_logits(pair: Pair, batch: list[dict[str, Any]]) -> None:
     pair.detectron2.head.cls_score.load_state_dict(layer.state_dict())
 
 
+def time_input(cfg: CfgNode, setting: Setting) -> list[Row]:
+    """From a file to the model's input in one worker: ours with INPUT.FOCAL.BACKEND opencv."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.FOCAL.BACKEND = "opencv"
+    cfg.INPUT.MIN_SIZE_TRAIN = cfg.INPUT.MIN_SIZE_TRAIN[-1:]
+    mappers = {"ours": FocalDatasetMapper(cfg, True), "detectron2": DatasetMapper(cfg, True)}
+    threads = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(1)  # as a worker has
+    cv2.setNumThreads(0)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("jpg", "png"):
+            records = _write_images(Path(folder), kind, setting)
+            runs: dict[str, Callable[[], Any]] = {
+                name: lambda mapper=mapper: [mapper(record) for record in records]  # type: ignore[misc]
+                for name, mapper in mappers.items()
+            }
+            files = [record["file_name"] for record in records]
+            runs["limit"] = lambda files=files: [cv2.imread(f) for f in files]  # type: ignore[misc]
+            times = take_turns(runs, setting)
+            shape = f"{setting.size} × {records[0]['height']} to {cfg.INPUT.MIN_SIZE_TRAIN[0]}"
+            rows.append(_timed(f"input, {setting.batch} {kind} of {shape}", times, "decoding alone"))
+    torch.set_num_threads(threads[0])
+    cv2.setNumThreads(threads[1])
+    return rows
+
+
+def _write_images(folder: Path, kind: str, setting: Setting) -> list[dict[str, Any]]:
+    """Write N images about as hard to decode as photographs; return their records."""
+    random = np.random.default_rng(0)
+    records = []
+    for i, sample in enumerate(make_batch(setting)):
+        height = setting.size * 3 // 4
+        coarse = cv2.GaussianBlur(random.normal(0, 1, (height, setting.size, 3)), (0, 0), 4)
+        image = 128 + coarse / coarse.std() * 40 + random.normal(0, 4, coarse.shape)
+        path = folder / f"{i}.{kind}"
+        cv2.imwrite(str(path), image.clip(0, 255).astype(np.uint8))
+        boxes = sample["instances"].gt_boxes
+        boxes.clip((height, setting.size))
+        annotations = [
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0} for box in boxes.tensor.tolist()
+        ]
+        records.append(
+            {"file_name": str(path), "height": height, "width": setting.size, "annotations": annotations}
+        )
+    return records
+
+
 BENCHMARKS: dict[str, Callable[[CfgNode, Setting], list[Row]]] = {
     "loss": time_loss,
     "assign": time_assign,
     "step": time_step,
     "inference": time_inference,
+    "input": time_input,
     "memory": measure_memory,
 }
 

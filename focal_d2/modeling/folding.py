@@ -10,15 +10,17 @@ from torch.nn import functional as F
 class FoldedConv2d(Conv2d):
     """detectron2's convolution whose frozen norm scales the weights instead of the output.
 
-    The same function of the same parameters, but no pass over the activations, forward or backward, and no
-    copy of them. The norm stays a submodule: names in checkpoints do not change, and what is loaded into it
-    counts at the next call.
+    The same function of the same parameters, but no passes over the output, forward or backward. Instead there
+    are passes over the weights and, until backward, a copy of them: so the norm is applied to whichever is
+    smaller. The norm stays a submodule: names in checkpoints do not change, and what is loaded into it counts
+    at the next call.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """See detectron2's `Conv2d`."""
         norm = self.norm
-        if not isinstance(norm, FrozenBatchNorm2d):  # replaced since
+        cells = x.shape[0] * x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
+        if not isinstance(norm, FrozenBatchNorm2d) or cells < self.weight[0].numel():
             return super().forward(x)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - norm.running_mean * scale

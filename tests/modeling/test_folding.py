@@ -29,6 +29,7 @@ def test_folding_is_the_same_function(bias, activation):
     results = []
     for layer in make_pair(bias=bias, activation=activation):
         x = torch.linspace(-2, 2, 2 * 4 * 9 * 9, dtype=torch.float64).view(2, 4, 9, 9).requires_grad_()
+        assert 2 * 9 * 9 // 4 >= 4 * 9  # more cells than the weights of a filter: it does fold
         y = layer(x)
         results.append([y, *torch.autograd.grad((y**3).sum(), [x, *layer.parameters()])])
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
@@ -36,7 +37,7 @@ def test_folding_is_the_same_function(bias, activation):
 
 def test_names_stay_and_what_is_loaded_counts():
     plain, folded = make_pair(bias=False)
-    x = torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    x = torch.randn(1, 4, 15, 15, dtype=torch.float64)
     assert list(folded.state_dict()) == list(plain.state_dict())
     plain.norm.weight.mul_(2)
     folded.load_state_dict(plain.state_dict())
@@ -51,3 +52,13 @@ def test_only_frozen_norms_and_only_if_asked(norm, folds, wanted):
     cfg = make_cfg(MODEL__RESNETS__NORM=norm, MODEL__FOCAL__FOLD_FROZEN_NORMS=wanted)
     layers = [m for m in build_model(cfg).modules() if isinstance(m, FoldedConv2d)]
     assert len(layers) == (20 if folds and wanted else 0)  # ResNet-18's convolutions
+
+
+def test_weights_larger_than_the_output_are_left_alone(monkeypatch):
+    plain, folded = make_pair(bias=False)
+    calls = []
+    monkeypatch.setattr(Conv2d, "forward", lambda self, x: calls.append(x.shape) or x)
+    folded(torch.zeros(1, 4, 12, 12, dtype=torch.float64))  # 36 cells, 36 weights a filter
+    assert calls == []
+    folded(torch.zeros(1, 4, 10, 10, dtype=torch.float64))
+    assert len(calls) == 1

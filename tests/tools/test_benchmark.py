@@ -34,7 +34,7 @@ def options(*more):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("what", ["loss", "assign", "step", "inference", "memory"])
+@pytest.mark.parametrize("what", ["loss", "assign", "step", "inference", "input", "memory"])
 def test_each_measures_both_and_a_limit(what, precision, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, what, *options("--precision", precision, "--json"))
     assert code == 0
