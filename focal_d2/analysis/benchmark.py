@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -474,18 +475,23 @@ def time_input(cfg: CfgNode, setting: Setting) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("jpg", "png"):
             records = _write_images(Path(folder), kind, setting)
-            runs: dict[str, Callable[[], Any]] = {
-                name: lambda mapper=mapper: [mapper(record) for record in records]  # type: ignore[misc]
-                for name, mapper in mappers.items()
-            }
             files = [record["file_name"] for record in records]
-            runs["limit"] = lambda files=files: [cv2.imread(f) for f in files]  # type: ignore[misc]
+            runs: dict[str, Callable[[], Any]] = {
+                "ours": partial(_each, mappers["ours"], records),
+                "detectron2": partial(_each, mappers["detectron2"], records),
+                "limit": partial(_each, cv2.imread, files),
+            }
             times = take_turns(runs, setting)
             shape = f"{setting.size} × {records[0]['height']} to {cfg.INPUT.MIN_SIZE_TRAIN[0]}"
             rows.append(_timed(f"input, {setting.batch} {kind} of {shape}", times, "decoding alone"))
     torch.set_num_threads(threads[0])
     cv2.setNumThreads(threads[1])
     return rows
+
+
+def _each(function: Callable[[Any], Any], items: list[Any]) -> None:
+    for item in items:
+        function(item)
 
 
 def _write_images(folder: Path, kind: str, setting: Setting) -> list[dict[str, Any]]:

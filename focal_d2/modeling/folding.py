@@ -10,10 +10,10 @@ from torch.nn import functional as F
 class FoldedConv2d(Conv2d):
     """detectron2's convolution whose frozen norm scales the weights instead of the output.
 
-    The same function of the same parameters, but no passes over the output, forward or backward. Instead there
-    are passes over the weights and, until backward, a copy of them: so the norm is applied to whichever is
-    smaller. The norm stays a submodule: names in checkpoints do not change, and what is loaded into it counts
-    at the next call.
+    The same function of the same parameters, but no passes over the output, forward or backward. Instead
+    there are passes over the weights and, until backward, a copy of them: so the norm is applied to whichever
+    is smaller. The norm stays a submodule: names in checkpoints do not change, and what is loaded into it
+    counts at the next call.
     """
 
     def forward(self, x: Tensor) -> Tensor:
