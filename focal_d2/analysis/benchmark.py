@@ -32,7 +32,6 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes, BoxMode, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.nn import sigmoid_focal_loss_jit
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -47,6 +46,9 @@ _LOGIT_MEAN, _LOGIT_STD = -7.0, 1.3
 _COPIED = 1 << 30
 
 
+PRECISIONS = ("fp32", "bf16")
+
+
 class Setting(NamedTuple):
     """What is timed."""
 
@@ -56,7 +58,7 @@ class Setting(NamedTuple):
     classes: int  # K
     boxes: int  # an image
     repeats: int
-    precision: str  # "fp32" or "bf16": ours; detectron2's too on CUDA, on a CPU it has fp32 only
+    precision: str  # of `PRECISIONS`: ours; detectron2's too on CUDA, on a CPU it has fp32 only
 
 
 class Row(NamedTuple):
@@ -525,92 +527,28 @@ BENCHMARKS: dict[str, Callable[[CfgNode, Setting], list[Row]]] = {
 }
 
 
-def sweep(cfg: CfgNode, setting: Setting, values: dict[str, list[int]]) -> Iterator[dict[str, Any]]:
-    """Time a step, and take its memory, over one field of the setting after another.
+# What a sweep goes over.
+SWEEP = {
+    "size": (128, 256, 384, 512),
+    "batch": (1, 2, 4, 8),
+    "classes": (1, 20, 80, 365, 1203),
+    "boxes": (1, 10, 100, 1000),
+}
+
+
+def sweep(cfg: CfgNode, setting: Setting) -> Iterator[dict[str, Any]]:
+    """Time a step, and take its memory, over one field of the setting after another (`SWEEP`).
 
     Args:
         cfg: full config of ours.
-        setting: where the others stay.
-        values: of each field's name.
+        setting: where the other fields stay.
 
     Yields:
-        The field, its value and the figures, in the order of `values`.
+        The field, its value and the figures.
     """
-    for field, choices in values.items():
+    for field, choices in SWEEP.items():
         for value in choices:
             at = setting._replace(**{field: value})  # type: ignore[arg-type]
             (step,), (memory,) = time_step(cfg, at), measure_memory(cfg, at)
             kept = {k: v for k, v in memory._asdict().items() if k.endswith("_bytes")}
             yield {"field": field, "value": value, **step._replace(**kept).as_dict()}
-
-
-def as_text(result: dict[str, Any]) -> str:
-    """Write a result for a terminal.
-
-    Args:
-        result: "setting", "hardware" and "rows", as `tools/benchmark.py --json` prints them.
-    """
-    lines = [", ".join(f"{k} {v}" for k, v in result[part].items()) for part in ("hardware", "setting")]
-    for row in result["rows"]:
-        lines.append(f"\n{row['name']}" if "name" in row else f"\n{row['field']} {row['value']}")
-        for who in ("ours", "detectron2", "limit"):
-            parts = [f"  {who:<11}"]
-            if row[who] is not None:
-                parts.append(f"{row[who] * 1000:10.1f} ms")
-            if row[f"{who}_bytes"] is not None:
-                parts.append(f"{row[f'{who}_bytes'] / 2**20:10.1f} MiB")
-            if who == "limit":
-                parts.append(f"  ({row['limit_is']})")
-            lines.append(" ".join(parts))
-        for ratio, text in _RATIOS.items():
-            if row[ratio] is not None:
-                lines.append(f"  ours is {row[ratio]:.3f} × {text}")
-    return "\n".join(lines)
-
-
-_RATIOS = {
-    "speedup": "as fast as detectron2",
-    "over_limit": "the limit's time",
-    "memory_of_detectron2": "detectron2's memory",
-    "memory_over_limit": "the limit's memory",
-}
-_UNITS = {
-    "size": "pixels, height and width",
-    "batch": "images",
-    "classes": "classes",
-    "boxes": "boxes an image",
-}
-
-
-def plot_sweep(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw a step's time (top) and memory (bottom) over each field that was swept.
-
-    Raises:
-        UserError: if the file cannot be written.
-    """
-    fields = list(dict.fromkeys(row["field"] for row in rows))
-    figure = Figure(figsize=(3.6 * len(fields), 6), layout="tight")
-    axes = figure.subplots(2, len(fields), squeeze=False)
-    for column, field in enumerate(fields):
-        own = [row for row in rows if row["field"] == field]
-        values = [row["value"] for row in own]
-        for line, colour, style in (("detectron2", "C3", "o-"), ("ours", "C0", "o-"), ("limit", "0.6", "--")):
-            label = "network alone" if line == "limit" else "focal_d2" if line == "ours" else line
-            seconds = [row[line] for row in own]
-            gib = [row[f"{line}_bytes"] / 2**30 for row in own]
-            axes[0][column].plot(values, seconds, style, color=colour, label=label)
-            axes[1][column].plot(values, gib, style, color=colour, label=label)
-        for row_of_axes in axes:
-            axis = row_of_axes[column]
-            axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
-            if field in ("classes", "boxes"):
-                axis.set_xscale("log")
-            axis.set_xlabel(_UNITS[field])
-    axes[0][0].set_ylabel("step, s")
-    axes[1][0].set_ylabel("peak memory of a step, GiB")
-    axes[0][0].legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise UserError(f"{path}: {error}") from error

@@ -6,10 +6,8 @@ of the batch. Boxes are XYXY in absolute pixels. Labels are int64: [0, K) a clas
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 from focal_d2.config import check_choice, focal_config, loss_parameters
 from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import AnchorCache, Anchors
+from focal_d2.modeling.candidates import find_candidates
 from focal_d2.modeling.folding import fold_norms
 from focal_d2.modeling.head import FocalRetinaNetHead
 from focal_d2.modeling.losses import (
@@ -40,51 +39,9 @@ from focal_d2.modeling.losses import (
     LossNormalizer,
     build_loss,
     gather_deltas,
-    level_ranges,
 )
-from focal_d2.ops import IGNORE_LABEL
-from focal_d2.ops.assign import match_anchors
-from focal_d2.ops.common import divide, in_memory_order
-from focal_d2.ops.detect import best_boxes, indices_above
-
-
-class Positives(NamedTuple):
-    """The positive anchors, in the order of `AnchorTargets.positive.nonzero()`."""
-
-    image: Tensor  # (P,) int64
-    anchor: Tensor  # (P,) int64
-    gt_boxes: Tensor  # (P, 4) float
-
-
-class AnchorTargets(NamedTuple):
-    """What the anchors of a batch shall predict. B boxes in all images."""
-
-    labels: Tensor  # (N, R) int64
-    positive: Tensor  # (N, R) bool
-    matched: Tensor  # (N, R) int64: which of `boxes`; read where positive
-    boxes: Tensor  # (B, 4) float
-    num_positives: Callable[[], int]  # P
-
-    def positives(self) -> Positives:
-        """List them. Knowing their number, a GPU need not be waited for."""
-        if self.positive.is_cuda:
-            image, anchor = torch.nonzero_static(self.positive, size=self.num_positives()).unbind(1)
-        else:
-            image, anchor = self.positive.nonzero(as_tuple=True)
-        return Positives(image, anchor, self.boxes[self.matched[image, anchor]])
-
-
-class Candidates(NamedTuple):
-    """Scores above the threshold, each (E,)."""
-
-    image: Tensor  # int64
-    anchor: Tensor  # int64
-    label: Tensor  # int64, in [0, K)
-    score: Tensor  # float
-
-    def where(self, chosen: Tensor) -> Candidates:
-        """Return some of them, by mask or index."""
-        return Candidates(*(field[chosen] for field in self))
+from focal_d2.modeling.targets import AnchorTargets, label_anchors
+from focal_d2.ops.detect import best_boxes
 
 
 @META_ARCH_REGISTRY.register()
@@ -348,46 +305,9 @@ class FocalRetinaNet(DenseDetector):
                 losses["loss_box_reg"] = losses["loss_box_reg"] / normalizer
             return losses
 
-    @torch.no_grad()
     def label_anchors(self, anchors: Anchors, gt_instances: list[Instances]) -> AnchorTargets:
-        """Match every anchor to at most one box by IoU (paper, section 4).
-
-        Departure from the paper, as in detectron2: each box also gets its best anchors, however low
-        their IoU, unless `MODEL.FOCAL.LOW_QUALITY_MATCHES` is false.
-
-        Args:
-            anchors: of the batch's image shape (`self.anchors_for`).
-            gt_instances: N × `Instances`, on any device, with gt_boxes (M, 4) and gt_classes (M); M may be 0.
-        """
-        device = anchors.boxes.device
-        shape = (len(gt_instances), len(anchors.boxes))
-        labels = torch.full(shape, self.num_classes, dtype=torch.int64, device=device)
-        positive = torch.zeros(shape, dtype=torch.bool, device=device)
-        matched = torch.zeros(shape, dtype=torch.int64, device=device)
-        boxes = torch.cat([x.gt_boxes.tensor for x in gt_instances]).to(device, non_blocking=True)
-        classes = torch.cat([x.gt_classes for x in gt_instances]).to(device, non_blocking=True)
-        first = 0
-        for i, count in enumerate(map(len, gt_instances)):
-            if count == 0:
-                continue
-            box, outcome = self._match(boxes[first : first + count], anchors)
-            torch.add(box, first, out=matched[i])
-            torch.eq(outcome, 1, out=positive[i])
-            labels[i].masked_fill_(outcome == -1, IGNORE_LABEL)
-            torch.where(positive[i], classes[matched[i]], labels[i], out=labels[i])
-            first += count
-        return AnchorTargets(labels, positive, matched, boxes, _count(positive))
-
-    def _match(self, boxes: Tensor, anchors: Anchors) -> tuple[Tensor, Tensor]:
-        matcher = self.anchor_matcher
-        return match_anchors(
-            boxes,
-            anchors.boxes,
-            anchors.grid,
-            thresholds=matcher.thresholds[1:-1],  # without the infinities around them
-            labels=matcher.labels,
-            low_quality_matches=matcher.allow_low_quality_matches,
-        )
+        """Match every anchor to at most one box; see `focal_d2.modeling.targets.label_anchors`."""
+        return label_anchors(anchors, gt_instances, self.anchor_matcher, self.num_classes)
 
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
@@ -401,7 +321,7 @@ class FocalRetinaNet(DenseDetector):
         with torch.autocast(self.device.type, enabled=False):
             logits, deltas = predictions
             anchors = self._anchors_of(features)
-            found = self._candidates(logits)
+            found = find_candidates(logits, self.cls_loss, self.test_score_thresh, self.test_topk_candidates)
             boxes = self.box2box_transform.apply_deltas(
                 gather_deltas(deltas, found.image, found.anchor), anchors.boxes[found.anchor]
             )
@@ -426,74 +346,6 @@ class FocalRetinaNet(DenseDetector):
                     )
                 )
             return results
-
-    def _candidates(self, logits: list[Tensor]) -> Candidates:
-        """Find what scores above the threshold; of each image and level the best.
-
-        Args:
-            logits: L × (N, A·C, H, W).
-        """
-        parts = []
-        for x, start, _ in level_ranges(logits, self.cls_loss.num_logits):
-            best = self._best(self._above_threshold(x))
-            parts.append(best._replace(anchor=best.anchor + start))
-        return Candidates(*(torch.cat(field) for field in zip(*parts, strict=True)))
-
-    def _above_threshold(self, logits: Tensor) -> Candidates:
-        """Find what scores above the threshold on a level, (N, A·C, H, W)."""
-        num_logits = self.cls_loss.num_logits
-        cells = logits.shape[2] * logits.shape[3]
-        anchors = logits.shape[1] // num_logits
-        cut = self.cls_loss.least_logit(self.test_score_thresh)
-        if cut is None:
-            level = logits.unflatten(1, (-1, num_logits)).permute(0, 3, 4, 1, 2)  # (N, H, W, A, C)
-            scores = self.cls_loss.probabilities(level.float()).flatten(1, 3)  # (N, H · W · A, K)
-            image, anchor, label = (scores > self.test_score_thresh).nonzero(as_tuple=True)
-            return Candidates(image, anchor, label, scores[image, anchor, label])
-        # Few logits are above it: probabilities of the others are never computed. Half precision rounds the
-        # number it is compared with.
-        cut -= abs(cut) * torch.finfo(logits.dtype).eps if math.isfinite(cut) else 0.0
-        flat = in_memory_order(logits)
-        place = indices_above(flat, cut)
-        score = self.cls_loss.probabilities(flat[place].float())
-        certain = score > self.test_score_thresh
-        place, score = place[certain], score[certain]
-        if logits.is_contiguous():
-            rest, cell = divide(place, cells)
-            rest, label = divide(rest, num_logits)
-            image, a = divide(rest, anchors)
-            return Candidates(image, cell * anchors + a, label, score)
-        rest, label = divide(place, num_logits)
-        image, anchor = divide(rest, cells * anchors)
-        return Candidates(image, anchor, label, score)
-
-    def _best(self, found: Candidates) -> Candidates:
-        """Keep at most `test_topk_candidates` of each image."""
-        if len(found.score) <= self.test_topk_candidates:
-            return found
-        kept = []
-        for image in found.image.unique().tolist():
-            own = (found.image == image).nonzero().squeeze(1)
-            count = min(self.test_topk_candidates, len(own))
-            kept.append(own[found.score[own].topk(count).indices])
-        return found.where(torch.cat(kept))
-
-
-def _count(positive: Tensor) -> Callable[[], int]:
-    """Count them; on a GPU without waiting before the number is asked for."""
-    number = positive.sum()
-    if not number.is_cuda:
-        return number.item  # type: ignore[return-value]
-    host = torch.empty((), dtype=number.dtype, pin_memory=True)
-    host.copy_(number, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-
-    def wait() -> int:
-        arrived.synchronize()
-        return int(host)
-
-    return wait
 
 
 _AUTOCAST_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -347,3 +347,19 @@ def test_config_without_our_keys_says_what_to_call():
     cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
     with pytest.raises(focal_d2.UserError, match="add_focal_config"):
         build_model(cfg)
+
+
+def test_gradients_add_up_under_ddp_as_without(tmp_path):
+    models = build_model(make_cfg()), build_model(make_cfg())
+    models[1].load_state_dict(models[0].state_dict())
+    batches = [[make_image(5, 3)] for _ in range(2)]
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for model in (models[0], torch.nn.parallel.DistributedDataParallel(models[1])):
+            for batch in batches:
+                sum(model(batch).values()).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for (name, plain), parallel in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(parallel.grad, plain.grad, rtol=1e-5, atol=1e-7, msg=name)

@@ -241,3 +241,25 @@ def test_bad_arguments_raise(change, message):
         dense_quality_focal_loss([logits], labels, torch.zeros(1), num_classes=4, beta=2.0)
     with pytest.raises(ValueError, match="labels must be int64"):
         dense_focal_loss([logits], labels.int(), num_classes=4, alpha=0.25, gamma=2.0)
+
+
+def test_inside_autocast_nothing_changes():
+    logits, labels = make_level(dtype=torch.float32)
+    plain = value_and_gradient(
+        dense_focal_loss([logits], labels, num_classes=4, alpha=0.25, gamma=2.0), logits
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = dense_focal_loss([logits], labels, num_classes=4, alpha=0.25, gamma=2.0)
+        inside = value_and_gradient(loss, logits)
+    torch.testing.assert_close(inside, plain, rtol=0, atol=0)
+
+
+def test_inside_a_compiled_function_it_runs_as_it_is():
+    logits, labels = make_level(dtype=torch.float32)
+
+    def double(x):
+        return 2 * dense_focal_loss([x * 1.0], labels, num_classes=4, alpha=0.25, gamma=2.0)
+
+    expected = value_and_gradient(double(logits), logits)
+    got = value_and_gradient(torch.compile(double, backend="eager")(logits), logits)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)

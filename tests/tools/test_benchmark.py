@@ -60,10 +60,14 @@ def test_text_has_figures_and_ratios(monkeypatch, capsys):
     assert "one pass of sigmoid" in out
 
 
-def test_a_sweep_is_drawn(monkeypatch, capsys, tmp_path):
-    row = {"ours": 1.0, "detectron2": 2.0, "limit": 0.9}
-    row |= {f"{k}_bytes": int(v * 2**30) for k, v in row.items()}
-    benchmark.plot_sweep([{"field": "size", "value": v, **row} for v in (1, 2)], tmp_path / "a.png")
+def test_a_sweep_runs_and_is_drawn(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(benchmark, "SWEEP", {"size": (64, 128)})
+    code, out, err = run(monkeypatch, capsys, "sweep", "--plot", tmp_path / "a.png", *options("--json"))
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert [row["value"] for row in rows] == [64, 128]
+    assert rows[0]["ours_bytes"] < rows[1]["ours_bytes"]
+    assert err.splitlines() == ["size 64", "size 128"]
     assert cv2.imread(str(tmp_path / "a.png")).shape[2] == 3
 
 

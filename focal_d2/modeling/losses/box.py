@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.layers import ciou_loss, diou_loss
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -82,7 +84,7 @@ class BoxLoss(nn.Module):
             finite = boxes.isfinite().all()
             loss = _IOU_LOSSES[self.kind](torch.where(finite, boxes, gt_boxes), gt_boxes, reduction="sum")
             return torch.where(finite, loss, float("nan"))
-        targets = self.transform.get_deltas(anchors, gt_boxes)
+        targets = encode(anchors, gt_boxes, self.transform.weights)
         if self.kind == "smooth_l1":
             return smooth_l1_loss(deltas, targets, beta=self.smooth_l1_beta, reduction="sum")
         difference = deltas - targets
@@ -95,6 +97,31 @@ class BoxLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}"
+
+
+def encode(anchors: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return the (dx, dy, dw, dh) that turn anchors into boxes, as `Box2BoxTransform.get_deltas`, to the bit.
+
+    That one checks its input, for which a GPU has to be waited for; anchors are never empty.
+
+    Args:
+        anchors: (P, 4) XYXY, of positive width and height.
+        boxes: (P, 4) XYXY.
+        weights: of dx, dy, dw, dh.
+    """
+    size, target_size = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
+    shift = (boxes[:, :2] + 0.5 * target_size) - (anchors[:, :2] + 0.5 * size)
+    (x, y), growth = shift.unbind(1), (target_size / size).log().unbind(1)
+    width, height = size.unbind(1)
+    return torch.stack(
+        [
+            weights[0] * x / width,
+            weights[1] * y / height,
+            weights[2] * growth[0],
+            weights[3] * growth[1],
+        ],
+        dim=1,
+    )
 
 
 class LossNormalizer(nn.Module):

@@ -6,6 +6,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 
 from focal_d2 import UserError
 from focal_d2.modeling.losses import BOX_LOSSES, BoxLoss, LossNormalizer
+from focal_d2.modeling.losses.box import encode
 
 
 def box_loss(kind: str, **changes) -> BoxLoss:
@@ -96,3 +97,12 @@ def test_loss_normalizer_loads_checkpoints_without_it():
     normalizer(torch.tensor(500))
     normalizer.load_state_dict({})
     assert normalizer.ema.item() == pytest.approx(140)
+
+
+def test_deltas_are_detectron2s_to_the_bit():
+    low = torch.rand(500, 2) * 800
+    anchors = torch.cat([low, low + 1 + torch.rand(500, 2) * 300], 1)
+    boxes = anchors + torch.rand(500, 4)
+    for weights in ((1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0), (1.0, 2.0, 3.0, 4.0)):
+        expected = Box2BoxTransform(weights=weights).get_deltas(anchors, boxes)
+        assert torch.equal(encode(anchors, boxes, weights), expected)

@@ -1,0 +1,105 @@
+"""What the anchors of a batch shall predict.
+
+Shapes: N images, R anchors an image (all levels), K classes, M boxes of an image, B of all images, P positive
+anchors of the batch. Boxes are XYXY in absolute pixels. Labels are int64: [0, K) a class, K background, -1
+ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from detectron2.modeling.matcher import Matcher
+from detectron2.structures import Instances
+from torch import Tensor
+
+from focal_d2.modeling.anchors import Anchors
+from focal_d2.ops import IGNORE_LABEL
+from focal_d2.ops.assign import match_anchors
+
+
+class Positives(NamedTuple):
+    """The positive anchors, in the order of `AnchorTargets.positive.nonzero()`."""
+
+    image: Tensor  # (P,) int64
+    anchor: Tensor  # (P,) int64
+    gt_boxes: Tensor  # (P, 4) float
+
+
+class AnchorTargets(NamedTuple):
+    """What the anchors of a batch shall predict."""
+
+    labels: Tensor  # (N, R) int64
+    positive: Tensor  # (N, R) bool
+    matched: Tensor  # (N, R) int64: which of `boxes`; read where positive
+    boxes: Tensor  # (B, 4) float
+    num_positives: Callable[[], int]  # P
+
+    def positives(self) -> Positives:
+        """List them. Knowing their number, a GPU need not be waited for."""
+        if self.positive.is_cuda:
+            image, anchor = torch.nonzero_static(self.positive, size=self.num_positives()).unbind(1)
+        else:
+            image, anchor = self.positive.nonzero(as_tuple=True)
+        return Positives(image, anchor, self.boxes[self.matched[image, anchor]])
+
+
+@torch.no_grad()
+def label_anchors(
+    anchors: Anchors, gt_instances: list[Instances], matcher: Matcher, num_classes: int
+) -> AnchorTargets:
+    """Match every anchor to at most one box by IoU (paper, section 4).
+
+    Departure from the paper, as in detectron2: each box also gets its best anchors, however low their IoU,
+    unless `MODEL.FOCAL.LOW_QUALITY_MATCHES` is false.
+
+    Args:
+        anchors: of the batch's image shape.
+        gt_instances: N × `Instances`, on any device, with gt_boxes (M, 4) and gt_classes (M); M may be 0.
+        matcher: its thresholds, labels and allow_low_quality_matches; see `match_anchors`.
+        num_classes: K.
+    """
+    device = anchors.boxes.device
+    shape = (len(gt_instances), len(anchors.boxes))
+    labels = torch.full(shape, num_classes, dtype=torch.int64, device=device)
+    positive = torch.zeros(shape, dtype=torch.bool, device=device)
+    matched = torch.zeros(shape, dtype=torch.int64, device=device)
+    boxes = torch.cat([x.gt_boxes.tensor for x in gt_instances]).to(device, non_blocking=True)
+    classes = torch.cat([x.gt_classes for x in gt_instances]).to(device, non_blocking=True)
+    first = 0
+    for i, count in enumerate(map(len, gt_instances)):
+        if count == 0:
+            continue
+        box, outcome = match_anchors(
+            boxes[first : first + count],
+            anchors.boxes,
+            anchors.grid,
+            thresholds=matcher.thresholds[1:-1],  # without the infinities around them
+            labels=matcher.labels,
+            low_quality_matches=matcher.allow_low_quality_matches,
+        )
+        torch.add(box, first, out=matched[i])
+        torch.eq(outcome, 1, out=positive[i])
+        labels[i].masked_fill_(outcome == -1, IGNORE_LABEL)
+        torch.where(positive[i], classes[matched[i]], labels[i], out=labels[i])
+        first += count
+    return AnchorTargets(labels, positive, matched, boxes, _count(positive))
+
+
+def _count(positive: Tensor) -> Callable[[], int]:
+    """Count them; on a GPU without waiting before the number is asked for."""
+    number = positive.sum()
+    if not number.is_cuda:
+        return number.item  # type: ignore[return-value]
+    host = torch.empty((), dtype=number.dtype, pin_memory=True)
+    host.copy_(number, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> int:
+        arrived.synchronize()
+        return int(host)
+
+    return wait
