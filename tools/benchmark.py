@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Time and memory beside detectron2's RetinaNet, in one process, turn by turn.
 
-Each figure has a limit beside it: work that no implementation can do without. Ratios mean something on a busy
-machine, seconds do not. docs/benchmarks.md has the results of a real run.
+Each figure has a limit beside it: a part of the work that stays, whatever is done to the rest. Ratios mean
+something on a busy machine, seconds do not. docs/benchmarks.md has the results of a real run.
 """
 
 import argparse

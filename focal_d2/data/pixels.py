@@ -152,7 +152,7 @@ class OpenCVInput(T.AugInput):
 
     def transform(self, tfm: T.Transform) -> None:
         """Apply a transform to the image, in place."""
-        if isinstance(tfm, T.ResizeTransform):
+        if isinstance(tfm, T.ResizeTransform) and tfm.interp == Image.Resampling.BILINEAR:
             self.image = resize(self.image, tfm.new_h, tfm.new_w)
         elif isinstance(tfm, T.HFlipTransform):
             # NumPy's flip is a view, on which all that follows is slow.

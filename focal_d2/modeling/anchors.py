@@ -33,7 +33,7 @@ class AnchorCache:
 
     def __call__(self, sizes: Sequence[tuple[int, int]], device: torch.device) -> Anchors:
         """Return the anchors of L levels of (height, width) cells."""
-        key = (tuple(sizes), device)
+        key = (tuple(sizes), device, next(self.generator.buffers()).dtype)
         if key not in self._known:
             # The generator looks at nothing but shapes and device.
             features = [torch.empty(1, 1, height, width, device=device) for height, width in sizes]

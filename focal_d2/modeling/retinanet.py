@@ -139,6 +139,8 @@ class FocalRetinaNet(DenseDetector):
                 f"MODEL.RETINANET.FOCAL_LOSS_ALPHA is {retinanet.FOCAL_LOSS_ALPHA} and FOCAL_LOSS_GAMMA "
                 f"{retinanet.FOCAL_LOSS_GAMMA}; at most 1 and at least 0 are needed"
             )
+        if cfg.TEST.DETECTIONS_PER_IMAGE < 1:
+            raise UserError(f"TEST.DETECTIONS_PER_IMAGE is {cfg.TEST.DETECTIONS_PER_IMAGE}; at least 1")
         if not 0 < retinanet.PRIOR_PROB < 1:
             raise UserError(
                 f"MODEL.RETINANET.PRIOR_PROB is {retinanet.PRIOR_PROB}; it must lie between 0 and 1"
@@ -203,7 +205,8 @@ class FocalRetinaNet(DenseDetector):
         if not self.training:
             with self.precision():
                 return super().forward(batched_inputs)
-        assert "instances" in batched_inputs[0], "training needs instances, which this batch has not"
+        if not all("instances" in x for x in batched_inputs) or not batched_inputs:
+            raise UserError("training needs images with instances, which this batch has not")
         images = self.preprocess_image(batched_inputs)
         instances = [x["instances"] for x in batched_inputs]
         # Before the network runs: by the time that a GPU's host needs the positives' number, it is there.
@@ -250,27 +253,10 @@ class FocalRetinaNet(DenseDetector):
     def _anchors_of(self, features: list[Tensor]) -> Anchors:
         return self.anchors_of([(x.shape[-2], x.shape[-1]) for x in features], self.device)
 
-    def forward_training(
-        self,
-        images: ImageList,
-        features: list[Tensor],
-        predictions: list[list[Tensor]],
-        gt_instances: list[Instances],
-    ) -> dict[str, Tensor]:
-        """Return `loss_cls` and `loss_box_reg`, scalars, each divided by the normaliser.
-
-        Args:
-            images: unused; part of the base class's interface.
-            features: L × (N, C, H, W).
-            predictions: L × (N, A·C, H, W) logits and L × (N, A·4, H, W) deltas.
-            gt_instances: N × `Instances` with gt_boxes (M, 4) and gt_classes (M).
-        """
-        anchors = self._anchors_of(features)
-        return self._losses(predictions, anchors, self.label_anchors(anchors, gt_instances))
-
     def _losses(
         self, predictions: list[list[Tensor]], anchors: Anchors, targets: AnchorTargets
     ) -> dict[str, Tensor]:
+        """Return `loss_cls` and `loss_box_reg`, scalars, each divided by the normaliser."""
         with torch.autocast(self.device.type, enabled=False):
             logits, deltas = predictions
             positives = targets.positives()

@@ -15,6 +15,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Instances
 from torch import Tensor
 
+from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import Anchors
 from focal_d2.ops import IGNORE_LABEL
 from focal_d2.ops.assign import match_anchors
@@ -55,6 +56,10 @@ def label_anchors(
     Departure from the paper, as in detectron2: each box also gets its best anchors, however low their IoU,
     unless `MODEL.FOCAL.LOW_QUALITY_MATCHES` is false.
 
+    Raises:
+        UserError: for a class that the model has not; where classes are on a GPU they are not looked at,
+            which would wait for it.
+
     Args:
         anchors: of the batch's image shape.
         gt_instances: N × `Instances`, on any device, with gt_boxes (M, 4) and gt_classes (M); M may be 0.
@@ -67,7 +72,13 @@ def label_anchors(
     positive = torch.zeros(shape, dtype=torch.bool, device=device)
     matched = torch.zeros(shape, dtype=torch.int64, device=device)
     boxes = torch.cat([x.gt_boxes.tensor for x in gt_instances]).to(device, non_blocking=True)
-    classes = torch.cat([x.gt_classes for x in gt_instances]).to(device, non_blocking=True)
+    classes = torch.cat([x.gt_classes for x in gt_instances])
+    if not classes.is_cuda and len(classes) and not 0 <= classes.min() <= classes.max() < num_classes:
+        raise UserError(
+            f"a box has class {int(classes.min())} or {int(classes.max())}; "
+            f"MODEL.RETINANET.NUM_CLASSES {num_classes} means classes 0 to {num_classes - 1}"
+        )
+    classes = classes.to(device, non_blocking=True)
     first = 0
     for i, count in enumerate(map(len, gt_instances)):
         if count == 0:

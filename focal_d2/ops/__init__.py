@@ -1,4 +1,4 @@
-"""Pure maths on tensors: knows torch and nothing else."""
+"""Pure maths on tensors: knows torch and torchvision, and nothing else."""
 
 from focal_d2.ops.common import IGNORE_LABEL
 from focal_d2.ops.focal_loss import sigmoid_focal_loss, sigmoid_focal_star_loss

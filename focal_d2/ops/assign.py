@@ -29,6 +29,8 @@ from focal_d2.ops.common import find_kernels
 _SLACK = 0.02
 # A box that overlaps its best anchor by less than this, in pixels, is compared with all anchors.
 _LEAST_OVERLAP = 0.1
+# Boxes with a coordinate beyond this are compared with all anchors.
+_FARTHEST = 2.0**20
 # Pairs looked at at once where all are looked at: 16 MiB in float32.
 _MOST_PAIRS = 1 << 22
 
@@ -84,7 +86,8 @@ def match_anchors(
         if found.is_best is not None:
             outcome.masked_fill_(found.is_best, 1)
         return Matches(found.matched, outcome)
-    if grid is None or labels[0] == 1:
+    # Windows of boxes beyond any image, or of no number, are not worth the care that they need.
+    if grid is None or labels[0] == 1 or not bool((boxes.abs() < _FARTHEST).all()):
         return _match_all(boxes, anchors, *arguments)
     windows = _overlaps(boxes.double(), grid)
     near = _compare(boxes, anchors, *_pairs_above(windows, grid, thresholds[0]))

@@ -58,7 +58,7 @@ def compare(logits: Tensor, labels: Tensor, *, num_classes: int, num_logits: int
         raise ValueError(f"labels must be int64, not {labels.dtype}")
     logits = logits if logits.dtype == torch.float64 else logits.float()
     labels = labels.unsqueeze(-1)
-    return Targets(logits, labels == torch.arange(num_logits, device=labels.device), labels != IGNORE_LABEL)
+    return Targets(logits, labels == torch.arange(num_logits, device=labels.device), labels >= 0)
 
 
 def reduce(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:

@@ -46,7 +46,8 @@ def best_boxes(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, 
     order = scores.argsort(descending=True, stable=True)
     # In float64 classes can stand apart without rounding.
     apart = boxes.double()
-    reach = apart.abs().max() * 2 + 1
+    finite = apart[apart.isfinite()]
+    reach = finite.abs().max() * 2 + 1 if len(finite) else 1.0
     apart = apart + (labels * reach).unsqueeze(1)
     count = min(len(order), 4 * most)
     while True:

@@ -37,6 +37,10 @@ _CHUNK = 1 << 18
 # What gradients are multiplied by while they wait in float16, whose numbers end at 6e-8: there a loss scaler
 # multiplies them only in backward.
 _FLOAT16_SCALE = 4096.0
+# Logits up to here are added to a float32 sum, and taken out, without harm to the others.
+_MODERATE = 100.0
+# A logit whose value and gradient as a negative are 0 in every precision.
+_NOTHING = -1e4
 # A probability above which 1 - p has lost digits that the logarithm needs.
 _NEAR_1 = 0.98
 
@@ -64,6 +68,8 @@ def dense_focal_loss(
     check_weight("alpha", alpha)
     check_at_least_0("gamma", gamma)
     if isinstance(alpha, Tensor):
+        if alpha.shape != (num_classes,):
+            raise ValueError(f"alpha {tuple(alpha.shape)} must be a number or ({num_classes},)")
         return _dense(logits, labels, None, num_classes, _Focal(gamma, 1 - alpha, alpha))
     weights = (1.0, 1.0) if alpha < 0 else (1.0 - alpha, alpha)
     return _dense(logits, labels, None, num_classes, _Focal(gamma, *weights))
@@ -233,8 +239,16 @@ class _DenseLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
             if gradient is not None:
-                gradient.mul_(grad_output / _kept_scale(gradient))
+                _scale(gradient, grad_output / _kept_scale(gradient))
         return None, None, None, None, *gradients
+
+
+def _scale(gradient: Tensor, factor: Tensor) -> None:
+    """Multiply in place by a float32 scalar that is not rounded to half precision first."""
+    if gradient.is_cuda:
+        torch.mul(gradient, factor.reshape(1, 1, 1, 1), out=gradient)
+    elif (number := factor.item()) != 1:
+        gradient.mul_(number)
 
 
 def _kept_scale(gradient: Tensor) -> float:
@@ -251,11 +265,13 @@ def _in_chunks(
 ) -> Tensor:
     """Return the sum (float64), and write the gradients, without a kernel of our own."""
     work = _Workspace.like(max((in_memory_order(x) for x in levels), key=len)[:_CHUNK])
-    negatives = [
-        _all_as_negatives(x, num_classes, loss, g, work) for x, g in zip(levels, gradients, strict=True)
-    ]
     places = _find_places(levels, labels, quality, num_classes)
-    return _correct(torch.stack(negatives).sum(), levels, gradients, places, num_classes, loss, work)
+    specials = _read_specials(levels, places, num_classes)
+    dense = levels if specials.moderate else _without(levels, places, num_classes)
+    negatives = [
+        _all_as_negatives(x, num_classes, loss, g, work) for x, g in zip(dense, gradients, strict=True)
+    ]
+    return _correct(torch.stack(negatives).sum(), dense, gradients, specials, num_classes, loss, work)
 
 
 def _computed(x: Tensor) -> Tensor:
@@ -283,47 +299,86 @@ def _by_class(x: Tensor, num_classes: int) -> Tensor:
     return in_memory_order(x).view(-1, num_classes, x.shape[2] * x.shape[3] if x.is_contiguous() else 1)
 
 
+class _Specials(NamedTuple):
+    """The logits of all `_Places`."""
+
+    places: Sequence[_Places]
+    positive: Tensor  # (P,) of all levels
+    ignored: list[Tensor]  # L × (E, K)
+    moderate: bool  # whether their values as negatives can be added to the sum and taken out again
+
+
+def _read_specials(levels: Sequence[Tensor], places: Sequence[_Places], num_classes: int) -> _Specials:
+    views = [_by_class(x, num_classes) for x in levels]
+    positive = torch.cat([x[p.block, p.classes, p.offset] for x, p in zip(views, places, strict=True)])
+    ignored = [x[p.ignored_block, :, p.ignored_offset] for x, p in zip(views, places, strict=True)]
+    # NaN is not moderate either.
+    moderate = all(bool((x <= _MODERATE).all()) for x in (positive, *ignored))
+    return _Specials(places, positive, ignored, moderate)
+
+
+def _without(levels: Sequence[Tensor], places: Sequence[_Places], num_classes: int) -> list[Tensor]:
+    """Copy the levels with logits of no value, and no gradient, in all places."""
+    copies = [x.clone() for x in levels]
+    for x, p in zip(copies, places, strict=True):
+        view = _by_class(x, num_classes)
+        view[p.block, p.classes, p.offset] = _NOTHING
+        view[p.ignored_block, :, p.ignored_offset] = _NOTHING
+    return copies
+
+
 def _correct(
     total: Tensor,
-    levels: Sequence[Tensor],
+    dense: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
-    places: Sequence[_Places],
+    specials: _Specials,
     num_classes: int,
     loss: _Loss,
     work: _Workspace,
 ) -> Tensor:
-    """Put positives in the place of negatives, take ignored anchors out; return the corrected sum."""
-    views = [_by_class(x, num_classes) for x in levels]
+    """Put positives in the place of negatives, take ignored anchors out; return the corrected sum.
+
+    Args:
+        total: the sum of the levels `dense`, all as negatives.
+        dense: L levels, from which places that are not `moderate` are gone already.
+        gradients: see `_in_chunks`.
+        specials: what stands in the places of the true levels.
+        num_classes: K.
+        loss: see `_in_chunks`.
+        work: see `_in_chunks`.
+    """
+    places = specials.places
     written = [None if g is None else _by_class(g, num_classes) for g in gradients]
-    classes = torch.cat([p.classes for p in places])
-    if len(classes):
-        x = torch.cat([x[p.block, p.classes, p.offset] for x, p in zip(views, places, strict=True)])
-        x = _computed(x)
+    if len(specials.positive):
+        classes = torch.cat([p.classes for p in places])
+        x = _computed(specials.positive)
         soft = [p.quality for p in places if p.quality is not None]
         term = loss.positives(x, torch.cat(soft).to(x.dtype) if soft else x, classes)
-        weight = _of_class(loss.negative_weight, classes)
         total = total + term.value.sum(dtype=torch.float64)
-        total = total - (weight * _counted(x, loss.gamma, work)).sum(dtype=torch.float64)
+        if specials.moderate:
+            counted = _of_class(loss.negative_weight, classes) * _counted(x, loss.gamma, work)
+            total = total - counted.sum(dtype=torch.float64)
         parts = term.slope.split([len(p.classes) for p in places])
         for g, p, slope in zip(written, places, parts, strict=True):
             if g is not None:
                 g[p.block, p.classes, p.offset] = (slope * _kept_scale(g)).to(g.dtype)
-    ignored = sum(len(p.ignored_block) for p in places)
-    for x, g, p in zip(views, written, places, strict=True):
-        if len(p.ignored_block):
-            taken = _computed(x[p.ignored_block, :, p.ignored_offset])  # (E, K)
-            value = _counted(taken.view(-1), loss.gamma, work).view(-1, num_classes)
-            total = total - (value * loss.negative_weight).sum(dtype=torch.float64)
+    for x, g, p in zip(specials.ignored, written, places, strict=True):
+        if len(x):
+            if specials.moderate:
+                value = _counted(_computed(x).reshape(-1), loss.gamma, work).view(-1, num_classes)
+                total = total - (value * loss.negative_weight).sum(dtype=torch.float64)
             if g is not None:
                 g[p.ignored_block, :, p.ignored_offset] = 0
     # To the last digit where nothing else counts.
-    return total * 0 if ignored * num_classes == sum(x.numel() for x in views) else total
+    if sum(x.numel() for x in specials.ignored) == sum(x.numel() for x in dense):
+        return torch.zeros_like(total)
+    return total
 
 
 def _find_places(
     levels: Sequence[Tensor], labels: Tensor, quality: Tensor | None, num_classes: int
 ) -> list[_Places]:
-    image, anchor = (labels != num_classes).nonzero(as_tuple=True)
+    image, anchor = (labels < num_classes).nonzero(as_tuple=True)
     label = labels[image, anchor]
     places = []
     start = 0

@@ -16,18 +16,19 @@ def make_pair(**more):
     for buffer in (norm.weight, norm.bias, norm.running_mean):
         buffer.copy_(torch.randn(6))
     norm.running_var.copy_(torch.rand(6) + 0.1)
-    plain = Conv2d(4, 6, 3, stride=2, padding=1, norm=norm, **more).double()
-    folded = Conv2d(4, 6, 3, stride=2, padding=1, norm=FrozenBatchNorm2d(6), **more).double()
+    shape = {"kernel_size": 3, "stride": 2, "padding": 1, **more}
+    plain = Conv2d(4, 6, norm=norm, **shape).double()
+    folded = Conv2d(4, 6, norm=FrozenBatchNorm2d(6), **shape).double()
     folded.load_state_dict(plain.state_dict())
     assert fold_norms(nn.Sequential(folded)) == 1
     return plain, folded
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", [None, nn.ReLU()])
-def test_folding_is_the_same_function(bias, activation):
+@pytest.mark.parametrize("more", [{}, {"activation": nn.ReLU()}, {"groups": 2}, {"dilation": 2, "stride": 1}])
+def test_folding_is_the_same_function(bias, more):
     results = []
-    for layer in make_pair(bias=bias, activation=activation):
+    for layer in make_pair(bias=bias, **more):
         x = torch.linspace(-2, 2, 2 * 4 * 9 * 9, dtype=torch.float64).view(2, 4, 9, 9).requires_grad_()
         assert 2 * 9 * 9 // 4 >= 4 * 9  # more cells than the weights of a filter: it does fold
         y = layer(x)

@@ -363,3 +363,16 @@ def test_gradients_add_up_under_ddp_as_without(tmp_path):
         torch.distributed.destroy_process_group()
     for (name, plain), parallel in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(parallel.grad, plain.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_class_that_the_model_has_not_is_named():
+    model, image = build_model(make_cfg()), make_image(4, 3)
+    image["instances"].gt_classes = torch.tensor([0, 1, 3, 2])
+    with pytest.raises(UserError, match="class 0 or 3; MODEL.RETINANET.NUM_CLASSES 3 means classes 0 to 2"):
+        model([image])
+
+
+@pytest.mark.parametrize("batch", [[], [{"image": torch.zeros(3, 64, 64)}]])
+def test_training_without_instances_is_refused(batch):
+    with pytest.raises(UserError, match="training needs images with instances"):
+        build_model(make_cfg())(batch)

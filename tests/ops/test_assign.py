@@ -98,3 +98,16 @@ def test_without_a_grid_all_pairs_are_looked_at():
 def test_one_anchor_a_cell_and_images_smaller_than_a_stride():
     anchors, grid = make_anchors(20, 30, sizes=[[16.0], [32.0], [64.0], [128.0], [256.0]], ratios=(1.0,))
     assert_same(torch.tensor([[2.0, 3, 18, 20], [1, 1, 3, 3]]), anchors, grid)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_boxes_of_no_size_to_speak_of(value):
+    anchors, grid = make_anchors(64, 64)
+    boxes = torch.tensor([[0.0, 0.0, value, 10.0], [10.0, 10.0, 40.0, 40.0], [value] * 4])
+    for chosen in ([0, 1], [1, 2], [2]):
+        matcher = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
+        _, outcome = matcher(pairwise_iou(Boxes(boxes[chosen]), Boxes(anchors)))
+        got = match_anchors(
+            boxes[chosen], anchors, grid, thresholds=(0.4, 0.5), labels=(0, -1, 1), low_quality_matches=True
+        )
+        assert torch.equal(got.outcome, outcome)

@@ -52,3 +52,10 @@ def test_more_are_looked_at_if_too_few_are_left():
     scores = torch.linspace(1, 0, len(boxes))
     found = best_boxes(boxes, scores, torch.zeros(len(boxes), dtype=torch.int64), 0.5, 20)
     assert found.tolist() == [0, *range(5000, 5019)]
+
+
+def test_a_box_of_no_number_changes_nothing_for_the_others():
+    boxes, scores, labels = scene(2000, 3, 0)
+    expected = best_boxes(boxes[1:], scores[1:], labels[1:], 0.5, 100) + 1
+    boxes[0], scores[0] = float("nan"), 0.0
+    assert torch.equal(best_boxes(boxes, scores, labels, 0.5, 100), expected)

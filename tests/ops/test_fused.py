@@ -230,6 +230,7 @@ def test_worked_example():
     [
         ({"num_classes": 5}, "do not fit: with K=5"),
         ({"alpha": 1.5}, "alpha is 1.5"),
+        ({"alpha": torch.zeros(2)}, "alpha .* must be a number or"),
         ({"gamma": -1.0}, "gamma is -1.0"),
     ],
 )
@@ -263,3 +264,36 @@ def test_inside_a_compiled_function_it_runs_as_it_is():
     expected = value_and_gradient(double(logits), logits)
     got = value_and_gradient(torch.compile(double, backend="eager")(logits), logits)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e4, 1e9])
+@pytest.mark.parametrize("label", [-1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_wild_logit_of_a_special_anchor_hurts_no_other(value, label, layout):
+    logits, labels = make_level(dtype=torch.float32, scale=1.0, layout=layout)
+    labels[0, 0] = label
+    with torch.no_grad():
+        logits[0, 2, 0, 0] = value  # class 2 of the first anchor of the first cell
+    expected = value_and_gradient(reference(logits, labels, 4, 0.25, 2.0), logits)
+    got = value_and_gradient(dense_focal_loss([logits], labels, num_classes=4, alpha=0.25, gamma=2.0), logits)
+    for gradient in (got[1], expected[1]):
+        gradient[0, 2, 0, 0] = 0  # the reference's own is NaN there, even where it is ignored
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_labels_beyond_the_classes_are_background_and_below_0_ignored():
+    logits, labels = make_level()
+    results = []
+    for background, ignored in ((4, -1), (9, -2)):
+        changed = torch.where(labels == 4, background, torch.where(labels == -1, ignored, labels))
+        results.append(reference(logits, changed, 4, 0.25, 2.0))
+        results.append(dense_focal_loss([logits], changed, num_classes=4, alpha=0.25, gamma=2.0))
+    torch.testing.assert_close(results[1:], results[:1] * 3)
+
+
+def test_layouts_that_are_not_dense_are_copied():
+    logits, labels = make_level(w=12)
+    sliced = logits[..., ::2]
+    expected = value_and_gradient(reference(sliced, labels[:, : labels.shape[1] // 2], 4, 0.25, 2.0), logits)
+    loss = dense_focal_loss([sliced], labels[:, : labels.shape[1] // 2], num_classes=4, alpha=0.25, gamma=2.0)
+    torch.testing.assert_close(value_and_gradient(loss, logits), expected, rtol=1e-9, atol=1e-12)

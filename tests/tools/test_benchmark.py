@@ -52,6 +52,19 @@ def test_each_measures_both_and_a_limit(what, precision, monkeypatch, capsys):
     assert ("ours_bytes" in row and row["ours_bytes"] is not None) == (what in ("loss", "assign", "memory"))
 
 
+def test_both_losses_are_the_same_loss(monkeypatch, capsys):
+    results = {}
+
+    def once(runs, setting):
+        results.update({name: run() for name, run in runs.items()})
+        return dict.fromkeys(runs, 1.0)
+
+    monkeypatch.setattr(benchmark, "take_turns", once)
+    run(monkeypatch, capsys, "loss", *options())
+    assert sum(x.abs().sum() for x in results["ours"]) > 0
+    torch.testing.assert_close(results["ours"], results["detectron2"], rtol=1e-4, atol=1e-7)
+
+
 def test_text_has_figures_and_ratios(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "loss", *options())
     assert code == 0
@@ -84,6 +97,8 @@ def test_peak_is_the_allocators():
 
 def test_mistakes_are_named(monkeypatch, capsys):
     assert run(monkeypatch, capsys, "loss", "--size", "0")[0] == 2
+    other = ["MODEL.FOCAL.LOSS.NAME", "varifocal"]
+    assert "detectron2 has but one loss" in run(monkeypatch, capsys, "loss", *options(), *other)[2]
     code, _, err = run(monkeypatch, capsys, "step", *options(), "MODEL.FOCAL.HEAD.CHANNELS", "64")
     assert code == 2
     assert "not detectron2's RetinaNet" in err

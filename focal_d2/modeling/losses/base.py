@@ -78,7 +78,7 @@ def gather_deltas(deltas: list[Tensor], image: Tensor, anchor: Tensor) -> Tensor
         level = x.unflatten(1, (-1, 4))  # (N, A, 4, H, W)
         # Every level is asked for every anchor, and gives some other one's where it has it not: to pick its
         # own first would make a GPU wait.
-        cell, a = divide((anchor - start).clamp(0, stop - start - 1), level.shape[1])
+        cell, a = divide((anchor - start).remainder(stop - start), level.shape[1])
         row, column = divide(cell, level.shape[4])
         found = level[image, a, :, row, column]
         own = ((anchor >= start) & (anchor < stop)).unsqueeze(1)
@@ -121,7 +121,7 @@ class ClassificationLoss(nn.Module):
     def use_fused(self, batch: DenseBatch) -> bool:
         """Whether `MODEL.FOCAL.LOSS.IMPLEMENTATION` asks for the one-pass implementation."""
         if self.implementation == "auto":
-            # Its pieces are sized for a processor's cache.
+            # The kernels for GPUs have not run on one yet.
             return self.has_fused and batch.labels.device.type == "cpu"
         return self.implementation == "fused"
 
