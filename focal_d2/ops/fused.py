@@ -265,13 +265,19 @@ def _in_chunks(
 ) -> Tensor:
     """Return the sum (float64), and write the gradients, without a kernel of our own."""
     work = _Workspace.like(max((in_memory_order(x) for x in levels), key=len)[:_CHUNK])
+
+    def negatives(dense: Sequence[Tensor]) -> Tensor:
+        pairs = zip(dense, gradients, strict=True)
+        return torch.stack([_all_as_negatives(x, num_classes, loss, g, work) for x, g in pairs]).sum()
+
+    total = negatives(levels)
     places = _find_places(levels, labels, quality, num_classes)
     specials = _read_specials(levels, places, num_classes)
-    dense = levels if specials.moderate else _without(levels, places, num_classes)
-    negatives = [
-        _all_as_negatives(x, num_classes, loss, g, work) for x, g in zip(dense, gradients, strict=True)
-    ]
-    return _correct(torch.stack(negatives).sum(), dense, gradients, specials, num_classes, loss, work)
+    if not specials.moderate:
+        total = negatives(_without(levels, places, num_classes))
+    total = _correct(total, gradients, specials, num_classes, loss, work)
+    # To the last digit where nothing counts.
+    return total * bool((labels >= 0).any())
 
 
 def _computed(x: Tensor) -> Tensor:
@@ -329,7 +335,6 @@ def _without(levels: Sequence[Tensor], places: Sequence[_Places], num_classes: i
 
 def _correct(
     total: Tensor,
-    dense: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
     specials: _Specials,
     num_classes: int,
@@ -339,10 +344,9 @@ def _correct(
     """Put positives in the place of negatives, take ignored anchors out; return the corrected sum.
 
     Args:
-        total: the sum of the levels `dense`, all as negatives.
-        dense: L levels, from which places that are not `moderate` are gone already.
+        total: the sum of all logits as negatives, without those of the places if they are not `moderate`.
         gradients: see `_in_chunks`.
-        specials: what stands in the places of the true levels.
+        specials: what stands in the places.
         num_classes: K.
         loss: see `_in_chunks`.
         work: see `_in_chunks`.
@@ -369,9 +373,6 @@ def _correct(
                 total = total - (value * loss.negative_weight).sum(dtype=torch.float64)
             if g is not None:
                 g[p.ignored_block, :, p.ignored_offset] = 0
-    # To the last digit where nothing else counts.
-    if sum(x.numel() for x in specials.ignored) == sum(x.numel() for x in dense):
-        return torch.zeros_like(total)
     return total
 
 
