@@ -43,10 +43,11 @@ def main() -> None:
         for row in benchmark.sweep(cfg, setting):
             print(f"{row['field']} {row['value']}", file=sys.stderr, flush=True)
             result["rows"].append(row)
-        plot_sweep(result["rows"], args.plot)
     else:
         result["rows"] = [row.as_dict() for row in benchmark.BENCHMARKS[args.what](cfg, setting)]
-    print(json.dumps(result, indent=2) if args.json else as_text(result))
+    print(json.dumps(result, indent=2) if args.json else as_text(result), flush=True)
+    if args.what == "sweep":  # after the figures are out: a path that can't be written loses none
+        plot_sweep(result["rows"], args.plot)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -56,15 +56,15 @@ def label_anchors(
     Departure from the paper, as in detectron2: each box also gets its best anchors, however low their IoU,
     unless `MODEL.FOCAL.LOW_QUALITY_MATCHES` is false.
 
-    Raises:
-        UserError: for a class that the model has not; where classes are on a GPU they are not looked at,
-            which would wait for it.
-
     Args:
         anchors: of the batch's image shape.
         gt_instances: N × `Instances`, on any device, with gt_boxes (M, 4) and gt_classes (M); M may be 0.
         matcher: its thresholds, labels and allow_low_quality_matches; see `match_anchors`.
         num_classes: K.
+
+    Raises:
+        UserError: for a class that the model has not; where classes are on a GPU they are not looked at,
+            which would wait for it.
     """
     device = anchors.boxes.device
     shape = (len(gt_instances), len(anchors.boxes))
