@@ -3,19 +3,27 @@
 from focal_d2.data import digits, neon_trees
 from focal_d2.data.datasets import (
     check_datasets,
+    check_files,
+    count_classes,
     ground_truth,
     known_class_names,
-    register_coco_datasets,
+    load_table,
+    register_datasets,
 )
 from focal_d2.data.mapper import FocalDatasetMapper
+from focal_d2.data.table import Table
 
 digits.register()
 neon_trees.register()
 
 __all__ = [
     "FocalDatasetMapper",
+    "Table",
     "check_datasets",
+    "check_files",
+    "count_classes",
     "ground_truth",
     "known_class_names",
-    "register_coco_datasets",
+    "load_table",
+    "register_datasets",
 ]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -10,59 +14,146 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from focal_d2.data.coco import load_coco
+from focal_d2.config import check_choice
+from focal_d2.data.readers import READERS
+from focal_d2.data.readers.common import class_names, listed, read_list
+from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
-_ENTRY_KEYS = {"NAME", "ANNOTATIONS", "IMAGES"}
+# Keys of an entry of DATASETS.FOCAL, and those that some formats have besides.
+_KEYS = ("NAME", "FORMAT", "IMAGES", "ANNOTATIONS", "CLASSES")
+_OWN_KEYS = {"voc": ("LIST",), "yolo": ("LIST",)}
+_NEEDED = ("NAME", "IMAGES", "ANNOTATIONS")
 
 
-def register_coco_datasets(entries: list[dict[str, str]]) -> None:
+def register_datasets(entries: list[dict[str, Any]]) -> None:
     """Register the datasets of `DATASETS.FOCAL`; a name given again replaces the earlier one.
 
+    The files are read when a dataset is first asked for, and once.
+
     Args:
-        entries: each {NAME, ANNOTATIONS: COCO json file, IMAGES: folder of the images}.
+        entries: each {NAME, FORMAT: coco (default), voc, yolo or csv, IMAGES: folder, ANNOTATIONS: file or
+            folder, CLASSES: names, or a file of them (default: of the data)}, voc and yolo also {LIST: file
+            of the images' names (default: all)}.
 
     Raises:
-        UserError: for a missing or unknown key, or a name that detectron2 already has.
+        UserError: for a missing or unknown key, a value of the wrong type, or a name that detectron2 already
+            has.
     """
     for i, entry in enumerate(entries):
-        fits = isinstance(entry, dict) and set(entry) == _ENTRY_KEYS
-        if not fits or not all(isinstance(value, str) for value in entry.values()):
-            raise UserError(
-                f"DATASETS.FOCAL[{i}] is {entry!r}; it needs {', '.join(sorted(_ENTRY_KEYS))}, each a text"
-            )
-        name, annotations, images = entry["NAME"], entry["ANNOTATIONS"], entry["IMAGES"]
+        place = f"DATASETS.FOCAL[{i}]"
+        if not isinstance(entry, dict):
+            raise UserError(f"{place} is {entry!r}; it must have {', '.join(_NEEDED)}")
+        style = check_choice(f"{place}.FORMAT", entry.get("FORMAT", "coco"), tuple(READERS))
+        legal = (*_KEYS, *_OWN_KEYS.get(style, ()))
+        for key in (*_NEEDED, *entry):
+            if key not in legal:
+                raise UserError(f"{place} has {key}; of format {style} it can have {', '.join(legal)}")
+            if key != "CLASSES" and not (isinstance(entry.get(key), str) and entry[key].strip()):
+                raise UserError(f"{place}.{key} is {entry.get(key)!r}; it must be a text")
+        classes = entry.get("CLASSES")
+        if not isinstance(classes, (str, list, tuple, type(None))):
+            raise UserError(f"{place}.CLASSES is {classes!r}; it must be a list of names, or a file of them")
+        name = entry["NAME"]
         if name in DatasetCatalog:
             if not MetadataCatalog.get(name).get("from_focal_yaml", False):
-                raise UserError(f'DATASETS.FOCAL[{i}].NAME "{name}" is the name of another dataset')
+                raise UserError(f'{place}.NAME "{name}" is the name of another dataset')
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, lambda n=name, a=annotations, r=images: load_coco(a, r, n))
-        MetadataCatalog.get(name).set(
-            json_file=annotations, image_root=images, evaluator_type="coco", from_focal_yaml=True
-        )
+        read = functools.partial(_read_entry, style, dict(entry))
+        register_table(name, functools.cache(read), from_focal_yaml=True, source=entry["ANNOTATIONS"])
+
+
+def _read_entry(style: str, entry: dict[str, Any]) -> Table:
+    options: dict[str, Any] = {}
+    if entry.get("CLASSES") is not None:
+        options["classes"] = class_names(entry["CLASSES"])
+    if "LIST" in entry:
+        options["chosen"] = read_list(entry["LIST"])
+    return READERS[style](entry["ANNOTATIONS"], entry["IMAGES"], **options)
+
+
+def register_table(name: str, read: Callable[[], Table], **metadata: Any) -> None:
+    """Register a dataset with detectron2.
+
+    Args:
+        name: in detectron2's catalogs.
+        read: returns its table; called whenever the dataset is asked for.
+        **metadata: what else detectron2's catalog shall hold.
+    """
+    DatasetCatalog.register(name, lambda: _records(name))
+    MetadataCatalog.get(name).set(read_table=read, evaluator_type="coco", **metadata)
+
+
+def load_table(name: str) -> Table:
+    """Return the annotations of any registered dataset, items that can't be read in `problems`.
+
+    Raises:
+        UserError: if the files can't be read at all.
+    """
+    metadata = MetadataCatalog.get(name)
+    read = metadata.get("read_table")
+    if read is None:
+        records = DatasetCatalog.get(name)
+        return Table.from_records(records, _named_classes(name, records))
+    table = read()
+    metadata.set(
+        thing_classes=list(table.classes),
+        thing_dataset_id_to_contiguous_id={k: i for i, k in enumerate(table.category_ids)},
+    )
+    return table
+
+
+def _records(name: str) -> list[dict[str, Any]]:
+    table = load_table(name)
+    if table.problems:
+        more = f" (and {len(table.problems) - 1} more; tools/doctor.py lists them)"
+        raise UserError(table.problems[0] + (more if len(table.problems) > 1 else ""))
+    return table.records()
 
 
 def check_datasets(cfg: CfgNode, *, training: bool) -> None:
-    """Check the names, files and class counts of the datasets that a run will use.
+    """Check the names, files and classes of the datasets that a run will use.
 
     Args:
         cfg: the full config.
         training: whether `DATASETS.TRAIN` is used, besides `DATASETS.TEST`.
 
     Raises:
-        UserError: for a name that is not registered, an annotation file that is missing, or classes
-            that do not fit `MODEL.RETINANET.NUM_CLASSES`.
+        UserError: for a name that is not registered, a file that is missing or can't be read, or classes
+            that do not fit `MODEL.RETINANET.NUM_CLASSES` or each other.
     """
     if training and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
-    for key in ("DATASETS.TRAIN", "DATASETS.TEST") if training else ("DATASETS.TEST",):
-        for name in cfg.DATASETS[key.split(".")[1]]:
-            check_dataset(key, name, cfg.MODEL.RETINANET.NUM_CLASSES)
+    first: tuple[str, list[str]] | None = None
+    for key, names in (("DATASETS.TRAIN", cfg.DATASETS.TRAIN), ("DATASETS.TEST", cfg.DATASETS.TEST)):
+        for name in names if training or key == "DATASETS.TEST" else ():
+            what = f'{key}: dataset "{name}"'
+            check_files(key, name)
+            classes = _class_names(name)
+            if first is not None and classes != first[1]:
+                raise UserError(
+                    f"{what} has the classes {listed(classes)} ({len(classes)}), {first[0]} has "
+                    f"{listed(first[1])} ({len(first[1])}): give both the same CLASSES in DATASETS.FOCAL"
+                )
+            first = first or (what, classes)
+            if len(classes) != cfg.MODEL.RETINANET.NUM_CLASSES:
+                raise UserError(
+                    f"{what} has {len(classes)} classes ({listed(classes)}) but MODEL.RETINANET.NUM_CLASSES "
+                    f"is {cfg.MODEL.RETINANET.NUM_CLASSES}: set it to {len(classes)}, or to auto"
+                )
 
 
-def check_dataset(key: str, name: str, num_classes: int) -> None:
-    """Check one dataset; see `check_datasets`. `key` is the config key that names it."""
+def check_files(key: str, name: str) -> None:
+    """Check that a dataset is registered and its files are there and can be read.
+
+    Args:
+        key: the config key that names it.
+        name: the dataset's.
+
+    Raises:
+        UserError: if not.
+    """
     if name not in DatasetCatalog:
         known = ", ".join(sorted(DatasetCatalog.list()))
         raise UserError(f'{key}: dataset "{name}" is not registered; registered: {known}')
@@ -70,13 +161,30 @@ def check_dataset(key: str, name: str, num_classes: int) -> None:
     if annotations:
         hint = "; run `make data`" if name.startswith("neon_trees_") else ""
         raise UserError(f'{key}: dataset "{name}": annotation file not found: {annotations}{hint}')
-    classes = _class_names(name)
-    if len(classes) != num_classes:
-        names = ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")
-        raise UserError(
-            f'{key}: dataset "{name}" has {len(classes)} classes ({names}) but '
-            f"MODEL.RETINANET.NUM_CLASSES is {num_classes}: set MODEL.RETINANET.NUM_CLASSES {len(classes)}"
-        )
+    if MetadataCatalog.get(name).get("from_focal_yaml", False):
+        # A look at every name takes a second for a hundred thousand; a missing image would stop the run at
+        # whatever hour it is drawn.
+        names = [record["file_name"] for record in DatasetCatalog.get(name)]
+        missing = [file_name for file_name in names if not os.path.isfile(file_name)]
+        if missing:
+            of_how_many = f"{len(missing)} of {len(names)} images are"
+            raise UserError(f'{key}: dataset "{name}": {of_how_many} missing; the first is {missing[0]}')
+
+
+def count_classes(cfg: CfgNode) -> int:
+    """Return the number of classes of the run's first dataset whose annotations are here.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        classes = known_class_names(name)
+        if classes is not None:
+            return len(classes)
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            check_files(f"DATASETS.{key}", name)
+    raise UserError("MODEL.RETINANET.NUM_CLASSES is auto, but DATASETS.TRAIN and DATASETS.TEST are empty")
 
 
 def known_class_names(name: str) -> list[str] | None:
@@ -87,30 +195,41 @@ def known_class_names(name: str) -> list[str] | None:
 
 
 def _missing_annotations(name: str) -> str | None:
-    annotations = MetadataCatalog.get(name).get("json_file")
-    if annotations and "://" not in annotations and not PathManager.isfile(annotations):
+    metadata = MetadataCatalog.get(name)
+    annotations = metadata.get("source") or metadata.get("json_file")
+    if annotations and "://" not in annotations and not PathManager.exists(annotations):
         return annotations
     return None
 
 
 def _class_names(name: str) -> list[str]:
+    # Many files tell their classes only when they are read. Reading now costs seconds; finding out after
+    # training costs the night.
+    records = DatasetCatalog.get(name) if MetadataCatalog.get(name).get("thing_classes") is None else []
+    return _named_classes(name, records)
+
+
+def _named_classes(name: str, records: list[dict[str, Any]]) -> list[str]:
     """Class names, or numbers where nobody named them."""
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("thing_classes") is None:
-        # COCO files tell their classes only when they are read. Reading now costs seconds; finding out
-        # after training costs the night.
-        records = DatasetCatalog.get(name)
-        if metadata.get("thing_classes") is None:
-            ids = (a["category_id"] for record in records for a in record.get("annotations", ()))
-            return [str(k) for k in range(1 + max(ids, default=-1))]
-    return list(metadata.thing_classes)
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    if classes is None:
+        ids = (a["category_id"] for record in records for a in record.get("annotations", ()))
+        return [str(k) for k in range(1 + max(ids, default=-1))]
+    return list(classes)
 
 
 def ground_truth(name: str) -> dict[Path, np.ndarray]:
-    """Return the boxes of each image file of a registered dataset, (M, 4) float64, XYXY absolute pixels."""
+    """Return the boxes of each image file of a registered dataset, (M, 4) float64, XYXY absolute pixels.
+
+    Ignored regions are not among them.
+    """
     return {
         Path(record["file_name"]): np.array(
-            [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in record["annotations"]]
+            [
+                BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
+                for a in record["annotations"]
+                if not a.get("iscrowd", 0)
+            ]
         ).reshape(-1, 4)
         for record in DatasetCatalog.get(name)
     }

@@ -7,6 +7,7 @@ first time a dataset is used; nothing is downloaded. No digit, and no part of a 
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from focal_d2.data.coco import coco_content, load_coco
+from focal_d2.data.datasets import register_table
 from focal_d2.data.embedded import datasets_root, prepare_once
+from focal_d2.data.readers.coco import coco_content, read_coco
+from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
 SPLITS = ("train", "test")
@@ -44,14 +46,12 @@ class Recipe:
 def register() -> None:
     """Register `digits_train` and `digits_test` with detectron2."""
     for split in SPLITS:
-        name = f"digits_{split}"
-        DatasetCatalog.register(name, lambda n=name, s=split: _load(n, s))
-        MetadataCatalog.get(name).set(thing_classes=CLASSES, evaluator_type="coco")
+        register_table(f"digits_{split}", functools.partial(_load, split), thing_classes=CLASSES)
 
 
-def _load(name: str, split: str) -> list[dict[str, Any]]:
+def _load(split: str) -> Table:
     folder = prepare(datasets_root())
-    return load_coco(str(folder / f"{split}.json"), str(folder / split), name)
+    return read_coco(str(folder / f"{split}.json"), str(folder / split))
 
 
 def prepare(root: Path, recipe: Recipe = Recipe()) -> Path:

@@ -11,23 +11,25 @@ tests. Another forest (OSBS, SOAP) is a second test set.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from focal_d2.data.coco import coco_content, load_coco
+from focal_d2.data.datasets import register_table
 from focal_d2.data.embedded import datasets_root, prepare_once
+from focal_d2.data.readers.coco import coco_content, read_coco
+from focal_d2.data.readers.voc import read_voc_boxes
+from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
 WHEEL = "deepforest==2.1.0"
@@ -65,19 +67,14 @@ def register() -> None:
     for split in SPLITS:
         folder = datasets_root() / "neon_trees"
         name, annotations, images = f"neon_trees_{split}", folder / f"{split}.json", folder / split
-        DatasetCatalog.register(name, lambda n=name, a=annotations, i=images: _load(n, a, i))
-        MetadataCatalog.get(name).set(
-            thing_classes=CLASSES,
-            json_file=str(annotations),
-            image_root=str(images),
-            evaluator_type="coco",
-        )
+        read = functools.partial(_load, name, annotations, images)
+        register_table(name, read, source=str(annotations), thing_classes=CLASSES)
 
 
-def _load(name: str, annotations: Path, images: Path) -> list[dict[str, Any]]:
+def _load(name: str, annotations: Path, images: Path) -> Table:
     if not annotations.is_file():
         raise UserError(f"dataset {name} is not prepared: {annotations} not found; run `make data`")
-    return load_coco(str(annotations), str(images), name)
+    return read_coco(str(annotations), str(images))
 
 
 def prepare(root: Path, wheel: Path | None = None, recipe: Recipe = Recipe()) -> Path:
@@ -133,19 +130,6 @@ def _unpack(wheel: Path, work: Path) -> Path:
     if missing:
         raise UserError(f"{wheel} is not {WHEEL}: it lacks {', '.join(missing)}")
     return data
-
-
-def read_voc_boxes(path: Path) -> np.ndarray:
-    """Read a Pascal VOC file's boxes.
-
-    Returns:
-        (M, 4) float64, XYXY. VOC counts pixels from 1 and includes the last one; here [left, right).
-    """
-    boxes = [
-        [float(box.findtext(k, "nan")) for k in ("xmin", "ymin", "xmax", "ymax")]
-        for box in ElementTree.parse(path).getroot().iterfind("object/bndbox")
-    ]
-    return np.array(boxes, dtype=np.float64).reshape(-1, 4) - [1, 1, 0, 0]
 
 
 def tiles_of(split: str, width: int, height: int, recipe: Recipe) -> list[Tile]:

@@ -67,6 +67,20 @@ def read_pixels(file_name: str, image_format: str) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image) if image_format == "RGB" else image
 
 
+def upright_size(file_name: str) -> tuple[int, int]:
+    """Return an image's height and width as `read_pixels` gives them, from its header.
+
+    Raises:
+        OSError: and the others of `UNREADABLE`, if it cannot be read.
+    """
+    with Image.open(file_name) as image:
+        width, height = image.size
+        orientation = None
+        with contextlib.suppress(Exception):  # as in _decode
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+
+
 def _decode(data: bytes) -> np.ndarray | None:
     """Decode a plain JPEG or PNG file to BGR; None if it is none."""
     try:

@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from focal_d2.config import add_focal_config, check_choice
-from focal_d2.data import register_coco_datasets
+from focal_d2.data import register_datasets
 from focal_d2.errors import UserError
 
 _OPTIMIZERS = ("SGD", "AdamW")
@@ -58,7 +58,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
         ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME),
     ):
         check_choice(key, value, tuple(sorted(name for name, _ in registry)))
-    register_coco_datasets(cfg.DATASETS.FOCAL)
+    register_datasets(cfg.DATASETS.FOCAL)
     cfg.freeze()
     return cfg
 

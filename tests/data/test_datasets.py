@@ -4,13 +4,14 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from focal_d2 import UserError
-from focal_d2.data import check_datasets, register_coco_datasets
+from focal_d2.data import check_datasets, load_table, register_datasets
 from tests.conftest import make_cfg
+from tests.data.test_table import RECORDS
 
 
 def test_register_makes_coco_data_usable_by_name(coco_dataset):
     data = coco_dataset(images=3, classes=2)
-    register_coco_datasets([data.entry])
+    register_datasets([data.entry])
     records = DatasetCatalog.get(data.name)
     assert [len(r["annotations"]) for r in records] == [2, 2, 2]
     assert MetadataCatalog.get(data.name).thing_classes == ["class0", "class1"]
@@ -18,27 +19,67 @@ def test_register_makes_coco_data_usable_by_name(coco_dataset):
 
 def test_register_again_replaces(coco_dataset):
     first, second = coco_dataset("a", images=1), coco_dataset("b", images=2)
-    register_coco_datasets([first.entry])
-    register_coco_datasets([{**second.entry, "NAME": first.name}])
+    register_datasets([first.entry])
+    register_datasets([{**second.entry, "NAME": first.name}])
     assert len(DatasetCatalog.get(first.name)) == 2
 
 
 @pytest.mark.parametrize(
     "changes, match",
     [
-        ({"NAME": "coco_2017_val"}, "another dataset"),
-        ({"FOLDER": "x"}, r"DATASETS.FOCAL\[0\].*ANNOTATIONS, IMAGES, NAME"),
-        ({"IMAGES": 3}, "each a text"),
+        ({"NAME": "coco_2017_val"}, r"DATASETS.FOCAL\[0\].NAME .*another dataset"),
+        ({"FOLDER": "x"}, r"DATASETS.FOCAL\[0\] has FOLDER; of format coco .* NAME, FORMAT, IMAGES"),
+        ({"LIST": "x"}, "has LIST; of format coco"),
+        ({"IMAGES": 3}, "IMAGES is 3; it must be a text"),
+        ({"ANNOTATIONS": None}, "ANNOTATIONS is None; it must be a text"),
+        ({"FORMAT": "xml"}, r'FORMAT is "xml"; legal values: coco, csv, voc, yolo'),
+        ({"CLASSES": 3}, "CLASSES is 3; it must be a list of names, or a file"),
     ],
 )
 def test_register_refuses(coco_dataset, changes, match):
     with pytest.raises(UserError, match=match):
-        register_coco_datasets([{**coco_dataset().entry, **changes}])
+        register_datasets([{**coco_dataset().entry, **changes}])
+
+
+@pytest.mark.parametrize("entry", ["mine", {}, {"NAME": "mine"}])
+def test_register_refuses_what_is_no_dataset(entry):
+    with pytest.raises(UserError, match=r"DATASETS.FOCAL\[0\]"):
+        register_datasets([entry])
+
+
+def test_files_are_read_once(coco_dataset, monkeypatch):
+    data = coco_dataset()
+    register_datasets([data.entry])
+    first = load_table(data.name)
+    assert load_table(data.name) is first
+    register_datasets([data.entry])
+    assert load_table(data.name) is not first
+
+
+def test_classes_may_be_a_file(coco_dataset, tmp_path):
+    data = coco_dataset(classes=2)
+    for name, text in (("names.txt", "class1\nclass0\n"), ("data.yaml", "names: {1: class0, 0: class1}")):
+        (tmp_path / name).write_text(text)
+        register_datasets([{**data.entry, "CLASSES": str(tmp_path / name)}])
+        assert load_table(data.name).classes == ("class1", "class0")
+
+
+def test_predictions_get_the_files_own_category_ids(coco_dataset):
+    data = coco_dataset(classes=2)
+    register_datasets([{**data.entry, "CLASSES": ["class1", "class0"]}])
+    DatasetCatalog.get(data.name)
+    assert MetadataCatalog.get(data.name).thing_dataset_id_to_contiguous_id == {2: 0, 1: 1}
+
+
+def test_tables_of_other_datasets_come_from_their_records():
+    DatasetCatalog.register("other", lambda: RECORDS)
+    MetadataCatalog.get("other").thing_classes = ["x", "y"]
+    assert load_table("other").boxes.tolist() == [[1.5, 2, 3, 4], [0, 0, 10.25, 10]]
 
 
 def test_check_accepts_what_fits(coco_dataset):
     data = coco_dataset(classes=3)
-    register_coco_datasets([data.entry])
+    register_datasets([data.entry])
     cfg = make_cfg(DATASETS__TRAIN=(data.name,), DATASETS__TEST=(data.name,))
     check_datasets(cfg, training=True)
 
@@ -48,6 +89,28 @@ def test_check_counts_categories_where_nobody_named_classes():
     cfg = make_cfg(DATASETS__TEST=("nameless",), MODEL__RETINANET__NUM_CLASSES=3)
     with pytest.raises(UserError, match="has 5 classes.*NUM_CLASSES is 3"):
         check_datasets(cfg, training=False)
+
+
+def test_check_finds_other_classes_in_test(coco_dataset):
+    train, test = coco_dataset("a", classes=2), coco_dataset("b", classes=2)
+    register_datasets([train.entry, {**test.entry, "CLASSES": ["class1", "class0"]}])
+    cfg = make_cfg(
+        DATASETS__TRAIN=(train.name,), DATASETS__TEST=(test.name,), MODEL__RETINANET__NUM_CLASSES=2
+    )
+    with pytest.raises(
+        UserError, match=r"TEST: .* has the classes class1, class0 \(2\), DATASETS.TRAIN: .*same"
+    ):
+        check_datasets(cfg, training=True)
+    check_datasets(cfg, training=False)
+
+
+def test_check_finds_missing_images(coco_dataset):
+    data = coco_dataset(images=3)
+    (data.images / "1.png").unlink()
+    register_datasets([data.entry])
+    cfg = make_cfg(DATASETS__TRAIN=(data.name,), DATASETS__TEST=())
+    with pytest.raises(UserError, match=r"1 of 3 images are missing; the first is .*1\.png"):
+        check_datasets(cfg, training=True)
 
 
 def test_check_evaluation_ignores_the_training_set():

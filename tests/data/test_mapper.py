@@ -17,7 +17,7 @@ from detectron2.data.detection_utils import (
 from detectron2.structures import BoxMode
 
 from focal_d2 import UserError
-from focal_d2.data import FocalDatasetMapper, register_coco_datasets
+from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.data.mapper import build_augmentations, transform_boxes
 from focal_d2.engine import FocalTrainer
 from tests.conftest import make_cfg
@@ -28,7 +28,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["pil", "opencv"])
 @pytest.fixture
 def record(coco_dataset):
     data = coco_dataset(images=1, size=64)
-    register_coco_datasets([data.entry])
+    register_datasets([data.entry])
     return DatasetCatalog.get(data.name)[0]
 
 
@@ -174,7 +174,7 @@ def test_backends_agree_on_colours(record, key):
 
 def test_backend_holds_for_evaluation_and_in_workers(coco_dataset):
     data = coco_dataset(images=2, size=64)
-    register_coco_datasets([data.entry])
+    register_datasets([data.entry])
     images = {}
     for backend, workers in (("pil", 0), ("opencv", 0), ("opencv", 1)):
         cfg = make_cfg(

@@ -10,7 +10,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from focal_d2 import UserError
-from focal_d2.data.neon_trees import Recipe, Tile, boxes_in, prepare, read_voc_boxes, tiles_of
+from focal_d2.data.neon_trees import Recipe, Tile, boxes_in, prepare, tiles_of
 
 PICTURES = {
     "2019_YELL_2_528000_4978000_image_crop2": (1000, 900),
@@ -89,12 +89,6 @@ def test_train_and_test_tiles_share_no_place(width, height):
     assert seen[:, int(0.67 * width) :].min() == 1  # and none is left out
     assert all(t.right - t.left == t.bottom - t.top == 400 for t in train)
     assert {t.top for t in train} >= {0, height - 400}
-
-
-def test_voc_counts_from_one_and_includes_the_last_pixel(tmp_path):
-    path = tmp_path / "a.xml"
-    path.write_text(f"<annotation>{VOC_OBJECT.format(1, 3, 10, 4)}</annotation>")
-    assert read_voc_boxes(path).tolist() == [[0, 2, 10, 4]]
 
 
 def test_boxes_in_keeps_what_is_half_visible():

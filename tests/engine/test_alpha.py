@@ -7,7 +7,7 @@ from detectron2.modeling import build_model
 from torchvision.ops import box_iou
 
 from focal_d2 import UserError
-from focal_d2.data import register_coco_datasets
+from focal_d2.data import register_datasets
 from focal_d2.engine import resolve_alpha
 from focal_d2.engine.alpha import count_anchors
 from tests.conftest import make_cfg
@@ -17,7 +17,7 @@ from tests.modeling.test_retinanet import make_image
 @pytest.fixture
 def cfg(coco_dataset):
     data = coco_dataset(images=2, size=64)
-    register_coco_datasets([data.entry])
+    register_datasets([data.entry])
     # One anchor a cell on P3 alone: 8 × 8 cells of 8 pixels, 24-pixel anchors against 24-pixel boxes.
     return make_cfg(
         DATASETS__TRAIN=(data.name,),

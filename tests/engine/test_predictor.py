@@ -8,14 +8,14 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from focal_d2 import Detections, Predictor, UserError
-from focal_d2.data import FocalDatasetMapper, register_coco_datasets
+from focal_d2.data import FocalDatasetMapper, register_datasets
 from tests.conftest import make_cfg
 
 
 @pytest.fixture
 def cfg_and_image(coco_dataset, tmp_path):
     data = coco_dataset(images=1, size=96)
-    register_coco_datasets([data.entry])
+    register_datasets([data.entry])
     cfg = make_cfg(
         DATASETS__TEST=(data.name,),
         MODEL__WEIGHTS=str(tmp_path / "model.pth"),

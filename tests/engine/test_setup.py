@@ -47,7 +47,10 @@ def test_amp_on_a_cpu_is_bfloat16_in_the_model():
         ("VERSION: foo", "not a config|VERSION"),
         ("SOLVER: {MAX_ITER: null}", "SOLVER.MAX_ITER is null; it must be a int"),
         ("MODEL: {DEVICE: null}", "MODEL.DEVICE is null"),
-        ("DATASETS: {FOCAL: [{NAME: 3, ANNOTATIONS: a, IMAGES: b}]}", "each a text"),
+        (
+            "DATASETS: {FOCAL: [{NAME: 3, ANNOTATIONS: a, IMAGES: b}]}",
+            r"FOCAL\[0\].NAME is 3; it must be a text",
+        ),
         ("_BASE_: nowhere.yaml", "nowhere.yaml"),
         ("MODEL: {META_ARCHITECTURE: FocalRetinanet}", "legal values: .*FocalRetinaNet"),
         ("MODEL: {BACKBONE: {NAME: resnet}}", "build_focal_resnet_fpn_backbone"),

@@ -145,7 +145,7 @@ def other_architecture(data) -> None:
         (None, ["SOLVER.MAX_ITER", "three"], "SOLVER.MAX_ITER"),
         (None, ["DATASETS.TRAIN", "('mine',)"], '"mine" is not registered; registered: '),
         (None, ["MODEL.RETINANET.NUM_CLASSES", "80"], "has 3 classes (class0, class1, class2) but "
-         "MODEL.RETINANET.NUM_CLASSES is 80: set MODEL.RETINANET.NUM_CLASSES 3"),
+         "MODEL.RETINANET.NUM_CLASSES is 80: set it to 3, or to auto"),
         (None, ["MODEL.WEIGHTS", "nowhere.pth"], "weights file not found: nowhere.pth"),
         (other_architecture, ["MODEL.WEIGHTS", "{folder}/other.pth"], "they lack backbone.bottom_up."),
         (break_image, [], "cannot read image {folder}/images/3.png"),

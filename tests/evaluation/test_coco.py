@@ -5,14 +5,14 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 
-from focal_d2.data import register_coco_datasets
+from focal_d2.data import register_datasets
 from focal_d2.evaluation import FocalCOCOEvaluator, format_results
 
 
 @pytest.fixture
 def evaluator_and_records(coco_dataset, tmp_path):
     data = coco_dataset(images=3, classes=2)
-    register_coco_datasets([data.entry])
+    register_datasets([data.entry])
     evaluator = FocalCOCOEvaluator(
         data.name, tasks=("bbox",), output_dir=str(tmp_path / "out"), use_fast_impl=False
     )

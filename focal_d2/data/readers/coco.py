@@ -1,0 +1,261 @@
+"""COCO annotation files.
+
+Read once, into typed columns: masks and whatever else is not asked for are skipped. A file that does not fit
+is read again, slowly, to say which item is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from focal_d2.data.readers.common import MOST_PIXELS, listed, path_under, read_bytes, short
+from focal_d2.data.table import Table
+from focal_d2.errors import UserError
+
+_Id = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+_Side = Annotated[int, Meta(ge=1, le=MOST_PIXELS)] | Annotated[float, Meta(ge=1, le=MOST_PIXELS)]
+
+
+class _Image(Struct, gc=False):
+    id: _Id
+    file_name: str
+    width: _Side
+    height: _Side
+
+
+class _Annotation(Struct, gc=False):
+    id: _Id
+    image_id: _Id
+    category_id: _Id
+    bbox: tuple[float, float, float, float]
+    area: float | None = None
+    iscrowd: int | bool = 0
+
+
+class _Category(Struct, gc=False):
+    id: _Id
+    name: str
+
+
+class _Coco(Struct, gc=False):
+    images: list[_Image]
+    annotations: list[_Annotation]
+    categories: list[_Category]
+
+
+_SECTIONS: dict[str, Any] = {"images": _Image, "annotations": _Annotation, "categories": _Category}
+_EXPECTED = {
+    "id": "a whole number of 64 bits",
+    "image_id": "the id of an image",
+    "category_id": "the id of a category",
+    "file_name": "a text",
+    "name": "a text",
+    "width": f"a whole number of pixels from 1 to {MOST_PIXELS}",
+    "height": f"a whole number of pixels from 1 to {MOST_PIXELS}",
+    "bbox": "[x, y, width, height], numbers",
+    "area": "a number",
+    "iscrowd": "0 or 1",
+}
+_DECODER = msgspec.json.Decoder(_Coco)
+
+
+def read_coco(annotations: str, images: str, classes: Sequence[str] | None = None) -> Table:
+    """Read a COCO file.
+
+    Args:
+        annotations: the json file.
+        images: folder of the images.
+        classes: K names of its categories in the order of labels; None: all categories, by their ids.
+
+    Returns:
+        Images in order of id, boxes in order of the file.
+
+    Raises:
+        UserError: naming the file, if it is not COCO's JSON or names no image or category.
+    """
+    data = read_bytes(annotations)
+    problems: list[str] = []
+    try:
+        coco = _DECODER.decode(data)
+        places_in_file: dict[str, Sequence[int]] = {k: range(len(getattr(coco, k))) for k in _SECTIONS}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        coco, places_in_file = _decode_slowly(annotations, data, problems)
+    del data
+
+    def note(section: str, i: int, text: str) -> None:
+        item = f"{section}[{places_in_file[section][i]}] (id {getattr(coco, section)[i].id})"
+        problems.append(f"{annotations}: {item} {text}")
+
+    if not coco.images or not coco.categories:
+        reason = f": {problems[0]}" if problems else ""
+        raise UserError(f"{annotations}: no images or no categories in it{reason}")
+    for section in _SECTIONS:
+        seen: set[int] = set()
+        for i, item in enumerate(getattr(coco, section)):
+            if item.id in seen:
+                note(section, i, "has the id of an earlier one; ids must be different whole numbers")
+            seen.add(item.id)
+    names, label_of, category_ids = _classes(annotations, coco.categories, classes)
+
+    places: dict[int, int] = {}
+    paths: list[str] = []
+    sizes: list[tuple[int, int]] = []
+    set_aside: set[int] = set()
+    for i in sorted(range(len(coco.images)), key=lambda i: coco.images[i].id):
+        image = coco.images[i]
+        path = path_under(images, image.file_name)
+        if path is None:
+            note("images", i, f"has the file_name {short(image.file_name)}, not a path under {images}")
+        elif image.height != int(image.height) or image.width != int(image.width):
+            note("images", i, f"has the height and width {image.height}, {image.width}; not whole numbers")
+        elif image.id not in places:
+            places[image.id] = len(paths)
+            paths.append(path)
+            sizes.append((int(image.height), int(image.width)))
+            continue
+        set_aside.add(image.id)
+
+    boxes = np.array([a.bbox for a in coco.annotations], dtype=np.float64).reshape(-1, 4)
+    good = np.isfinite(boxes).all(1) & (boxes[:, 2:] >= 0).all(1) & (np.abs(boxes) <= MOST_PIXELS).all(1)
+    for i in np.flatnonzero(~good).tolist():
+        note("annotations", i, f"has the bbox {short(list(coco.annotations[i].bbox))}; {_WRONG_BOX}")
+    owner = np.array([places.get(a.image_id, -1) for a in coco.annotations], dtype=np.int64)
+    for i in np.flatnonzero(owner < 0).tolist():
+        if coco.annotations[i].image_id not in set_aside:
+            note("annotations", i, f"has an unknown image_id: {coco.annotations[i].image_id}")
+    labels = np.array([label_of.get(a.category_id, -1) for a in coco.annotations], dtype=np.int64)
+    known = {category.id: category.name for category in coco.categories}
+    for i in np.flatnonzero(labels < 0).tolist():
+        category = coco.annotations[i].category_id
+        if category in known:
+            note("annotations", i, f"is of {short(known[category])}, not one of {listed(names)}")
+        else:
+            note("annotations", i, f"has an unknown category_id: {category}")
+    keep = np.flatnonzero(good & (owner >= 0) & (labels >= 0))
+    keep = keep[np.argsort(owner[keep], kind="stable")]
+    given = [a.area if a.area is not None else math.nan for a in coco.annotations]
+    areas = np.array(given, dtype=np.float64)
+    for i in np.flatnonzero((areas < 0) | np.isinf(areas)).tolist():
+        note("annotations", i, f"has the area {areas[i]}; it must be {_EXPECTED['area']}, at least 0")
+    return Table(
+        classes=names,
+        category_ids=category_ids,
+        file_names=paths,
+        image_ids=np.fromiter(places, np.int64, len(places)),
+        sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
+        image=owner[keep],
+        boxes=boxes[keep],
+        labels=labels[keep],
+        ignored=np.array([bool(a.iscrowd) for a in coco.annotations], dtype=bool)[keep],
+        areas=np.where(np.isfinite(areas), areas, boxes[:, 2] * boxes[:, 3])[keep],
+        problems=problems,
+    )
+
+
+_WRONG_BOX = f"it must be [x, y, width, height], finite, sides at least 0, within {MOST_PIXELS} pixels"
+
+
+def _classes(
+    path: str, categories: Sequence[_Category], chosen: Sequence[str] | None
+) -> tuple[tuple[str, ...], dict[int, int], tuple[int, ...]]:
+    """Return the class names, the label of each category id, and the category id of each label."""
+    ids: dict[str, int] = {}
+    for category in sorted(categories, key=lambda c: c.id):
+        if not category.name.strip() or category.name in ids:
+            raise UserError(
+                f"{path}: categories: the name {short(category.name)} is empty or stands there twice"
+            )
+        ids[category.name] = category.id
+    names = tuple(ids) if chosen is None else tuple(chosen)
+    if not set(names) & set(ids):
+        raise UserError(f"{path}: has the categories {listed(ids)}; none is in CLASSES ({listed(names)})")
+    # A class that this file lacks still needs a number of its own in prediction files.
+    free = max(ids.values()) + 1
+    category_ids = []
+    for name in names:
+        category_ids.append(ids.get(name, free))
+        free += name not in ids
+    return names, {ids[name]: k for k, name in enumerate(names) if name in ids}, tuple(category_ids)
+
+
+def _decode_slowly(path: str, data: bytes, problems: list[str]) -> tuple[_Coco, dict[str, Sequence[int]]]:
+    """Keep the items that fit, and where they stand, and note the others.
+
+    Raises:
+        UserError: if it is no JSON, or a section is missing.
+    """
+    try:
+        content = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
+    coco, places = _Coco([], [], []), dict[str, Sequence[int]]()
+    for section, kind in _SECTIONS.items():
+        items = content.get(section) if isinstance(content, dict) else None
+        if not isinstance(items, list):
+            raise UserError(f'{path}: no list "{section}"; a COCO file has {", ".join(_SECTIONS)}')
+        kept: list[int] = []
+        places[section] = kept
+        for i, item in enumerate(items):
+            try:
+                getattr(coco, section).append(msgspec.convert(item, kind))
+                kept.append(i)
+            except msgspec.ValidationError as error:
+                problems.append(f"{path}: {section}[{i}] {_what_is_wrong(item, kind, str(error))}")
+    return coco, places
+
+
+def _what_is_wrong(item: Any, kind: type[Struct], message: str) -> str:
+    if not isinstance(item, dict):
+        return f"is {short(item)}; it must be an object with {', '.join(kind.__struct_fields__)}"
+    known = f"(id {short(item['id'])}) " if "id" in item else ""
+    missing = [f.name for f in msgspec.structs.fields(kind) if f.required and f.name not in item]
+    if missing:
+        return f"{known}has no {', '.join(missing)}"
+    place = re.search(r"`\$\.(\w+)", message)
+    key = place.group(1) if place else "id"
+    return f"{known}has the {key} {short(item[key])}; it must be {_EXPECTED[key]}"
+
+
+def coco_content(
+    description: str,
+    images: Iterable[tuple[str, Sequence[int], Sequence[Sequence[float]], Sequence[int]]],
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """Return what a COCO file of these images holds.
+
+    Args:
+        description: of the dataset.
+        images: of each the file name, its (height, width), its boxes (M, 4) XYXY absolute pixels, and their
+            classes (M,) in [0, K).
+        classes: the K names.
+    """
+    content: dict[str, Any] = {
+        "info": {"description": description},
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(classes, 1)],
+    }
+    for image_id, (name, (height, width), boxes, labels) in enumerate(images, 1):
+        content["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
+        for (x0, y0, x1, y1), label in zip(boxes, labels, strict=True):
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": label + 1,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "iscrowd": 0,
+                }
+            )
+    return content

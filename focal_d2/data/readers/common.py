@@ -1,0 +1,281 @@
+"""What the readers share: texts from files, paths under a root, and rows that become a `Table`."""
+
+from __future__ import annotations
+
+import math
+import os
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import yaml
+
+from focal_d2.data.pixels import UNREADABLE, upright_size
+from focal_d2.data.table import Table
+from focal_d2.errors import UserError
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_BOM = b"\xef\xbb\xbf"
+# Larger numbers are no pixels: they overflow where sizes are multiplied.
+MOST_PIXELS = 2**24
+
+
+class Box(NamedTuple):
+    """One object of an image, before its class has a number."""
+
+    corners: tuple[float, float, float, float]  # left, top, width, height, pixels
+    name: str  # of its class
+    ignored: bool
+    item: str  # where it stands, for messages
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Read a file without its byte order mark.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {_reason(error)}") from error
+    return data.removeprefix(_BOM)
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 file.
+
+    Raises:
+        UserError: if it can't be read, or is in another encoding.
+    """
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def short(value: object) -> str:
+    """Write a value of any size in a few characters of one line."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = 60
+    return " ".join(brief.repr(value).split())
+
+
+def path_under(root: str, name: str) -> str | None:
+    """Join an image's name to its folder; None if that leaves the folder or is no path."""
+    path = os.path.normpath(os.path.join(root, name))
+    inside = os.path.normpath(root)
+    prefix = inside if inside.endswith(os.sep) else inside + os.sep
+    if inside == os.curdir:
+        good = not (os.path.isabs(path) or path == os.pardir or path.startswith(os.pardir + os.sep))
+    else:
+        good = path.startswith(prefix)
+    return path if good and name.strip() and path not in (inside, os.curdir) and "\0" not in name else None
+
+
+def list_files(root: str, suffixes: Sequence[str]) -> list[str]:
+    """List the files under a folder by their endings, as sorted paths relative to it.
+
+    Linked folders below the root are not entered, so that a circle of links ends.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+    if not os.path.isdir(root):
+        raise UserError(f"{root}: no such folder")
+    return sorted(
+        os.path.relpath(os.path.join(folder, name), root)
+        for folder, _, names in os.walk(root)
+        for name in names
+        if name.lower().endswith(tuple(suffixes))
+    )
+
+
+def read_list(path: str | Path) -> list[str]:
+    """Read the lines of a text file that are not blank.
+
+    Raises:
+        UserError: if it can't be read or there are none.
+    """
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: nothing in it")
+    return lines
+
+
+def class_names(classes: Sequence[object] | str) -> tuple[str, ...]:
+    """Return class names: as they are given, or of a file.
+
+    Args:
+        classes: names; or a file with a name a line; or a YAML file with `names`, as YOLO has it: a list, or
+            a mapping from 0, 1, … to names.
+
+    Raises:
+        UserError: if there are none, or two alike.
+    """
+    source = "CLASSES"
+    if isinstance(classes, str):
+        source = classes
+        classes = _yaml_names(classes) if classes.endswith((".yaml", ".yml")) else read_list(classes)
+    names = tuple(str(name) for name in classes)
+    if not names or any(not isinstance(name, (str, int)) or not str(name).strip() for name in classes):
+        raise UserError(f"{source}: class names are {short(classes)}; they must be texts, at least one")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f'{source}: the class name "{twice[0]}" stands there twice')
+    return names
+
+
+def _yaml_names(path: str) -> list[object]:
+    try:
+        content = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:200]}") from error
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, dict):
+        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+            raise UserError(f"{path}: names has the keys {short(list(names))}; they must be 0, 1, …")
+        names = [names[k] for k in range(len(names))]
+    if not isinstance(names, list):
+        raise UserError(f"{path}: no list `names` in it")
+    return names
+
+
+def corner_problem(corners: Sequence[float]) -> str | None:
+    """Say what is wrong with a box (left, top, width, height), or None."""
+    if not all(math.isfinite(x) for x in corners):
+        return "a coordinate that is not a number or infinite"
+    if min(corners[2:]) < 0:
+        return "a negative width or height"
+    if max(map(abs, corners)) > MOST_PIXELS:
+        return f"a coordinate beyond {MOST_PIXELS} pixels"
+    return None
+
+
+class Rows:
+    """Images and boxes on their way into a `Table`, for formats that name classes by text."""
+
+    def __init__(self, root: str, classes: Sequence[str] | None, source: str) -> None:
+        """Start with nothing.
+
+        Args:
+            root: folder of the images.
+            classes: the class names, or None to take those that occur.
+            source: the file or folder of the annotations, for messages.
+        """
+        if not os.path.isdir(root):
+            raise UserError(f"IMAGES: {root}: no such folder")
+        self.root, self.classes, self.source = root, classes, source
+        self.problems: list[str] = []
+        self._images: dict[str, tuple[int, int]] = {}
+        self._boxes: dict[str, list[Box]] = {}
+
+    def problem(self, item: str, text: str) -> None:
+        """Note what is wrong with an item."""
+        self.problems.append(f"{item}: {text}")
+
+    def add_image(self, name: str, item: str, size: tuple[int, int] | None = None) -> tuple[int, int] | None:
+        """Add an image, or add to one.
+
+        Args:
+            name: of its file, under the root.
+            item: where it is named.
+            size: height and width as annotated; None to read them from the file.
+
+        Returns:
+            Its size, or None if it was set aside.
+        """
+        path = path_under(self.root, name)
+        if path is None:
+            self.problem(item, f"the image {short(name)} is not a path under {self.root}")
+            return None
+        if path not in self._images:
+            if size is None:
+                try:
+                    size = upright_size(path)
+                except UNREADABLE as error:
+                    self.problem(item, f"cannot read the image {path}: {_reason(error)}")
+                    return None
+            if not all(0 < x <= MOST_PIXELS for x in size):
+                self.problem(item, f"the image {path} has the height and width {size}")
+                return None
+            self._images[path] = size
+            self._boxes[path] = []
+        return self._images[path]
+
+    def add_box(self, name: str, box: Box) -> None:
+        """Add a box to an image that was added."""
+        wrong = corner_problem(box.corners)
+        if wrong:
+            self.problem(
+                box.item, f"the box {short(list(box.corners))} (left, top, width, height) has {wrong}"
+            )
+        elif not box.name.strip():
+            self.problem(box.item, "no class name")
+        elif self.classes is not None and box.name not in self.classes:
+            self.problem(
+                box.item, f'the class "{short(box.name)[1:-1]}" is not one of {listed(self.classes)}'
+            )
+        else:
+            path = path_under(self.root, name)
+            assert path is not None
+            self._boxes[path].append(box)
+
+    def __contains__(self, name: str) -> bool:
+        return path_under(self.root, name) in self._images
+
+    def names(self) -> set[str]:
+        """Return the classes of the boxes so far."""
+        return {box.name for boxes in self._boxes.values() for box in boxes}
+
+    def table(self) -> Table:
+        """Return what was added, images in order of name.
+
+        Raises:
+            UserError: if there is no image, or no class.
+        """
+        paths = sorted(self._images)
+        if not paths:
+            reason = f": {self.problems[0]}" if self.problems else ""
+            raise UserError(f"{self.source}: no images in it{reason}")
+        found = [(i, box) for i, path in enumerate(paths) for box in self._boxes[path]]
+        classes = self.classes
+        if classes is None:
+            classes = sorted(self.names(), key=_number_first)
+        if not classes:
+            reason = f": {self.problems[0]}" if self.problems else ": name them with CLASSES"
+            raise UserError(f"{self.source}: no boxes, so no class names{reason}")
+        places = {name: k for k, name in enumerate(classes)}
+        boxes = np.array([box.corners for _, box in found], dtype=np.float64).reshape(-1, 4)
+        return Table(
+            classes=tuple(classes),
+            category_ids=tuple(range(1, len(classes) + 1)),
+            file_names=paths,
+            image_ids=np.arange(1, len(paths) + 1),
+            sizes=np.array([self._images[path] for path in paths], dtype=np.int64).reshape(-1, 2),
+            image=np.array([i for i, _ in found], dtype=np.int64),
+            boxes=boxes,
+            labels=np.array([places[box.name] for _, box in found], dtype=np.int64),
+            ignored=np.array([box.ignored for _, box in found], dtype=bool),
+            areas=boxes[:, 2] * boxes[:, 3],
+            problems=self.problems,
+        )
+
+
+def _number_first(name: str) -> tuple[bool, int, str]:
+    """Sort numbers by value, before names."""
+    return (False, int(name), name) if name.isdecimal() else (True, 0, name)
+
+
+def listed(names: Sequence[str] | Mapping[str, object]) -> str:
+    """Write names, the first few of many."""
+    return ", ".join(list(names)[:5]) + (", …" if len(names) > 5 else "")

@@ -1,0 +1,121 @@
+"""CSV: a line a box."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from focal_d2.data.readers.common import Box, Rows, read_text, short
+from focal_d2.data.table import Table
+from focal_d2.errors import UserError
+
+# What columns are called, of which the first is ours.
+_COLUMNS = {
+    "image": ("image", "image_path", "filename", "file_name", "path"),
+    "xmin": ("xmin", "x1", "left"),
+    "ymin": ("ymin", "y1", "top"),
+    "xmax": ("xmax", "x2", "right"),
+    "ymax": ("ymax", "y2", "bottom"),
+    "label": ("label", "class", "class_name", "category"),
+    "ignored": ("ignored", "ignore", "iscrowd", "difficult"),
+    "height": ("height", "image_height"),
+    "width": ("width", "image_width"),
+}
+_NEEDED = ("image", "xmin", "ymin", "xmax", "ymax", "label")
+_CORNERS = _NEEDED[1:5]
+
+
+def read_csv(annotations: str, images: str, classes: Sequence[str] | None = None) -> Table:
+    """Read a CSV file with a line a box.
+
+    Columns, in any order under a header, or the first six in this order without one: image, xmin, ymin, xmax,
+    ymax, label; besides, under a header, ignored (0 or 1) and the image's height and width. Other columns are
+    left alone. Corners are edges in pixels from 0, the right and lower ones not included: xmax - xmin is the
+    width. An image without boxes has a line whose corners and label are empty.
+
+    Args:
+        annotations: the file, UTF-8, separated by commas.
+        images: folder of the images.
+        classes: K names in the order of labels; None: those that occur, sorted.
+
+    Raises:
+        UserError: naming the file, if there is nothing to read.
+    """
+    rows = Rows(images, classes, annotations)
+    reader = csv.reader(io.StringIO(read_text(annotations), newline=""), strict=True)
+    columns: dict[str, int] | None = None
+    try:
+        for fields in reader:
+            if not any(field.strip() for field in fields):
+                continue
+            if columns is None:
+                columns, is_header = _columns(annotations, fields)
+                if is_header:
+                    continue
+            _add(rows, columns, [field.strip() for field in fields], f"{annotations}: line {reader.line_num}")
+    except csv.Error as error:
+        raise UserError(f"{annotations}: line {reader.line_num}: {error}") from error
+    return rows.table()
+
+
+def _columns(path: str, first: Sequence[str]) -> tuple[dict[str, int], bool]:
+    """Return the place of each column, and whether the first line names them."""
+    if len(first) >= len(_NEEDED) and all(_is_number(x) or not x.strip() for x in first[1:5]):
+        return dict(zip(_NEEDED, range(len(_NEEDED)), strict=True)), False
+    names = [name.strip().lower() for name in first]
+    columns = {
+        column: names.index(alias)
+        for column, aliases in _COLUMNS.items()
+        for alias in reversed(aliases)
+        if alias in names
+    }
+    missing = [column for column in _NEEDED if column not in columns]
+    if missing:
+        raise UserError(
+            f"{path}: the header {short(names)} has no column {', '.join(missing)}; it must have "
+            f"{', '.join(_NEEDED)}"
+        )
+    return columns, True
+
+
+def _add(rows: Rows, columns: dict[str, int], fields: Sequence[str], item: str) -> None:
+    if len(fields) <= max(columns.values()):
+        rows.problem(item, f"{len(fields)} fields; at least {max(columns.values()) + 1} are needed")
+        return
+    row = {column: fields[place] for column, place in columns.items()}
+    size = None
+    if row.get("height") and row.get("width"):
+        try:
+            size = (int(row["height"]), int(row["width"]))
+        except ValueError:
+            rows.problem(
+                item, f"height and width are {short([row['height'], row['width']])}; not whole numbers"
+            )
+            return
+    known = rows.add_image(row["image"], item, size)
+    if known is None:
+        return
+    if size is not None and size != known:
+        rows.problem(item, f"the image's height and width are {size}, in an earlier line {known}")
+        return
+    corners = [row[column] for column in _CORNERS]
+    if not any(corners) and not row["label"]:
+        return
+    if not all(map(_is_number, corners)):
+        rows.problem(item, f"the corners are {short(corners)}; they must be numbers, or all empty")
+        return
+    if row.get("ignored", "") not in ("", "0", "1"):
+        rows.problem(item, f"ignored is {short(row['ignored'])}; it must be 0 or 1")
+        return
+    left, top, right, bottom = map(float, corners)
+    box = Box((left, top, right - left, bottom - top), row["label"], row.get("ignored") == "1", item)
+    rows.add_box(row["image"], box)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

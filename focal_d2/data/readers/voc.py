@@ -1,0 +1,118 @@
+"""Pascal VOC: an XML file an image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from focal_d2.data.readers.common import Box, Rows, list_files, read_bytes
+from focal_d2.data.table import Table
+from focal_d2.errors import UserError
+
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def read_voc(
+    annotations: str, images: str, classes: Sequence[str] | None = None, chosen: Sequence[str] | None = None
+) -> Table:
+    """Read a folder of VOC files.
+
+    VOC counts pixels from 1 and includes the last one: (xmin, ymin, xmax, ymax) is the box from xmin - 1 to
+    xmax. Difficult objects are ignored regions.
+
+    Args:
+        annotations: folder of the XML files; those in folders below it are found, too.
+        images: folder of the images, which `filename` in each XML names.
+        classes: K names in the order of labels; None: those that occur, sorted.
+        chosen: names of XML files without ending, as in VOC's ImageSets/Main; None: all.
+
+    Raises:
+        UserError: naming the folder or file, if there is nothing to read.
+    """
+    rows = Rows(images, classes, annotations)
+    names = list_files(annotations, (".xml",)) if chosen is None else [f"{name}.xml" for name in chosen]
+    for name in names:
+        path = os.path.join(annotations, name)
+        try:
+            _read_file(path, rows)
+        except UserError as error:
+            rows.problems.append(str(error))
+    return rows.table()
+
+
+def read_voc_boxes(path: str | Path) -> np.ndarray:
+    """Read one file's boxes.
+
+    Returns:
+        (M, 4) float64, XYXY absolute pixels; difficult objects are among them.
+
+    Raises:
+        UserError: naming the file, or the object, that can't be read.
+    """
+
+    def refuse(item: str, text: str) -> None:
+        raise UserError(f"{item}: {text}")
+
+    boxes = np.array([box.corners for box in _boxes(path, _parse(path), refuse)], dtype=np.float64)
+    boxes = boxes.reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes
+
+
+def _read_file(path: str, rows: Rows) -> None:
+    root = _parse(path)
+    name = root.findtext("filename", "").strip()
+    size = None
+    if root.find("size") is not None:
+        sides = [root.findtext(f"size/{side}", "") for side in ("height", "width")]
+        numbers = [_number(side) for side in sides]
+        if any(x is None or x != int(x) for x in numbers):
+            raise UserError(f"{path}: size has the height and width {sides}; not whole numbers")
+        # Some tools write 0 for a size that they don't know.
+        size = None if 0 in numbers else (int(numbers[0] or 0), int(numbers[1] or 0))
+    if name in rows:
+        raise UserError(f"{path}: another file has the annotations of {name} already")
+    if rows.add_image(name, path, size) is None:
+        return
+    for box in _boxes(path, root, rows.problem):
+        rows.add_box(name, box)
+
+
+def _parse(path: str | Path) -> ElementTree.Element:
+    try:
+        return ElementTree.fromstring(read_bytes(path))
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not readable as XML: {error}") from error
+
+
+def _boxes(path: str | Path, root: ElementTree.Element, problem: Callable[[str, str], None]) -> Iterator[Box]:
+    for i, element in enumerate(root.iterfind("object"), 1):
+        item = f"{path}: object {i}"
+        texts = {key: element.findtext(f"bndbox/{key}", "").strip() for key in _CORNERS}
+        numbers = [_number(text) for text in texts.values()]
+        if None in numbers:
+            key = next(key for key, number in zip(texts, numbers, strict=True) if number is None)
+            problem(item, f'bndbox has "{texts[key][:60]}" for {key}; it must be a number')
+            continue
+        left, top, right, bottom = (x or 0.0 for x in numbers)
+        corners = (left - 1, top - 1, right - left + 1, bottom - top + 1)
+        difficult = element.findtext("difficult", "0").strip()
+        if difficult not in ("0", "1"):
+            problem(item, f'difficult is "{difficult[:60]}"; it must be 0 or 1')
+            continue
+        yield Box(corners, element.findtext("name", "").strip(), difficult == "1", item)
+
+
+def _number(text: str) -> float | None:
+    """A finite number, or None."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if abs(number) < float("inf") else None

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from focal_d2 import UserError
+from focal_d2.data.readers import read_coco
+
+
+def read_changed(data, change, **options):
+    coco = json.loads(data.annotations.read_text())
+    change(coco)
+    data.annotations.write_text(json.dumps(coco))
+    return read_coco(str(data.annotations), str(data.images), **options)
+
+
+def test_good_file_is_read(coco_dataset):
+    table = read_changed(coco_dataset(images=2, classes=3), lambda coco: None)
+    assert table.image.tolist() == [0, 0, 0, 1, 1, 1]
+    assert table.classes == ("class0", "class1", "class2")
+    assert table.category_ids == (1, 2, 3)
+    assert not table.problems
+
+
+def test_images_come_by_id_and_boxes_as_in_the_file(coco_dataset):
+    def change(coco):
+        coco["images"].reverse()
+        coco["annotations"].reverse()
+
+    table = read_changed(coco_dataset(images=2, classes=3), change)
+    assert table.image_ids.tolist() == [0, 1]
+    assert table.labels.tolist() == [2, 1, 0, 2, 1, 0]
+
+
+def test_areas_and_crowds_are_the_files(coco_dataset):
+    def change(coco):
+        coco["annotations"][0].update(area=100.5, iscrowd=1)
+        coco["annotations"][1].pop("area")
+        coco["annotations"][2].pop("iscrowd")
+
+    table = read_changed(coco_dataset(images=1), change)
+    assert table.areas.tolist() == [100.5, 576, 576]
+    assert table.ignored.tolist() == [True, False, False]
+
+
+def test_classes_set_the_order_and_may_be_absent_from_the_file(coco_dataset):
+    table = read_changed(
+        coco_dataset(images=1), lambda c: None, classes=["class2", "new", "class0", "class1"]
+    )
+    assert table.labels.tolist() == [2, 3, 0]
+    assert table.category_ids == (3, 4, 1, 2)
+
+
+def test_slow_path_reads_the_same(coco_dataset):
+    """A wrong item makes the file be read item by item: the others come out alike, under their own places."""
+    data = coco_dataset(images=2)
+    whole = read_changed(data, lambda c: None)
+    table = read_changed(data, lambda c: c["annotations"].insert(2, {"id": "x"}))
+    assert table.boxes.tolist() == whole.boxes.tolist()
+    assert len(table.problems) == 1
+    assert "annotations[2] (id 'x') has no image_id, category_id, bbox" in table.problems[0]
+    table = read_changed(data, lambda c: c["annotations"][5].update(category_id=9))
+    assert "annotations[5] (id 5) has an unknown category_id: 9" in table.problems[1]
+
+
+def test_problems_name_the_file(coco_dataset):
+    data = coco_dataset(images=1)
+    table = read_changed(data, lambda c: c["annotations"][0].update(bbox=[1, 2, -3, 4]))
+    assert all(problem.startswith(str(data.annotations)) for problem in table.problems)
+    assert len(table.problems) == 1
+
+
+def test_all_annotations_may_be_absent(coco_dataset):
+    table = read_changed(coco_dataset(images=2), lambda c: c["annotations"].clear())
+    assert len(table) == 2
+    assert table.boxes.shape == (0, 4)
+    assert [r["annotations"] for r in table.records()] == [[], []]
+
+
+def test_nothing_good_says_what_was_wrong(coco_dataset):
+    with pytest.raises(UserError, match=r"no images or no categories in it: .*images\[0\] has no id"):
+        read_changed(coco_dataset(images=1), lambda c: c["images"][0].pop("id"))

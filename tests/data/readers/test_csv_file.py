@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+from focal_d2.data.readers import read_csv
+
+
+@pytest.fixture
+def read(tmp_path):
+    for name in ("a.png", "b.png"):
+        cv2.imwrite(str(tmp_path / name), np.zeros((30, 40, 3), np.uint8))
+
+    def read_text(text, **options):
+        path = tmp_path / "boxes.csv"
+        path.write_text(text)
+        return read_csv(str(path), str(tmp_path), **options)
+
+    return read_text
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",  # as keras-retinanet writes it
+        "image_path,xmin,ymin,xmax,ymax,label\n",  # as DeepForest does
+        "Path, x1, y1, x2, y2, class\n",
+    ],
+)
+def test_common_layouts_are_read(read, header):
+    table = read(f"{header}b.png,1,2,10,4.5,tree\na.png,,,,,\n")
+    assert [name[-5:] for name in table.file_names] == ["a.png", "b.png"]
+    assert table.boxes.tolist() == [[1, 2, 9, 2.5]]
+    assert table.sizes.tolist() == [[30, 40], [30, 40]]
+    assert table.classes == ("tree",)
+    assert not table.problems
+
+
+def test_sizes_and_ignored_of_the_file(read):
+    table = read(
+        "filename,width,height,class,xmin,ymin,xmax,ymax,iscrowd\n"
+        "none.png,50,60,b,0,0,1,1,1\nnone.png,50,60,a,0,0,1,1,0\nnone.png,50,61,a,0,0,1,1,0\n"
+    )
+    assert table.sizes.tolist() == [[60, 50]]
+    assert table.ignored.tolist() == [True, False]
+    assert table.labels.tolist() == [1, 0]
+    assert (
+        "line 4: the image's height and width are (61, 50), in an earlier line (60, 50)" in table.problems[0]
+    )
+
+
+def test_numbers_for_classes_are_sorted_as_numbers(read):
+    table = read("a.png,0,0,1,1,10\na.png,0,0,1,1,9\na.png,0,0,1,1,x\n")
+    assert table.classes == ("9", "10", "x")
+
+
+def test_quoted_line_breaks_keep_the_count(read):
+    table = read('a.png,0,0,1,1,"x\ny"\na.png,0,0,q,1,x\n')
+    assert table.classes == ("x\ny",)
+    assert "line 3: the corners are" in table.problems[0]

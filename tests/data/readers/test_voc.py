@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+
+from focal_d2 import UserError
+from focal_d2.data.readers import read_voc
+from focal_d2.data.readers.voc import read_voc_boxes
+
+OBJECT = (
+    "<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>"
+    "<xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+)
+HEAD = "<filename>{}.png</filename><size><width>40</width><height>30</height></size>"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, objects in (
+        ("b", OBJECT.format("dog", 0, 1, 3, 10, 4) + OBJECT.format("cat", 1, 1, 1, 1, 1)),
+        ("a", ""),
+    ):
+        (tmp_path / f"{name}.xml").write_text(f"<annotation>{HEAD.format(name)}{objects}</annotation>")
+    return tmp_path
+
+
+def test_counts_from_one_and_includes_the_last_pixel(folder):
+    # Columns 1 to 10 are the ten pixels from 0 to 10, rows 3 to 4 two pixels; 1 to 1 is one pixel.
+    table = read_voc(str(folder), str(folder))
+    assert table.boxes.tolist() == [[0, 2, 10, 2], [0, 0, 1, 1]]
+    assert read_voc_boxes(folder / "b.xml").tolist() == [[0, 2, 10, 4], [0, 0, 1, 1]]
+    assert read_voc_boxes(folder / "a.xml").shape == (0, 4)
+
+
+def test_difficult_objects_are_ignored_regions(folder):
+    table = read_voc(str(folder), str(folder))
+    assert table.ignored.tolist() == [False, True]
+
+
+def test_images_and_classes_are_sorted(folder):
+    table = read_voc(str(folder), str(folder))
+    assert [name[-5:] for name in table.file_names] == ["a.png", "b.png"]
+    assert table.classes == ("cat", "dog")
+    assert table.image.tolist() == [1, 1]
+    assert table.sizes.tolist() == [[30, 40]] * 2
+
+
+def test_only_chosen_files_are_read(folder):
+    table = read_voc(str(folder), str(folder), chosen=["b"])
+    assert len(table) == 1
+
+
+def test_parts_of_an_object_are_not_objects(folder):
+    part = "<part><name>head</name><bndbox><xmin>2</xmin></bndbox></part></object>"
+    text = (folder / "b.xml").read_text().replace("</object>", part, 1)
+    (folder / "b.xml").write_text(text)
+    assert len(read_voc(str(folder), str(folder)).boxes) == 2
+
+
+def test_boxes_of_a_broken_file_name_the_object(folder):
+    (folder / "a.xml").write_text(f"<annotation>{OBJECT.format('x', 0, 1, 'y', 3, 4)}</annotation>")
+    with pytest.raises(UserError, match=r'a\.xml: object 1: bndbox has "y" for ymin'):
+        read_voc_boxes(folder / "a.xml")
+
+
+def test_classes_without_boxes_must_be_named(folder):
+    with pytest.raises(UserError, match="no boxes, so no class names: name them with CLASSES"):
+        read_voc(str(folder), str(folder), chosen=["a"])
+    assert read_voc(str(folder), str(folder), ["cat"], chosen=["a"]).classes == ("cat",)
