@@ -203,10 +203,14 @@ def _missing_annotations(name: str) -> str | None:
 
 
 def _class_names(name: str) -> list[str]:
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("thing_classes") is not None:
+        return list(metadata.thing_classes)
     # Many files tell their classes only when they are read. Reading now costs seconds; finding out after
     # training costs the night.
-    records = DatasetCatalog.get(name) if MetadataCatalog.get(name).get("thing_classes") is None else []
-    return _named_classes(name, records)
+    if metadata.get("read_table"):
+        return list(load_table(name).classes)
+    return _named_classes(name, DatasetCatalog.get(name))
 
 
 def _named_classes(name: str, records: list[dict[str, Any]]) -> list[str]:

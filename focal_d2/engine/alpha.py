@@ -79,7 +79,7 @@ def count_anchors(cfg: CfgNode) -> tuple[int, int]:
     for record in records[:_MOST_IMAGES]:
         sample = mapper(record)
         anchors = model.anchors_for(model.preprocess_image([sample]))
-        labels = model.label_anchors(anchors, [sample["instances"]])
+        labels = model.label_anchors(anchors, [sample["instances"]], [sample.get("ignored_boxes")])
         positives += int(labels.positive.sum())
         negatives += int((labels.labels == model.num_classes).sum())
     return positives, negatives

@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from focal_d2.config import add_focal_config, check_choice
-from focal_d2.data import register_datasets
+from focal_d2.data import count_classes, register_datasets
 from focal_d2.errors import UserError
 
 _OPTIMIZERS = ("SGD", "AdamW")
@@ -30,7 +30,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     """Read a YAML config over the defaults, apply overrides, and check what needs no data.
 
     `MODEL.DEVICE` may be "auto": CUDA where there is a device, else CPU. The datasets of
-    `DATASETS.FOCAL` are registered.
+    `DATASETS.FOCAL` are registered. `MODEL.RETINANET.NUM_CLASSES` may be "auto": as many as the first dataset
+    has of `DATASETS.TRAIN`, or of `DATASETS.TEST` where that is not here; only then data are read.
 
     Args:
         config_file: path of the YAML file, or "" for the defaults alone.
@@ -44,11 +45,11 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     if config_file:
         if not os.path.isfile(config_file):
             raise UserError(f"config file not found: {config_file}")
-        with _config_errors(cfg, config_file):
+        with _config_errors(cfg, config_file), _auto_classes(cfg):
             cfg.merge_from_file(config_file)
     if len(overrides) % 2:
         raise UserError(f"overrides must be KEY VALUE pairs; got {' '.join(overrides)}")
-    with _config_errors(cfg, "command line"):
+    with _config_errors(cfg, "command line"), _auto_classes(cfg):
         cfg.merge_from_list(list(overrides))
     _refuse_nulls(cfg)
     resolve_device(cfg)
@@ -59,8 +60,22 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     ):
         check_choice(key, value, tuple(sorted(name for name, _ in registry)))
     register_datasets(cfg.DATASETS.FOCAL)
+    classes = cfg.MODEL.RETINANET.NUM_CLASSES
+    if classes == "auto":
+        cfg.MODEL.RETINANET.NUM_CLASSES = count_classes(cfg)
+    elif not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
+        raise UserError(f"MODEL.RETINANET.NUM_CLASSES is {classes!r}; it must be a number from 1, or auto")
     cfg.freeze()
     return cfg
+
+
+@contextmanager
+def _auto_classes(cfg: CfgNode) -> Iterator[None]:
+    """Let the number of classes become "auto": yacs takes a text for a number only where there is none."""
+    before, cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES, None
+    yield
+    if cfg.MODEL.RETINANET.NUM_CLASSES is None:
+        cfg.MODEL.RETINANET.NUM_CLASSES = before
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 
+from focal_d2.config import unread_keys
 from focal_d2.data import FocalDatasetMapper, check_datasets
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.checkpoint import FocalCheckpointer, check_file
@@ -193,6 +194,9 @@ def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
     check_datasets(cfg, training=not args.eval_only)
     set_up_job(cfg, args)
+    if comm.is_main_process():
+        for line in unread_keys(cfg):
+            logger.warning(line)
     if args.eval_only:
         with building("model"):
             model = FocalTrainer.build_model(cfg)

@@ -6,6 +6,7 @@ of the batch. Boxes are XYXY in absolute pixels. Labels are int64: [0, K) a clas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -62,6 +63,7 @@ class FocalRetinaNet(DenseDetector):
         anchor_generator: nn.Module,
         box2box_transform: Box2BoxTransform,
         anchor_matcher: Matcher,
+        region_share: float,
         num_classes: int,
         cls_loss: ClassificationLoss,
         box_loss: BoxLoss,
@@ -86,6 +88,7 @@ class FocalRetinaNet(DenseDetector):
             anchor_generator: features -> L × `Boxes`.
             box2box_transform: the R-CNN parametrisation of boxes.
             anchor_matcher: its thresholds, labels and allow_low_quality_matches; see `match_anchors`.
+            region_share: anchors of which an ignored region covers at least this share are not background.
             num_classes: K, without background.
             cls_loss: the classification loss, which also says what logits mean.
             box_loss: the box loss.
@@ -107,6 +110,7 @@ class FocalRetinaNet(DenseDetector):
         self.anchors_of = AnchorCache(anchor_generator)
         self.box2box_transform = box2box_transform
         self.anchor_matcher = anchor_matcher
+        self.region_share = region_share
         self.cls_loss = cls_loss
         self.box_loss = box_loss
         self.loss_normalizer = loss_normalizer
@@ -145,6 +149,8 @@ class FocalRetinaNet(DenseDetector):
             raise UserError(
                 f"MODEL.RETINANET.PRIOR_PROB is {retinanet.PRIOR_PROB}; it must lie between 0 and 1"
             )
+        if not focal.IGNORE_OVERLAP > 0:
+            raise UserError(f"MODEL.FOCAL.IGNORE_OVERLAP is {focal.IGNORE_OVERLAP}; it must be above 0")
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         for name in retinanet.IN_FEATURES:
@@ -173,6 +179,7 @@ class FocalRetinaNet(DenseDetector):
                 retinanet.IOU_LABELS,
                 allow_low_quality_matches=focal.LOW_QUALITY_MATCHES,
             ),
+            "region_share": focal.IGNORE_OVERLAP,
             "num_classes": retinanet.NUM_CLASSES,
             "cls_loss": cls_loss,
             "box_loss": BoxLoss(
@@ -201,22 +208,25 @@ class FocalRetinaNet(DenseDetector):
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Losses in training, detections in evaluation; see detectron2's `DenseDetector.forward`."""
+        """Losses in training, detections in evaluation; see detectron2's `DenseDetector.forward`.
+
+        An image may have "ignored_boxes" in training, (G, 4) XYXY in its pixels, beside its "instances".
+        """
         if not self.training:
             with self.precision():
                 return super().forward(batched_inputs)
         if not all("instances" in x for x in batched_inputs) or not batched_inputs:
             raise UserError("training needs images with instances, which this batch has not")
         images = self.preprocess_image(batched_inputs)
-        instances = [x["instances"] for x in batched_inputs]
+        boxes = ([x["instances"] for x in batched_inputs], [x.get("ignored_boxes") for x in batched_inputs])
         # Before the network runs: by the time that a GPU's host needs the positives' number, it is there.
         anchors = self.anchors_for(images)
-        targets = self.label_anchors(anchors, instances)
+        targets = self.label_anchors(anchors, *boxes)
         with self.precision():
             features, predictions = self.network(images)
         actual = self._anchors_of(features)
         if actual is not anchors:  # a backbone that rounds its sizes another way
-            anchors, targets = actual, self.label_anchors(actual, instances)
+            anchors, targets = actual, self.label_anchors(actual, *boxes)
         return self._losses(predictions, anchors, targets)
 
     def precision(self) -> AbstractContextManager[Any]:
@@ -291,9 +301,18 @@ class FocalRetinaNet(DenseDetector):
                 losses["loss_box_reg"] = losses["loss_box_reg"] / normalizer
             return losses
 
-    def label_anchors(self, anchors: Anchors, gt_instances: list[Instances]) -> AnchorTargets:
+    def label_anchors(
+        self, anchors: Anchors, gt_instances: list[Instances], regions: Sequence[Tensor | None] | None = None
+    ) -> AnchorTargets:
         """Match every anchor to at most one box; see `focal_d2.modeling.targets.label_anchors`."""
-        return label_anchors(anchors, gt_instances, self.anchor_matcher, self.num_classes)
+        return label_anchors(
+            anchors,
+            gt_instances,
+            self.anchor_matcher,
+            self.num_classes,
+            regions=regions or [None] * len(gt_instances),
+            region_share=self.region_share,
+        )
 
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]

@@ -7,7 +7,7 @@ ignored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import Anchors
 from focal_d2.ops import IGNORE_LABEL
-from focal_d2.ops.assign import match_anchors
+from focal_d2.ops.assign import inside_regions, match_anchors
 
 
 class Positives(NamedTuple):
@@ -49,9 +49,18 @@ class AnchorTargets(NamedTuple):
 
 @torch.no_grad()
 def label_anchors(
-    anchors: Anchors, gt_instances: list[Instances], matcher: Matcher, num_classes: int
+    anchors: Anchors,
+    gt_instances: list[Instances],
+    matcher: Matcher,
+    num_classes: int,
+    *,
+    regions: Sequence[Tensor | None],
+    region_share: float,
 ) -> AnchorTargets:
     """Match every anchor to at most one box by IoU (paper, section 4).
+
+    Anchors without a box that lie in a region (a crowd, an object too difficult to count) are ignored
+    instead of background, as COCO's evaluation ignores detections there. detectron2 has no regions.
 
     Departure from the paper, as in detectron2: each box also gets its best anchors, however low their IoU,
     unless `MODEL.FOCAL.LOW_QUALITY_MATCHES` is false.
@@ -61,6 +70,8 @@ def label_anchors(
         gt_instances: N × `Instances`, on any device, with gt_boxes (M, 4) and gt_classes (M); M may be 0.
         matcher: its thresholds, labels and allow_low_quality_matches; see `match_anchors`.
         num_classes: K.
+        regions: N × (G, 4) boxes of an image's regions, on any device, or None.
+        region_share: an anchor is in a region that covers at least this share of its area.
 
     Raises:
         UserError: for a class that the model has not; where classes are on a GPU they are not looked at,
@@ -80,7 +91,10 @@ def label_anchors(
         )
     classes = classes.to(device, non_blocking=True)
     first = 0
-    for i, count in enumerate(map(len, gt_instances)):
+    for i, (count, ignored) in enumerate(zip(map(len, gt_instances), regions, strict=True)):
+        if ignored is not None and len(ignored):
+            inside = inside_regions(anchors.boxes, ignored.to(device, non_blocking=True), share=region_share)
+            labels[i].masked_fill_(inside, IGNORE_LABEL)
         if count == 0:
             continue
         box, outcome = match_anchors(

@@ -261,3 +261,24 @@ def _match_all(
         tied = [(_iou(boxes[:, None], s) == best[:, None]).any(dim=0) for s in slices]
         outcome[torch.cat(tied)] = 1
     return Matches(matched, outcome)
+
+
+def inside_regions(anchors: Tensor, regions: Tensor, *, share: float) -> Tensor:
+    """Find the anchors of which some region covers at least a share.
+
+    Args:
+        anchors: (R, 4) XYXY absolute pixels.
+        regions: (G, 4), likewise.
+        share: of an anchor's area.
+
+    Returns:
+        (R,) bool.
+    """
+    low, high = anchors[:, :2], anchors[:, 2:]
+    needed = share * (high - low).prod(1)
+    inside = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
+    # One at a time: images have few regions, and all at once would take G times the memory.
+    for region in regions.to(anchors.dtype):
+        covered = (torch.minimum(high, region[2:]) - torch.maximum(low, region[:2])).clamp_(min=0).prod(1)
+        inside |= (covered >= needed) & (covered > 0)
+    return inside

@@ -30,6 +30,23 @@ def test_amp_on_a_cpu_is_bfloat16_in_the_model():
     assert cfg.MODEL.FOCAL.AMP.ENABLED
 
 
+def test_number_of_classes_may_come_from_the_data(job):
+    config, _ = job
+    assert load_config(str(config), ["MODEL.RETINANET.NUM_CLASSES", "auto"]).MODEL.RETINANET.NUM_CLASSES == 3
+    assert load_config(str(config), CPU).MODEL.RETINANET.NUM_CLASSES == 3
+    assert load_config("", CPU).MODEL.RETINANET.NUM_CLASSES == 80  # detectron2's default
+
+
+def test_number_of_classes_comes_from_test_where_train_is_not_here(job):
+    config, _ = job
+    overrides = ["MODEL.RETINANET.NUM_CLASSES", "auto", "DATASETS.TRAIN", "('coco_2017_train',)"]
+    assert load_config(str(config), overrides).MODEL.RETINANET.NUM_CLASSES == 3
+    with pytest.raises(UserError, match="DATASETS.TRAIN: .*coco_2017_train.*not found"):
+        load_config(str(config), [*overrides, "DATASETS.TEST", "()"])
+    with pytest.raises(UserError, match="is auto, but DATASETS.TRAIN and DATASETS.TEST are empty"):
+        load_config(str(config), [*overrides[:2], "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"])
+
+
 @pytest.mark.parametrize(
     "text, match",
     [
@@ -56,6 +73,12 @@ def test_amp_on_a_cpu_is_bfloat16_in_the_model():
         ("MODEL: {BACKBONE: {NAME: resnet}}", "build_focal_resnet_fpn_backbone"),
         ("MODEL: {DEVICE: gpu}", "auto, cpu, cuda"),
         ("SOLVER: {FOCAL: {OPTIMIZER: Adam}}", "SGD, AdamW"),
+        (
+            "MODEL: {RETINANET: {NUM_CLASSES: many}}",
+            "NUM_CLASSES is 'many'; it must be a number from 1, or auto",
+        ),
+        ("MODEL: {RETINANET: {NUM_CLASSES: 3.0}}", "NUM_CLASSES is 3.0; it must be a number"),
+        ("MODEL: {RETINANET: {NUM_CLASSES: 0}}", "NUM_CLASSES is 0; it must be a number from 1"),
     ],
 )
 def test_bad_yaml_gives_one_line(tmp_path, text, match):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from detectron2.utils.logger import setup_logger
 
+from focal_d2.data.readers import read_coco
 from tests.conftest import REPOSITORY
+from tests.data import formats
 from train_net import command_line, main
 
 
@@ -84,6 +88,51 @@ def test_train_evaluate_resume(job, tmp_path, monkeypatch, capsys):
     # ... and refuses to go on with another optimizer.
     resume = ["--config-file", config, "--resume", "SOLVER.MAX_ITER", 12, "SOLVER.FOCAL.OPTIMIZER"]
     assert run_main(monkeypatch, *resume, "SGD") == 2
+
+
+def test_the_same_data_in_four_formats_trains_to_the_same_weights(job, tmp_path, monkeypatch):
+    config, data = job
+    table = read_coco(str(data.annotations), str(data.images))
+    # Boxes of whole pixels, some turned flat, an image without any; sides that are no power of two.
+    flat = table.boxes * [1, 1, 1, 0.5] + [0, 3, 0, 0]
+    keep = table.image != 2
+    table = dataclasses.replace(
+        table,
+        boxes=flat[keep],
+        image=table.image[keep],
+        labels=table.labels[keep],
+        ignored=table.ignored[keep],
+    )
+    content = yaml.safe_load(config.read_text())
+    entries = [formats.write(style, tmp_path / style, table, data.images, style) for style in formats.STYLES]
+    content["DATASETS"]["FOCAL"] = entries
+    content["INPUT"] = {"MIN_SIZE_TRAIN": [57, 64, 75], "MIN_SIZE_TEST": 64, "FOCAL": {"VERTICAL_FLIP": True}}
+    content["DATALOADER"]["FILTER_EMPTY_ANNOTATIONS"] = False
+    content["SOLVER"]["MAX_ITER"] = 20
+    config.write_text(yaml.safe_dump(content))
+    weights, figures = [], []
+    for style in formats.STYLES:
+        out = tmp_path / f"out_{style}"
+        names = ["DATASETS.TRAIN", f"('{style}',)", "DATASETS.TEST", f"('{style}',)"]
+        overrides = ["MODEL.RETINANET.NUM_CLASSES", "auto", "OUTPUT_DIR", out, *names]
+        assert run_main(monkeypatch, "--config-file", config, *overrides) == 0
+        weights.append(torch.load(out / "model_final.pth")["model"])
+        figures.append(final_ap(out))
+    for other in weights[1:]:
+        assert all(torch.equal(other[name], value) for name, value in weights[0].items())
+    assert all(str(other) == str(figures[0]) for other in figures[1:])  # NaN is a text like any other
+    start = yaml.safe_load((tmp_path / "out_coco/config.yaml").read_text())
+    assert start["MODEL"]["RETINANET"]["NUM_CLASSES"] == 3
+
+
+def test_keys_of_other_detectors_are_warned_of(job, monkeypatch, capsys):
+    config, _ = job
+    overrides = ["SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()", "MODEL.ROI_HEADS.NUM_CLASSES", 3]
+    assert run_main(monkeypatch, "--config-file", config, *overrides) == 0
+    warning = (
+        "MODEL.ROI_HEADS.NUM_CLASSES is 3, which FocalRetinaNet does not read: it reads MODEL.RETINANET."
+    )
+    assert warning in capsys.readouterr().out
 
 
 def test_resume_without_a_checkpoint_starts_anew(job, tmp_path, monkeypatch):

@@ -299,6 +299,38 @@ def test_low_quality_matches_can_be_off():
     assert positives[1] == 0
 
 
+def test_ignored_regions_are_no_background():
+    model, image = build_model(make_cfg()), make_image(1, 3)
+    image["instances"].gt_boxes.tensor.copy_(torch.tensor([[4.0, 4.0, 36.0, 36.0]]))
+    region = torch.tensor([[0.0, 0.0, 80.0, 128.0]])
+    anchors = model.anchors_for(model.preprocess_image([image]))
+    plain = model.label_anchors(anchors, [image["instances"]])
+    with_region = model.label_anchors(anchors, [image["instances"]], [region])
+    changed = plain.labels != with_region.labels
+    # Positives inside stay; what was background and lies at least half inside is ignored; nothing else moves.
+    assert (plain.labels[changed] == model.num_classes).all()
+    assert (with_region.labels[changed] == -1).all()
+    assert torch.equal(plain.positive, with_region.positive)
+    x0, y0, x1, y1 = anchors.boxes.T
+    inside = (x1.clamp(0, 80) - x0.clamp(0, 80)) * (y1.clamp(0, 128) - y0.clamp(0, 128))
+    mostly = inside >= 0.5 * (x1 - x0) * (y1 - y0)
+    assert torch.equal(changed[0], mostly & (plain.labels[0] == model.num_classes))
+    assert changed.any()
+
+
+def test_a_region_changes_the_loss_and_an_absent_one_does_not():
+    def loss(regions, **overrides):
+        torch.manual_seed(0)
+        model, image = build_model(make_cfg(**overrides)), make_image(3, 3)
+        with torch.no_grad():
+            return model([image if regions is None else {**image, "ignored_boxes": regions}])["loss_cls"]
+
+    region = torch.tensor([[0.0, 0.0, 80.0, 128.0]])
+    assert loss(region) < loss(None)
+    assert loss(torch.zeros(0, 4)) == loss(None)
+    assert loss(region, MODEL__FOCAL__IGNORE_OVERLAP=1.01) == loss(None)
+
+
 def test_model_can_be_saved_whole(tmp_path):
     model = build_model(make_cfg(MODEL__FOCAL__CHANNELS_LAST=True))
     torch.save(model, tmp_path / "model.pth")
@@ -328,6 +360,7 @@ def test_losses_on_cuda_equal_the_cpus():
         ("MODEL__RETINANET__IN_FEATURES", ["p2"], "p3, p4, p5, p6, p7"),
         ("MODEL__RETINANET__NUM_CONVS", 0, "at least 1"),
         ("MODEL__FOCAL__FPN__INIT", "zeros", "xavier, paper"),
+        ("MODEL__FOCAL__IGNORE_OVERLAP", 0.0, "above 0"),
         ("MODEL__RETINANET__FOCAL_LOSS_ALPHA", 1.5, "at most 1"),
         ("MODEL__RETINANET__PRIOR_PROB", 0.0, "between 0 and 1"),
         ("MODEL__RESNETS__DEPTH", 51, "18, 34, 50, 101, 152"),

@@ -9,7 +9,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, pairwise_iou
 
 from focal_d2.modeling.anchors import grid_of
-from focal_d2.ops.assign import match_anchors
+from focal_d2.ops.assign import inside_regions, match_anchors
 
 STRIDES = (8, 16, 32, 64, 128)
 PAPER = [[s * 2 ** (k / 3) for k in range(3)] for s in (32, 64, 128, 256, 512)]
@@ -111,3 +111,26 @@ def test_boxes_of_no_size_to_speak_of(value):
             boxes[chosen], anchors, grid, thresholds=(0.4, 0.5), labels=(0, -1, 1), low_quality_matches=True
         )
         assert torch.equal(got.outcome, outcome)
+
+
+def test_inside_regions_takes_the_share_of_the_anchor():
+    # The region covers all of the first, half of the second (5 of 10 columns), a quarter of the third.
+    anchors = torch.tensor([[2.0, 2, 4, 4], [5, 0, 15, 10], [5, 5, 15, 15], [20, 0, 30, 10]])
+    region = torch.tensor([[0.0, 0, 10, 10]])
+    assert inside_regions(anchors, region, share=0.5).tolist() == [True, True, False, False]
+    assert inside_regions(anchors, region, share=0.25).tolist() == [True, True, True, False]
+    assert inside_regions(anchors, region, share=1.01).tolist() == [False] * 4
+
+
+def test_inside_regions_does_not_add_regions_up():
+    anchors = torch.tensor([[0.0, 0, 10, 10]])
+    halves = torch.tensor([[0.0, 0, 4, 10], [6.0, 0, 10, 10]])
+    assert inside_regions(anchors, halves, share=0.5).tolist() == [False]
+    assert inside_regions(anchors, halves[:0], share=0.5).tolist() == [False]
+
+
+def test_inside_regions_needs_an_overlap():
+    """Anchors or regions without an area cover nothing, whatever the share."""
+    anchors = torch.tensor([[5.0, 5, 5, 9], [0.0, 0, 10, 10]])
+    assert inside_regions(anchors, torch.tensor([[0.0, 0, 10, 10]]), share=0.5).tolist() == [False, True]
+    assert inside_regions(anchors, torch.tensor([[3.0, 3, 3, 8]]), share=1e-9).tolist() == [False, False]
