@@ -107,6 +107,21 @@ def add_focal_config(cfg: CfgNode) -> None:
     # Multiply brightness and contrast by a factor drawn from [1 - x, 1 + x]; 0: off.
     inputs.BRIGHTNESS = 0.0
     inputs.CONTRAST = 0.0
+    # The same for saturation (0 is grey, 1 as it is); INPUT.FORMAT BGR or RGB.
+    inputs.SATURATION = 0.0
+    # Turn hues by up to so many degrees either way; 0: off, 180: to any. INPUT.FORMAT BGR or RGB.
+    inputs.HUE = 0.0
+    # Multiply the size that INPUT.MIN_SIZE_TRAIN gives by a factor drawn from [low, high]; above 1 it needs
+    # BOX_CROP. Large-scale jitter (arXiv 2012.07177) is [0.1, 2.0] with a crop of [1024, 1024].
+    inputs.SCALE_JITTER = [1.0, 1.0]
+    inputs.BOX_CROP = CfgNode()
+    # Crop to at most [height, width] pixels after resizing; []: off. Nothing is padded.
+    inputs.BOX_CROP.SIZE = []
+    # How often the crop is placed to hold a box, each box as likely; else it may be anywhere in the image.
+    inputs.BOX_CROP.AROUND_BOX = 0.5
+    # A box that shows less than this share of its area in the crop is an ignored region: neither object nor
+    # background.
+    inputs.BOX_CROP.MIN_VISIBLE = 0.25
 
     # Own datasets, a list of {NAME, FORMAT (coco, voc, yolo, csv), IMAGES, ANNOTATIONS, CLASSES, LIST}: see
     # docs/data.md.

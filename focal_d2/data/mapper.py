@@ -16,32 +16,45 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from torch.utils.data import get_worker_info
 
 from focal_d2.config import check_choice
-from focal_d2.data.pixels import UNREADABLE, OpenCVInput, read_pixels, to_planes
+from focal_d2.data.augmentations import build_augmentations
+from focal_d2.data.pixels import UNREADABLE, OpenCVInput, read_pixels, read_with_pillow, to_planes
 from focal_d2.errors import UserError
 
 
 class FocalDatasetMapper(DatasetMapper):
-    """detectron2's mapper with the augmentations of `INPUT.FOCAL.*` and an error that names the file."""
+    """detectron2's mapper with the augmentations of `INPUT.FOCAL.*` and an error that names the file.
+
+    A training sample also has "ignored_boxes", (G, 4) float32 XYXY in its own pixels: regions that are
+    neither object nor background, from crowds and from boxes of which the crop left too little.
+    """
 
     @configurable
-    def __init__(self, is_train: bool, *, backend: str, **kwargs: Any) -> None:
-        """Take detectron2's arguments and one more.
+    def __init__(self, is_train: bool, *, backend: str, min_visible: float | None, **kwargs: Any) -> None:
+        """Take detectron2's arguments and two more.
 
         Args:
             is_train: whether to augment and to return boxes.
             backend: "pil" or "opencv".
+            min_visible: share of a box's area that must be left for it to be an object; None: any, and
+                no augmentation asks for boxes.
             **kwargs: detectron2's.
         """
         super().__init__(is_train, **kwargs)
         self.backend = backend
+        self.min_visible = min_visible
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Read `INPUT.*`; augmentations apply in training only."""
         backend = input_backend(cfg)
-        kwargs = {**super().from_config(cfg, is_train), "backend": backend}
+        inputs = cfg.INPUT.FOCAL
+        kwargs = {
+            **super().from_config(cfg, is_train),
+            "backend": backend,
+            "min_visible": inputs.BOX_CROP.MIN_VISIBLE if is_train and inputs.BOX_CROP.SIZE else None,
+        }
         if is_train:
-            kwargs["augmentations"] += build_augmentations(cfg.INPUT.FOCAL)
+            kwargs["augmentations"] = build_augmentations(cfg, kwargs["augmentations"])
         return kwargs
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -50,25 +63,55 @@ class FocalDatasetMapper(DatasetMapper):
         Raises:
             UserError: if the image cannot be read or has another size than annotated.
         """
+        more = self.use_instance_mask or self.use_keypoint or self.proposal_topk is not None
         try:
-            return self._map(dataset_dict) if self.backend == "opencv" else super().__call__(dataset_dict)
+            if more or "sem_seg_file_name" in dataset_dict:
+                return super().__call__(dataset_dict)
+            return self._map(dataset_dict)
         except (*UNREADABLE, SizeMismatchError) as error:
             raise UserError(f"cannot read image {dataset_dict['file_name']}: {error}") from error
 
     def _map(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Do what detectron2's `__call__` does to an image and its boxes, with OpenCV."""
+        """Do what detectron2's `__call__` does to an image and its boxes."""
         if get_worker_info() is not None:
             cv2.setNumThreads(0)  # as PyTorch limits its own: each worker has one core
         record = dict(dataset_dict)  # what it holds is read only
-        image = read_pixels(record["file_name"], self.image_format)
-        check_image_size(record, image)
-        inputs = OpenCVInput(image)
-        transforms = self.augmentations(inputs)
-        record["image"] = to_planes(inputs.image)
         annotations = record.pop("annotations", None)
-        if self.is_train and annotations is not None:
-            record["instances"] = transform_boxes(annotations, transforms, inputs.image.shape[:2])
+        inputs: T.AugInput
+        if self.backend == "opencv":
+            image = read_pixels(record["file_name"], self.image_format)
+            inputs = OpenCVInput(image)
+        else:
+            image = read_with_pillow(record["file_name"], self.image_format)
+            inputs = T.AugInput(image)
+        check_image_size(record, image)
+        if self.min_visible is not None:
+            inputs.boxes = boxes_within(
+                [x for x in annotations or () if not x.get("iscrowd", 0)], image.shape[:2]
+            )
+        transforms = self.augmentations(inputs)
+        size = inputs.image.shape[:2]
+        if self.backend == "opencv":
+            record["image"] = to_planes(inputs.image)
+        else:
+            record["image"] = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
+        if self.is_train:
+            objects, record["ignored_boxes"] = split_ignored(
+                annotations or [], transforms, image.shape[:2], size, self.min_visible
+            )
+            if annotations is not None:
+                record["instances"] = transform_boxes(objects, transforms, size)
         return record
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
+    ) -> None:
+        """Keep the ignored regions of a record that detectron2's `__call__` maps."""
+        size = dataset_dict["height"], dataset_dict["width"]
+        dataset_dict["annotations"], dataset_dict["ignored_boxes"] = split_ignored(
+            dataset_dict["annotations"], transforms, size, image_shape, self.min_visible
+        )
+        super()._transform_annotations(dataset_dict, transforms, image_shape)
 
 
 def input_backend(cfg: CfgNode) -> str:
@@ -120,22 +163,47 @@ def transform_boxes(
     return filter_empty_instances(instances)
 
 
-def build_augmentations(inputs: CfgNode) -> list[T.Augmentation]:
-    """List the augmentations that `INPUT.FOCAL.*` turns on, in the order in which they are applied.
+def split_ignored(
+    annotations: list[dict[str, Any]],
+    transforms: T.TransformList,
+    old_size: tuple[int, int],
+    new_size: tuple[int, int],
+    min_visible: float | None,
+) -> tuple[list[dict[str, Any]], torch.Tensor]:
+    """Part an image's annotations in objects and ignored regions.
 
-    Raises:
-        UserError: for a range that is not within [0, 1).
+    Args:
+        annotations: in detectron2's format.
+        transforms: what the image went through, no box of which they tilt.
+        old_size: height and width before.
+        new_size: height and width after.
+        min_visible: of a box's area in the image, the share that must be left; None: crowds only.
+
+    Returns:
+        The annotations that are objects, untransformed, and the ignored regions (G, 4) float32 XYXY,
+        transformed and clipped, without those that are empty.
     """
-    for key in ("BRIGHTNESS", "CONTRAST"):
-        if not 0 <= inputs[key] < 1:
-            raise UserError(f"INPUT.FOCAL.{key} is {inputs[key]}; it must be at least 0 and below 1")
-    augmentations: list[T.Augmentation] = []
-    if inputs.VERTICAL_FLIP:
-        augmentations.append(T.RandomFlip(horizontal=False, vertical=True))
-    if inputs.ROTATE_90:
-        augmentations.append(T.RandomRotation([0, 90, 180, 270], sample_style="choice"))
-    if inputs.BRIGHTNESS:
-        augmentations.append(T.RandomBrightness(1 - inputs.BRIGHTNESS, 1 + inputs.BRIGHTNESS))
-    if inputs.CONTRAST:
-        augmentations.append(T.RandomContrast(1 - inputs.CONTRAST, 1 + inputs.CONTRAST))
-    return augmentations
+    ignored = np.array([bool(x.get("iscrowd", 0)) for x in annotations], dtype=bool)
+    if min_visible is None and not ignored.any():
+        return annotations, torch.zeros(0, 4)
+    height, width = new_size
+    moved = transforms.apply_box(boxes_within(annotations, old_size))
+    left = moved.clip(0, [width, height, width, height])
+    if min_visible is not None:
+        # The slack is for rounding: a turn by 90 degrees moves a box by some 1e-13 pixels.
+        ignored |= _areas(left) < (min_visible - 1e-9) * _areas(moved)
+    objects = [x for x, out in zip(annotations, ignored.tolist(), strict=True) if not out]
+    return objects, torch.from_numpy(left[ignored & (_areas(left) > 0)].astype(np.float32))
+
+
+def boxes_within(annotations: list[dict[str, Any]], image_size: tuple[int, int]) -> np.ndarray:
+    """Return the annotations' boxes (M, 4) float64 XYXY, clipped to the image's height and width."""
+    boxes = [
+        BoxMode.convert([float(v) for v in x["bbox"]], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations
+    ]
+    height, width = image_size
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4).clip(0, [width, height, width, height])
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from detectron2.data.detection_utils import read_image
 
-from focal_d2.data.pixels import UNREADABLE
+from focal_d2.data.pixels import UNREADABLE, read_with_pillow
 from focal_d2.errors import UserError
 
 GREEN, YELLOW = (80, 255, 80), (0, 220, 255)  # BGR
@@ -69,7 +68,7 @@ def read_bgr(path: str | Path) -> np.ndarray:
         UserError: naming the file, if it cannot be read.
     """
     try:
-        return read_image(str(path), format="BGR")
+        return read_with_pillow(str(path), "BGR")
     except UNREADABLE as error:
         raise UserError(f"cannot read image {path}: {error}") from error
 

@@ -23,6 +23,7 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter
 
 from focal_d2.config import unread_keys
 from focal_d2.data import FocalDatasetMapper, check_datasets
+from focal_d2.data.loader import build_sampler, check_sampler, training_records
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.checkpoint import FocalCheckpointer, check_file
 from focal_d2.engine.progress import ProgressBar
@@ -67,20 +68,16 @@ class FocalTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Build detectron2's training loader with our mapper.
+        """Build detectron2's training loader with our mapper, records and samplers.
 
         Raises:
-            UserError: if no image is left to train on.
+            UserError: if no image is left to train on, or for a sampler that there is not.
         """
-        try:
-            return build_detection_train_loader(cfg, mapper=FocalDatasetMapper(cfg, is_train=True))
-        except AssertionError as error:
-            if "No valid data" not in str(error):
-                raise
-            raise UserError(
-                f"no image of {', '.join(cfg.DATASETS.TRAIN)} has a box: to train on such images, set "
-                "DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
-            ) from error
+        mapper = FocalDatasetMapper(cfg, is_train=True)
+        check_sampler(cfg)
+        records = training_records(cfg)
+        sampler = build_sampler(cfg, records)
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=records, sampler=sampler)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -246,5 +243,6 @@ def check_job(config_file: str, overrides: Sequence[str] = (), *, num_gpus: int 
         optimizer = FocalTrainer.build_optimizer(cfg, model)
         FocalTrainer.build_lr_scheduler(cfg, optimizer)
         FocalDatasetMapper(cfg, is_train=True)
+        check_sampler(cfg)
     check_file(cfg.MODEL.WEIGHTS)
     return str(comparable.dump())

@@ -12,7 +12,7 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image, PngImagePlugin
 
 from focal_d2.data import pixels
-from focal_d2.data.pixels import UNREADABLE, OpenCVInput, read_pixels, resize, to_planes
+from focal_d2.data.pixels import UNREADABLE, OpenCVInput, read_pixels, read_with_pillow, resize, to_planes
 
 
 def photograph(height: int = 90, width: int = 120, *, channels: int = 3) -> np.ndarray:
@@ -80,7 +80,6 @@ BY_PILLOW = {
     "alpha": encode(photograph(channels=4), "PNG"),
     "grey and alpha": encode(Image.fromarray(IMAGE).convert("LA"), "PNG"),
     "one bit": encode(Image.fromarray(IMAGE).convert("1"), "PNG"),
-    "16 bits": encode(Image.fromarray(GREY.astype(np.uint16) * 257), "PNG"),
     "16 bits colour": cv2.imencode(".png", IMAGE.astype(np.uint16) * 250)[1].tobytes(),
     "transparent colour": with_chunk(PNG, b"tRNS", struct.pack(">3H", *IMAGE[0, 0].tolist())),
     "png with exif": encode(IMAGE, "PNG", exif=exif(6)),
@@ -101,14 +100,14 @@ BY_PILLOW = {
 
 @pytest.fixture
 def opened_by_pillow(monkeypatch) -> list[str]:
-    """The files that were handed to detectron2's `read_image`."""
+    """The files that OpenCV left to Pillow."""
     files: list[str] = []
 
     def spy(file_name, image_format):
         files.append(file_name)
-        return read_image(file_name, image_format)
+        return read_with_pillow(file_name, image_format)
 
-    monkeypatch.setattr(pixels, "read_image", spy)
+    monkeypatch.setattr(pixels, "read_with_pillow", spy)
     return files
 
 
@@ -121,7 +120,107 @@ def test_read_pixels_is_detectron2s(tmp_path, opened_by_pillow, kind, image_form
     found = read_pixels(str(path), image_format)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(read_with_pillow(str(path), image_format), expected)
     assert bool(opened_by_pillow) == (kind in BY_PILLOW)
+
+
+READERS = pytest.mark.parametrize("read", [read_pixels, read_with_pillow])
+# The high byte is 0 to 11, the low byte 7.
+DEEP = np.arange(12, dtype=np.uint16).reshape(3, 4) * 256 + 7
+
+
+@READERS
+@pytest.mark.parametrize(
+    "kind, deep",
+    [("PNG", DEEP), ("TIFF", DEEP), ("TIFF", DEEP.astype(">u2")), ("TIFF", DEEP.astype(np.int32))],
+    ids=["png", "tiff", "big-endian tiff", "32 bits"],
+)
+def test_16_bits_lose_their_low_byte(tmp_path, kind, deep, read):
+    path = tmp_path / "deep"
+    path.write_bytes(encode(deep, kind))
+    found = read(str(path), "BGR")
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, np.arange(12).reshape(3, 4, 1).repeat(3, 2))
+    if deep.dtype == np.uint16:
+        np.testing.assert_array_equal(found, cv2.imread(str(path)))
+
+
+@READERS
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (np.float32([[0, 1]]), r"floating-point numbers \(mode F\)"),
+        (np.int32([[0, 65536]]), "0 to 65536; 8 or 16 bits are read"),
+        (np.int32([[-1, 65535]]), "-1 to 65535"),
+    ],
+)
+def test_values_of_other_ranges_are_refused(tmp_path, values, message, read):
+    path = tmp_path / "measured.tif"
+    path.write_bytes(encode(values, "TIFF"))
+    with pytest.raises(OSError, match=message):
+        read(str(path), "BGR")
+
+
+def palette() -> Image.Image:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    return image
+
+
+def pair(*pixels: tuple[int, ...]) -> np.ndarray:
+    return np.array([pixels], np.uint8)
+
+
+@READERS
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        (encode(palette(), "PNG"), pair((10, 20, 30), (200, 100, 50))),
+        # What lies under alpha is what was stored.
+        (encode(pair((10, 20, 30, 255), (200, 100, 50, 0)), "PNG"), pair((10, 20, 30), (200, 100, 50))),
+        (encode(np.array([[7, 250]], np.uint8), "PNG"), pair((7, 7, 7), (250, 250, 250))),
+        # No ink is white; full cyan takes all red; half black halves the rest.
+        (
+            encode(Image.fromarray(pair((0, 0, 0, 0), (255, 0, 0, 128)), "CMYK"), "TIFF"),
+            pair((255, 255, 255), (0, 127, 127)),
+        ),
+        (
+            encode(palette(), "GIF", save_all=True, append_images=[Image.new("P", (2, 1), 1)]),
+            pair((10, 20, 30), (200, 100, 50)),
+        ),
+    ],
+    ids=["palette", "alpha", "grey", "cmyk", "first of an animation"],
+)
+def test_hand_made_pixels_are_read_as_they_are(tmp_path, data, expected, read):
+    path = tmp_path / "pair"
+    path.write_bytes(data)
+    np.testing.assert_array_equal(read(str(path), "RGB"), expected)
+    np.testing.assert_array_equal(read(str(path), "BGR"), expected[:, :, ::-1])
+
+
+# What a camera that was held so wrote: each orientation of EXIF, undone.
+UPRIGHT = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.rot90(x.swapaxes(0, 1), 2),
+    8: lambda x: np.rot90(x),
+}
+
+
+@READERS
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "16 bits PNG", "16 bits TIFF"])
+def test_lossless_pictures_are_turned_once(tmp_path, kind, orientation, read):
+    path = tmp_path / "turned"
+    deep = "16 bits" in kind
+    path.write_bytes(encode(DEEP if deep else IMAGE, kind.split()[-1], exif=exif(orientation)))
+    picture = (DEEP >> 8).astype(np.uint8)[:, :, None].repeat(3, 2) if deep else IMAGE
+    np.testing.assert_array_equal(read(str(path), "RGB"), UPRIGHT[orientation](picture))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -143,8 +242,8 @@ def outcome(read, path: str) -> np.ndarray | str:
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "zeros"])
 @pytest.mark.parametrize("kind", [*JPEGS, "png", "grey png"])
-def test_broken_files_are_read_or_refused_as_ever(tmp_path, kind, damage):
-    """Corrupt data: the same pixels or the same error as detectron2's."""
+def test_broken_files_are_read_or_refused_alike(tmp_path, kind, damage):
+    """Corrupt data: the same pixels or the same error from either reader."""
     rng = np.random.default_rng(0)
     whole, path = BY_OPENCV[kind], tmp_path / "broken"
     refused = 0
@@ -158,7 +257,7 @@ def test_broken_files_are_read_or_refused_as_ever(tmp_path, kind, damage):
         else:
             data[at : at + 40] = bytes(len(data[at : at + 40]))
         path.write_bytes(data)
-        expected, found = outcome(read_image, str(path)), outcome(read_pixels, str(path))
+        expected, found = outcome(read_with_pillow, str(path)), outcome(read_pixels, str(path))
         if isinstance(expected, str):
             refused += 1
             assert found == expected
@@ -166,6 +265,17 @@ def test_broken_files_are_read_or_refused_as_ever(tmp_path, kind, damage):
             np.testing.assert_array_equal(found, expected)
     # What is not cut may decode.
     assert refused > 30 or damage != "cut"
+
+
+def test_png_with_broken_data_is_refused(tmp_path):
+    # detectron2 trains on what could be decoded, the rest black.
+    data, path = bytearray(PNG), tmp_path / "broken.png"
+    data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
+    path.write_bytes(data)
+    assert read_image(str(path), "BGR").shape == IMAGE.shape
+    for read in (read_pixels, read_with_pillow):
+        with pytest.raises(OSError, match="broken|unrecognized|truncated"):
+            read(str(path), "BGR")
 
 
 @pytest.mark.parametrize("marker", [0x5C, 0xC4, 0xD8, 0xDA])

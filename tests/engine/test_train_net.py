@@ -206,6 +206,7 @@ def other_architecture(data) -> None:
         (None, ["MODEL.FOCAL.HEAD.CHANNELS", "48"], "HEAD.CHANNELS is 48"),
         (None, ["MODEL.RETINANET.FOCAL_LOSS_ALPHA", "2.0"], "FOCAL_LOSS_ALPHA is 2.0"),
         (None, ["INPUT.FOCAL.BRIGHTNESS", "1.5"], "INPUT.FOCAL.BRIGHTNESS is 1.5"),
+        (None, ["DATALOADER.SAMPLER_TRAIN", "Even"], 'SAMPLER_TRAIN is "Even"; legal values: '),
         (None, ["SOLVER.IMS_PER_BATCH", "0"], "cannot build the trainer"),
         (break_annotations, [], "annotation file not found: {folder}/annotations.json"),
         (None, ["--num-gpus", "64"], "--num-gpus 64"),

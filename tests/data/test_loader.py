@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import build_detection_train_loader
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+
+from focal_d2 import UserError
+from focal_d2.data import FocalDatasetMapper, register_datasets
+from focal_d2.data.loader import (
+    ClassBalancedSampler,
+    build_sampler,
+    check_sampler,
+    class_balanced_weights,
+    describe_shares,
+    image_classes,
+    training_records,
+)
+from focal_d2.engine import FocalTrainer
+from tests.conftest import make_cfg
+
+# 8 images: class 0 in five, class 2 in two, class 5 in one; two have none.
+CLASSES = [np.array(x, dtype=np.int64) for x in ([0], [0], [0], [0, 2], [0, 5], [2], [], [])]
+
+
+def draw(classes: list[np.ndarray], count: int, seed: int = 0) -> list[int]:
+    return list(itertools.islice(ClassBalancedSampler(classes, seed=seed), count))
+
+
+def test_every_class_has_its_turn_equally_often():
+    classes = [np.array([c]) for c in [0] * 7 + [1] * 3 + [2]]
+    drawn = draw(classes, 300)
+    for start in range(0, 300, 3):
+        assert {classes[i][0] for i in drawn[start : start + 3]} == {0, 1, 2}
+    # The 100 turns of class 0 are 14 rounds of its 7 images and 2 more.
+    counts = Counter(drawn)
+    assert all(counts[i] in (14, 15) for i in range(7))
+    assert all(counts[i] in (33, 34) for i in range(7, 10))
+    assert counts[10] == 100
+
+
+def test_shares_by_hand():
+    # A quarter has no box: 1/8 each. Of the other 3/4 each class has 1/4, shared by its images.
+    rare, middle, common = 1 / 4, 1 / 4 / 2, 1 / 4 / 5
+    expected = [common, common, common, common + middle, common + rare, middle, 1 / 8, 1 / 8]
+    np.testing.assert_allclose(class_balanced_weights(CLASSES), expected, rtol=1e-12)
+    counts = np.bincount(draw(CLASSES, 20_000), minlength=8)
+    np.testing.assert_allclose(counts / 20_000, expected, atol=0.01)
+
+
+@pytest.mark.parametrize("classes", [[[], []], [[3]], [[1], []]], ids=str)
+def test_few_images_are_drawn(classes):
+    classes = [np.array(x, dtype=np.int64) for x in classes]
+    assert set(draw(classes, 100)) == set(range(len(classes)))
+    np.testing.assert_allclose(class_balanced_weights(classes), 1 / len(classes))
+
+
+def test_ranks_share_one_stream(monkeypatch):
+    whole = draw(CLASSES, 60)
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda r=rank: r)
+        parts.append(draw(CLASSES, 30))
+    assert [x for pair in zip(*parts, strict=True) for x in pair] == whole
+
+
+def test_stream_is_its_seeds():
+    assert draw(CLASSES, 50, seed=1) == draw(CLASSES, 50, seed=1) != draw(CLASSES, 50, seed=2)
+
+
+def test_crowds_show_no_class():
+    annotations = [{"category_id": 4}, {"category_id": 2, "iscrowd": 0}, {"category_id": 7, "iscrowd": 1}]
+    assert image_classes({"annotations": [*annotations, annotations[0]]}).tolist() == [2, 4]
+    assert image_classes({}).tolist() == []
+
+
+def test_describe_shares_names_the_most_changed():
+    weights = class_balanced_weights(CLASSES)
+    # Class 5: 1 of 8 before, 1/20 + 1/4 after. Class 2: 2 of 8, then 1/20 + 1/8 + 1/8. Class 0: 5 of 8, then
+    # 5/20 + 1/8 + 1/4, the same.
+    assert describe_shares(CLASSES, weights, ["ant", "bee", "cat"]) == (
+        "share of images that show a class, most changed of 3: 5 12.50% to 30.00%, cat 25.00% to 30.00%"
+    )
+
+
+def test_describe_shares_names_five_at_most():
+    classes = [np.array([c]) for c in range(10) for _ in range(c + 1)]
+    line = describe_shares(classes, class_balanced_weights(classes), [])
+    assert line.count(" to ") == 5
+    assert "most changed of 10: 0 1.82% to 10.00%, 1 3.64% to 10.00%" in line
+
+
+def test_describe_shares_without_change():
+    line = "each class is shown as often as without it"
+    assert describe_shares(CLASSES, np.full(8, 1 / 8), []) == line
+    assert describe_shares([CLASSES[-1]], np.ones(1), []) == line
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"SAMPLER_TRAIN": "Balanced"},
+            'DATALOADER.SAMPLER_TRAIN is "Balanced"; legal values: TrainingSampler, '
+            "RepeatFactorTrainingSampler, ClassBalancedSampler$",
+        ),
+        # detectron2 knows it, and lacks the key that it reads.
+        ({"SAMPLER_TRAIN": "RandomSubsetTrainingSampler"}, 'SAMPLER_TRAIN is "RandomSubsetTrainingSampler"'),
+        ({"REPEAT_THRESHOLD": -0.1}, "DATALOADER.REPEAT_THRESHOLD is -0.1; it must be within 0 and 1"),
+        ({"REPEAT_THRESHOLD": 1.5}, "DATALOADER.REPEAT_THRESHOLD is 1.5"),
+    ],
+)
+def test_check_sampler_refuses(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_sampler(make_cfg(**{f"DATALOADER__{key}": value for key, value in settings.items()}))
+
+
+@pytest.fixture
+def cfg(coco_dataset):
+    data = coco_dataset(images=6, size=64)
+    register_datasets([data.entry])
+    return make_cfg(DATASETS__TRAIN=(data.name,))
+
+
+def crowded(annotations: list[dict]) -> list[dict]:
+    return [{**x, "iscrowd": 1} for x in annotations]
+
+
+@pytest.fixture
+def mixed(cfg, monkeypatch):
+    """Six images; the first has no box, the second crowds only, the last two lack class 2."""
+    records = training_records(cfg)
+    records[0]["annotations"] = []
+    records[1]["annotations"] = crowded(records[1]["annotations"])
+    for record in records[4:]:
+        record["annotations"] = record["annotations"][:2]
+    monkeypatch.setattr("detectron2.data.DatasetCatalog.get", lambda name: [dict(x) for x in records])
+    return cfg
+
+
+@pytest.mark.parametrize("left_out, kept, words", [(True, 4, "left out"), (False, 6, "trained on")])
+def test_images_without_boxes_are_counted_with_their_key(mixed, caplog, left_out, kept, words):
+    mixed.DATALOADER.FILTER_EMPTY_ANNOTATIONS = left_out
+    with caplog.at_level(logging.INFO, logger="focal_d2"):
+        assert len(training_records(mixed)) == kept
+    assert caplog.messages == [
+        f"2 of 6 images have no box and are {words} (DATALOADER.FILTER_EMPTY_ANNOTATIONS {left_out})"
+    ]
+
+
+def test_no_image_with_boxes_is_refused(cfg, monkeypatch):
+    records = training_records(cfg)
+    for record in records:
+        record["annotations"] = crowded(record["annotations"])
+    monkeypatch.setattr("detectron2.data.DatasetCatalog.get", lambda name: records)
+    with pytest.raises(
+        UserError, match=r"no image of squares_train has a box: .*FILTER_EMPTY_ANNOTATIONS False"
+    ):
+        training_records(cfg)
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    assert len(training_records(cfg)) == 6
+
+
+def first_files(loader, count: int = 8) -> list[str]:
+    batches = itertools.islice(loader, count)
+    return [sample["file_name"] for batch in batches for sample in batch]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"SAMPLER_TRAIN": "TrainingSampler"},
+        {"SAMPLER_TRAIN": "RepeatFactorTrainingSampler", "REPEAT_THRESHOLD": 0.9},
+        {"SAMPLER_TRAIN": "RandomSubsetTrainingSampler", "RANDOM_SUBSET_RATIO": 0.5},
+    ],
+    ids=lambda x: x["SAMPLER_TRAIN"],
+)
+@pytest.mark.parametrize("left_out", [True, False])
+def test_detectron2s_samplers_draw_as_ever(mixed, settings, left_out):
+    mixed.DATALOADER.FILTER_EMPTY_ANNOTATIONS = left_out
+    for key, value in settings.items():
+        mixed.DATALOADER[key] = value
+    np.random.seed(3)  # noqa: NPY002
+    expected = first_files(build_detection_train_loader(mixed, mapper=FocalDatasetMapper(mixed, True)))
+    np.random.seed(3)  # noqa: NPY002
+    assert first_files(FocalTrainer.build_train_loader(mixed)) == expected
+
+
+def test_class_balanced_training_is_logged_and_seeded(mixed, caplog):
+    mixed.DATALOADER.SAMPLER_TRAIN = "ClassBalancedSampler"
+    with caplog.at_level(logging.INFO, logger="focal_d2"):
+        runs = []
+        for seed in (3, 3, 4):
+            np.random.seed(seed)  # noqa: NPY002
+            runs.append(first_files(FocalTrainer.build_train_loader(mixed)))
+    assert runs[0] == runs[1] != runs[2]
+    # Of 4 images all show classes 0 and 1, two show class 2: 1/3 * (2/4 + 2/4 + 1) = 2/3 of what is drawn.
+    assert (
+        "ClassBalancedSampler: share of images that show a class, most changed of 3: class2 50.00% to 66.67%"
+        in caplog.messages
+    )
+
+
+def test_class_balanced_training_in_workers_draws_the_same(mixed):
+    mixed.DATALOADER.SAMPLER_TRAIN = "ClassBalancedSampler"
+    mixed.DATALOADER.ASPECT_RATIO_GROUPING = False  # groups images in the order in which workers end
+    runs = []
+    for mixed.DATALOADER.NUM_WORKERS in (0, 2):
+        np.random.seed(3)  # noqa: NPY002
+        runs.append(first_files(FocalTrainer.build_train_loader(mixed)))
+    assert runs[0] == runs[1]
+
+
+def test_repeat_factors_are_logged(mixed, caplog):
+    mixed.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    records = training_records(mixed)
+    with caplog.at_level(logging.INFO, logger="focal_d2"):
+        assert isinstance(build_sampler(mixed, records), RepeatFactorTrainingSampler)
+        mixed.DATALOADER.REPEAT_THRESHOLD = 1.0
+        build_sampler(mixed, records)
+    first, second = (x.partition(": ")[2] for x in caplog.messages if "RepeatFactor" in x)
+    assert first == "each class is shown as often as without it"
+    # Class 2 is in half of the images, which are repeated sqrt(1 / 0.5) times: 1.414 / 2.414.
+    assert second == "share of images that show a class, most changed of 3: class2 50.00% to 58.58%"
+
+
+def test_other_samplers_are_detectron2s(cfg):
+    assert build_sampler(cfg, training_records(cfg)) is None
+    assert torch.is_tensor(next(iter(FocalTrainer.build_train_loader(cfg)))[0]["image"])
