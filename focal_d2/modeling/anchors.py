@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_anchor_generator, build_backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes
 from torch import Tensor, nn
@@ -22,6 +24,28 @@ class Anchors(NamedTuple):
 
     boxes: Tensor  # (R, 4) XYXY absolute pixels, all levels
     grid: AnchorGrid | None  # None for a generator that is not detectron2's default one
+
+
+class AnchorLayout(NamedTuple):
+    """What says where a model's anchors stand in an image, the model aside."""
+
+    generator: nn.Module  # detectron2's
+    strides: list[int]  # L, pixels between cells
+    divisibility: int  # the network's input is padded to multiples of it
+
+    def cells(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Return L × (height, width) in cells, of an image of these pixels that is a batch of its own."""
+        height, width = (-(-side // self.divisibility) * self.divisibility for side in (height, width))
+        return [(-(-height // stride), -(-width // stride)) for stride in self.strides]
+
+
+def build_layout(cfg: CfgNode) -> AnchorLayout:
+    """Read `MODEL.ANCHOR_GENERATOR`; strides and padding are those of the backbone, which is built."""
+    backbone = build_backbone(cfg)
+    shapes = backbone.output_shape()
+    features = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
+    strides = [int(shape.stride) for shape in features]
+    return AnchorLayout(build_anchor_generator(cfg, features), strides, max(1, backbone.size_divisibility))
 
 
 class AnchorCache:

@@ -41,7 +41,7 @@ from focal_d2.modeling.losses import (
     build_loss,
     gather_deltas,
 )
-from focal_d2.modeling.targets import AnchorTargets, label_anchors
+from focal_d2.modeling.targets import AnchorTargets, build_matcher, label_anchors
 from focal_d2.ops.detect import best_boxes
 
 
@@ -174,11 +174,7 @@ class FocalRetinaNet(DenseDetector):
             "head_in_features": retinanet.IN_FEATURES,
             "anchor_generator": build_anchor_generator(cfg, feature_shapes),
             "box2box_transform": box2box_transform,
-            "anchor_matcher": Matcher(
-                retinanet.IOU_THRESHOLDS,
-                retinanet.IOU_LABELS,
-                allow_low_quality_matches=focal.LOW_QUALITY_MATCHES,
-            ),
+            "anchor_matcher": build_matcher(cfg),
             "region_share": focal.IGNORE_OVERLAP,
             "num_classes": retinanet.NUM_CLASSES,
             "cls_loss": cls_loss,

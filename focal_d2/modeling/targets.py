@@ -10,15 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Instances
 from torch import Tensor
 
+from focal_d2.config import focal_config
 from focal_d2.errors import UserError
-from focal_d2.modeling.anchors import Anchors
+from focal_d2.modeling.anchors import AnchorCache, AnchorLayout, Anchors
 from focal_d2.ops import IGNORE_LABEL
-from focal_d2.ops.assign import inside_regions, match_anchors
+from focal_d2.ops.assign import Matches, inside_regions, match_anchors
+
+# Counting the anchors of more images changes the third digit and costs minutes.
+_MOST_IMAGES = 1000
 
 
 class Positives(NamedTuple):
@@ -45,6 +51,60 @@ class AnchorTargets(NamedTuple):
         else:
             image, anchor = self.positive.nonzero(as_tuple=True)
         return Positives(image, anchor, self.boxes[self.matched[image, anchor]])
+
+
+class LabelCounts(NamedTuple):
+    """How many anchors of L levels the matcher makes positive and negative."""
+
+    positives: list[int]  # L
+    negatives: list[int]  # L
+    images: int  # that were counted
+    boxes: int  # on them
+
+
+def build_matcher(cfg: CfgNode) -> Matcher:
+    """Read `MODEL.RETINANET.IOU_THRESHOLDS` and `IOU_LABELS`, and `MODEL.FOCAL.LOW_QUALITY_MATCHES`."""
+    return Matcher(
+        cfg.MODEL.RETINANET.IOU_THRESHOLDS,
+        cfg.MODEL.RETINANET.IOU_LABELS,
+        allow_low_quality_matches=focal_config(cfg).LOW_QUALITY_MATCHES,
+    )
+
+
+@torch.no_grad()
+def count_labels(
+    boxes: np.ndarray, image: np.ndarray, sizes: np.ndarray, *, layout: AnchorLayout, matcher: Matcher
+) -> LabelCounts:
+    """Count positive and negative anchors, each image a batch of its own, without looking at pixels.
+
+    Args:
+        boxes: (M, 4) XYXY in the pixels of `sizes`.
+        image: (M,) the image of each, ascending.
+        sizes: (N, 2) height and width of the images; of more than 1000 images, 1000 evenly spread are taken.
+        layout: where anchors stand.
+        matcher: its thresholds, labels and allow_low_quality_matches; see `match_anchors`.
+    """
+    spread = np.linspace(0, len(sizes) - 1, min(len(sizes), _MOST_IMAGES)).round().astype(np.int64)
+    # Images of a shape share their anchors; the shapes come one after the other.
+    chosen = spread[np.lexsort(sizes[spread].T)].tolist()
+    ends = np.searchsorted(image, np.arange(len(sizes) + 1))
+    anchors_of = AnchorCache(layout.generator)
+    positives = np.zeros(len(layout.strides), dtype=np.int64)
+    negatives = np.zeros_like(positives)
+    for i in chosen:
+        cells = layout.cells(*sizes[i].tolist())
+        anchors = anchors_of(cells, torch.device("cpu"))
+        own = torch.from_numpy(boxes[ends[i] : ends[i + 1]]).float()
+        outcome = np.zeros(len(anchors.boxes), dtype=np.int8)
+        if len(own):
+            outcome = _match(own, anchors, matcher).outcome.numpy()
+        areas = [height * width for height, width in cells]
+        per_cell = len(outcome) // sum(areas)
+        firsts = np.cumsum([0, *areas[:-1]]) * per_cell
+        positives += np.add.reduceat(outcome == 1, firsts, dtype=np.int64)
+        negatives += np.add.reduceat(outcome == 0, firsts, dtype=np.int64)
+    counted = int(sum(ends[i + 1] - ends[i] for i in chosen))
+    return LabelCounts(positives.tolist(), negatives.tolist(), len(chosen), counted)
 
 
 @torch.no_grad()
@@ -97,20 +157,24 @@ def label_anchors(
             labels[i].masked_fill_(inside, IGNORE_LABEL)
         if count == 0:
             continue
-        box, outcome = match_anchors(
-            boxes[first : first + count],
-            anchors.boxes,
-            anchors.grid,
-            thresholds=matcher.thresholds[1:-1],  # without the infinities around them
-            labels=matcher.labels,
-            low_quality_matches=matcher.allow_low_quality_matches,
-        )
+        box, outcome = _match(boxes[first : first + count], anchors, matcher)
         torch.add(box, first, out=matched[i])
         torch.eq(outcome, 1, out=positive[i])
         labels[i].masked_fill_(outcome == -1, IGNORE_LABEL)
         torch.where(positive[i], classes[matched[i]], labels[i], out=labels[i])
         first += count
     return AnchorTargets(labels, positive, matched, boxes, _count(positive))
+
+
+def _match(boxes: Tensor, anchors: Anchors, matcher: Matcher) -> Matches:
+    return match_anchors(
+        boxes,
+        anchors.boxes,
+        anchors.grid,
+        thresholds=matcher.thresholds[1:-1],  # without the infinities around them
+        labels=matcher.labels,
+        low_quality_matches=matcher.allow_low_quality_matches,
+    )
 
 
 def _count(positive: Tensor) -> Callable[[], int]:

@@ -1,0 +1,127 @@
+"""At what resolution training shows images and boxes to the network, told from sizes alone.
+
+Sizes are (height, width) in pixels, as in detectron2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from detectron2.config import CfgNode
+
+from focal_d2.config import check_choice
+from focal_d2.data.table import Table
+from focal_d2.errors import UserError
+
+_CROPS = ("absolute", "absolute_range", "relative", "relative_range")
+# detectron2 drops boxes whose sides, after clipping, are not longer.
+_SHORTEST_SIDE = 1e-5
+
+
+class NetworkInputs(NamedTuple):
+    """N images on their way into the network."""
+
+    scales: np.ndarray  # (N,) float64: by how much sides are multiplied, but for rounding to whole pixels
+    sizes: np.ndarray  # (N, 2) int64: what the network sees, cropped and resized
+    whole: np.ndarray  # (N, 2) int64: the whole image at that scale; `sizes` if nothing is cropped
+
+
+class TrainingBoxes(NamedTuple):
+    """M boxes at training resolution, on whole images, in the order of a table."""
+
+    rows: np.ndarray  # (M,) int64: the places in the table
+    image: np.ndarray  # (M,) int64, ascending
+    boxes: np.ndarray  # (M, 4) float64, XYXY absolute pixels
+    sizes: np.ndarray  # (N, 2) int64: the images at that resolution
+
+
+def training_boxes(cfg: CfgNode, table: Table) -> TrainingBoxes:
+    """Scale a table's boxes as training does, without crops and turns.
+
+    Ignored boxes, and boxes of which nothing lies in the image, are left out; others are clipped to it.
+    """
+    sizes = training_inputs(cfg, table.sizes).whole
+    rows = np.flatnonzero(~table.ignored)
+    image = table.image[rows]
+    corners = table.boxes[rows]
+    corners[:, 2:] += corners[:, :2]
+    # Along each axis by the ratio of whole pixels, as images are resized.
+    corners *= np.tile((sizes / table.sizes)[image, ::-1], 2)
+    corners = corners.clip(0, np.tile(sizes[image, ::-1], 2))
+    kept = (corners[:, 2:] - corners[:, :2] > _SHORTEST_SIDE).all(axis=1)
+    return TrainingBoxes(rows[kept], image[kept], corners[kept], sizes)
+
+
+def training_scales(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
+    """Return `training_inputs(cfg, sizes).scales`, (N,) float64."""
+    return training_inputs(cfg, sizes).scales
+
+
+def training_inputs(cfg: CfgNode, sizes: np.ndarray) -> NetworkInputs:
+    """Say how training shows images to the network: `INPUT.CROP`, `MIN_SIZE_TRAIN`, `MAX_SIZE_TRAIN`.
+
+    Where training draws at random, the middle of what it may draw is taken: the median of a list (the lower
+    of two), the mean of a range.
+
+    Args:
+        cfg: full config.
+        sizes: (N, 2) as annotated, each at least 1.
+
+    Raises:
+        UserError: for a kind of crop that detectron2 has not, or no MIN_SIZE_TRAIN.
+    """
+    inputs = cfg.INPUT
+    if not inputs.MIN_SIZE_TRAIN:
+        raise UserError("INPUT.MIN_SIZE_TRAIN is empty; it needs at least one size in pixels")
+    edges = sorted(inputs.MIN_SIZE_TRAIN)
+    if inputs.MIN_SIZE_TRAIN_SAMPLING == "range":
+        edge = (edges[0] + edges[-1]) // 2
+    else:
+        edge = edges[(len(edges) - 1) // 2]
+    crop = check_choice("INPUT.CROP.TYPE", inputs.CROP.TYPE, _CROPS) if inputs.CROP.ENABLED else None
+    return network_inputs(
+        sizes, crop_type=crop, crop_size=inputs.CROP.SIZE, short_edge=edge, max_size=inputs.MAX_SIZE_TRAIN
+    )
+
+
+def network_inputs(
+    sizes: np.ndarray, *, crop_type: str | None, crop_size: Sequence[float], short_edge: int, max_size: int
+) -> NetworkInputs:
+    """Crop, then resize, by the arithmetic of detectron2's `RandomCrop` and `ResizeShortestEdge`.
+
+    Args:
+        sizes: (N, 2), each at least 1.
+        crop_type: detectron2's; None: no crop.
+        crop_size: what that type wants. Of a range the middle is taken.
+        short_edge: pixels of the shorter side after resizing, unless the longer is then above `max_size`;
+            0: nothing is resized.
+        max_size: most pixels of the longer side.
+    """
+    sizes = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
+    crops = sizes if crop_type is None else _crop(sizes, crop_type, np.asarray(crop_size, dtype=np.float64))
+    resized = _resize(crops, short_edge, max_size) if short_edge else crops.astype(np.float64)
+    scales = resized[:, 0] / crops[:, 0]
+    seen = (resized + 0.5).astype(np.int64)
+    whole = seen if crop_type is None else (sizes * scales[:, None] + 0.5).astype(np.int64)
+    return NetworkInputs(scales, seen, whole)
+
+
+def _crop(sizes: np.ndarray, kind: str, size: np.ndarray) -> np.ndarray:
+    """Sizes (N, 2) int64 after the crop."""
+    if kind == "absolute":
+        return np.minimum(sizes, size.astype(np.int64))
+    if kind == "absolute_range":
+        low, high = np.minimum(sizes, size[0]), np.minimum(sizes, size[1])
+        return ((low + high) // 2).astype(np.int64)
+    share = size if kind == "relative" else (size + 1) / 2
+    return (sizes * share + 0.5).astype(np.int64)
+
+
+def _resize(sizes: np.ndarray, short_edge: int, max_size: int) -> np.ndarray:
+    """Sizes (N, 2) float64, not yet rounded, in the order of operations of `get_output_shape`."""
+    shorter = sizes.min(axis=1, keepdims=True)
+    resized = np.where(sizes == shorter, float(short_edge), short_edge / shorter * sizes)
+    longer = resized.max(axis=1, keepdims=True)
+    return np.where(longer > max_size, resized * (max_size / longer), resized)

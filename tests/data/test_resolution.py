@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog
+from detectron2.data import transforms as T
+
+from focal_d2 import UserError
+from focal_d2.data import FocalDatasetMapper, register_coco_datasets
+from focal_d2.data.resolution import network_inputs, training_boxes, training_inputs, training_scales
+from focal_d2.data.table import Table
+from tests.conftest import make_cfg
+
+
+def make_table(boxes, *, sizes=((100, 200),), image=None, ignored=None, labels=None):
+    """A table of boxes given as left, top, width, height."""
+    boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    return Table(
+        classes=("a", "b", "c"),
+        category_ids=(1, 2, 3),
+        file_names=[f"{i}.png" for i in range(len(sizes))],
+        image_ids=np.arange(len(sizes)),
+        sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
+        image=np.zeros(len(boxes), dtype=np.int64) if image is None else np.array(image, dtype=np.int64),
+        boxes=boxes,
+        labels=np.zeros(len(boxes), dtype=np.int64) if labels is None else np.array(labels),
+        ignored=np.zeros(len(boxes), dtype=bool) if ignored is None else np.array(ignored),
+        areas=boxes[:, 2] * boxes[:, 3],
+    )
+
+
+@pytest.mark.parametrize("short_edge, max_size", [(800, 1333), (640, 1000), (33, 50), (1, 10_000)])
+def test_sizes_are_those_of_detectron2(short_edge, max_size):
+    sizes = np.random.default_rng(0).integers(1, 3000, (2000, 2))
+    sizes[:20, 1] = sizes[:20, 0]
+    got = network_inputs(sizes, crop_type=None, crop_size=(), short_edge=short_edge, max_size=max_size)
+    expected = [T.ResizeShortestEdge.get_output_shape(h, w, short_edge, max_size) for h, w in sizes.tolist()]
+    assert got.sizes.tolist() == [list(x) for x in expected]
+    np.testing.assert_array_equal(got.whole, got.sizes)
+    # Rounding to whole pixels moves a side by at most half of one.
+    assert np.abs(sizes * got.scales[:, None] - got.sizes).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("kind, size", [("absolute", (256, 300)), ("relative", (0.6, 0.83))])
+def test_crops_are_those_of_detectron2(kind, size):
+    sizes = np.random.default_rng(0).integers(10, 900, (500, 2))
+    crops = network_inputs(sizes, crop_type=kind, crop_size=size, short_edge=0, max_size=1).sizes
+    assert crops.tolist() == [list(T.RandomCrop(kind, size).get_crop_size(x)) for x in sizes.tolist()]
+
+
+@pytest.mark.parametrize("kind, size", [("absolute_range", (100, 300)), ("relative_range", (0.4, 0.7))])
+def test_random_crops_are_the_middle_of_detectron2s(kind, size):
+    drawn = [T.RandomCrop(kind, size).get_crop_size((260, 700)) for _ in range(4000)]
+    crops = network_inputs(np.array([[260, 700]]), crop_type=kind, crop_size=size, short_edge=0, max_size=1)
+    np.testing.assert_allclose(crops.sizes[0], np.mean(drawn, axis=0), rtol=0.02)
+
+
+def test_crop_comes_before_resizing():
+    # 400 × 500 is cropped to 256 × 256 and that scaled to 288: by 1.125. The whole image: 450 × 562.5.
+    got = network_inputs(
+        np.array([[400, 500]]), crop_type="absolute", crop_size=[256, 256], short_edge=288, max_size=1333
+    )
+    assert (got.scales.tolist(), got.sizes.tolist(), got.whole.tolist()) == (
+        [1.125],
+        [[288, 288]],
+        [[450, 563]],
+    )
+
+
+@pytest.mark.parametrize(
+    "edges, sampling, expected",
+    [
+        ((800,), "choice", 800),
+        ((640, 672, 704, 736), "choice", 672),
+        ((900, 500, 700), "choice", 700),
+        ((600, 801), "range", 700),
+        ((0,), "choice", 400),
+    ],
+)
+def test_typical_short_edge(edges, sampling, expected):
+    cfg = make_cfg(INPUT__MIN_SIZE_TRAIN=edges, INPUT__MIN_SIZE_TRAIN_SAMPLING=sampling)
+    assert training_inputs(cfg, np.array([[400, 500]])).sizes[0, 0] == expected
+    assert training_scales(cfg, np.array([[400, 500]])).tolist() == [expected / 400]
+
+
+def test_settings_that_detectron2_has_not_are_refused():
+    with pytest.raises(UserError, match=r'INPUT.CROP.TYPE is "square"; legal values: absolute'):
+        training_inputs(make_cfg(INPUT__CROP__ENABLED=True, INPUT__CROP__TYPE="square"), np.ones((1, 2)))
+    with pytest.raises(UserError, match=r"INPUT.MIN_SIZE_TRAIN is empty"):
+        training_inputs(make_cfg(INPUT__MIN_SIZE_TRAIN=()), np.ones((1, 2)))
+
+
+def test_no_images_have_no_sizes():
+    got = training_inputs(make_cfg(), np.zeros((0, 2), dtype=np.int64))
+    assert (got.scales.shape, got.sizes.shape, got.whole.shape) == ((0,), (0, 2), (0, 2))
+
+
+def test_boxes_are_those_that_the_mapper_gives(coco_dataset):
+    data = coco_dataset(images=3, size=61)
+    register_coco_datasets([data.entry])
+    cfg = make_cfg(INPUT__MIN_SIZE_TRAIN=(100,), INPUT__RANDOM_FLIP="none")
+    records = DatasetCatalog.get(data.name)
+    for annotation in (a for record in records for a in record["annotations"]):
+        annotation["bbox"] = [x + 0.25 for x in annotation["bbox"]]  # whole numbers are rounded down
+    found = training_boxes(cfg, Table.from_records(records, ("a", "b", "c")))
+    samples = [FocalDatasetMapper(cfg, is_train=True)(record) for record in records]
+    for i, sample in enumerate(samples):
+        assert tuple(found.sizes[i]) == sample["image"].shape[1:]
+        expected = sample["instances"].gt_boxes.tensor.numpy()
+        np.testing.assert_allclose(found.boxes[found.image == i], expected, rtol=1e-6)
+
+
+def test_boxes_are_clipped_and_ignored_or_empty_ones_left_out():
+    boxes = [
+        [-10, 20, 30, 40],
+        [190, 90, 50, 50],
+        [300, 0, 5, 5],
+        [10, 10, 0, 5],
+        [5, 5, 20, 20],
+        [0, 0, 9, 9],
+    ]
+    table = make_table(boxes, ignored=[False, False, False, False, True, False])
+    found = training_boxes(make_cfg(INPUT__MIN_SIZE_TRAIN=(50,)), table)
+    assert found.sizes.tolist() == [[50, 100]]
+    assert found.rows.tolist() == [0, 1, 5]
+    assert found.boxes.tolist() == [[0, 10, 10, 30], [95, 45, 100, 50], [0, 0, 4.5, 4.5]]
