@@ -13,7 +13,7 @@ from typing import Any
 
 from focal_d2.analysis import benchmark
 from focal_d2.analysis.benchmark_report import as_text, plot_sweep
-from focal_d2.engine import command_line, load_config
+from focal_d2.engine import command_line, load_config, positive
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "focal_retinanet_R_50_FPN_1x.yaml"
 
@@ -62,12 +62,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warm-memory", action="store_true", help="of a CPU: keep what is freed")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE …")
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from focal_d2.errors import user_message
+from focal_d2.errors import UserError, user_message
 
 
 @contextmanager
@@ -33,3 +35,20 @@ def command_line() -> Iterator[None]:
 
 def _is_not_user_error(record: logging.LogRecord) -> bool:
     return not (record.exc_info and record.exc_info[1] and user_message(record.exc_info[1]))
+
+
+def positive(text: str) -> int:
+    """Read an option's value, a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def check_writable(path: Path) -> None:
+    """See that a file can be written, before the work whose result it shall hold.
+
+    Raises:
+        UserError: if not.
+    """
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path} can't be written: a folder, not permitted, or in no folder that exists")

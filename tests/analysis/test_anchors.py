@@ -9,7 +9,7 @@ from detectron2.structures import Boxes
 
 from focal_d2 import UserError
 from focal_d2.analysis.anchors import best_anchors, count_training_labels, grids_of, recall
-from focal_d2.data import register_coco_datasets
+from focal_d2.data import register_datasets
 from focal_d2.data.table import Table
 from focal_d2.engine.alpha import count_anchors
 from focal_d2.modeling.anchors import AnchorLayout, build_layout
@@ -154,7 +154,7 @@ def test_labels_are_counted_as_alpha_counts_them(coco_dataset, drop_empty):
     data = coco_dataset(images=3, size=64)
     text = data.annotations.read_text().replace('"image_id": 1', '"image_id": 2')
     data.annotations.write_text(text)
-    register_coco_datasets([data.entry])
+    register_datasets([data.entry])
     cfg = make_cfg(DATASETS__TRAIN=(data.name,), DATALOADER__FILTER_EMPTY_ANNOTATIONS=drop_empty)
     table = Table.from_records(get_detection_dataset_dicts(data.name, filter_empty=False), ("a", "b", "c"))
     counts = count_training_labels(cfg, table)

@@ -6,7 +6,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 
 from focal_d2 import UserError
-from focal_d2.data import FocalDatasetMapper, register_coco_datasets
+from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.data.resolution import network_inputs, training_boxes, training_inputs, training_scales
 from focal_d2.data.table import Table
 from tests.conftest import make_cfg
@@ -97,7 +97,7 @@ def test_no_images_have_no_sizes():
 
 def test_boxes_are_those_that_the_mapper_gives(coco_dataset):
     data = coco_dataset(images=3, size=61)
-    register_coco_datasets([data.entry])
+    register_datasets([data.entry])
     cfg = make_cfg(INPUT__MIN_SIZE_TRAIN=(100,), INPUT__RANDOM_FLIP="none")
     records = DatasetCatalog.get(data.name)
     for annotation in (a for record in records for a in record["annotations"]):

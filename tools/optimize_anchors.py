@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Propose anchor sizes and aspect ratios that fit a config's training set.
+
+They are searched on half of the training images and compared on the other half and on the test sets, all at
+training resolution. AP need not follow: it is training that tells.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from focal_d2.analysis import check_seeds
+from focal_d2.analysis.anchor_fit import compare_anchors
+from focal_d2.data import check_datasets, load_table
+from focal_d2.engine import check_writable, command_line, load_config, positive
+from focal_d2.engine.setup import building
+from focal_d2.modeling.anchors import build_layout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="CFG")
+    parser.add_argument("--sizes", type=positive, metavar="N", help="on each level (default: the config's)")
+    parser.add_argument("--ratios", type=positive, metavar="N", help="of each size (default: the config's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the halves and the search (0)")
+    parser.add_argument("--output", type=Path, metavar="FILE.yaml", help="write a child of CFG that has them")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE …")
+    args = parser.parse_args()
+
+    if args.output is not None:
+        check_writable(args.output)
+    (seed,) = check_seeds([args.seed], "--seed")
+    cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+    check_datasets(cfg, training=True)
+    with building("anchors"):
+        layout = build_layout(cfg)
+    result = compare_anchors(
+        cfg,
+        layout,
+        [load_table(name) for name in cfg.DATASETS.TRAIN],
+        {name: load_table(name) for name in cfg.DATASETS.TEST},
+        num_sizes=args.sizes,
+        num_ratios=args.ratios,
+        seed=seed,
+    )
+    print(json.dumps(result.as_dict(), indent=2) if args.json else result.as_text(), flush=True)
+    if args.output is not None:
+        base = os.path.relpath(args.config_file, args.output.parent)
+        args.output.write_text(f"_BASE_: {json.dumps(base)}\n{result.chosen.as_yaml()}")
+
+
+if __name__ == "__main__":
+    with command_line():
+        main()
