@@ -142,6 +142,11 @@ def test_a_single_image_has_nothing_held_out(small_search):
     assert list(result.before) == ["fitted"]
 
 
+def test_images_of_two_sets_are_different_images(small_search):
+    result = compare(make_cfg(), [scene(0, images=1), scene(1, images=1)])
+    assert {name: fit.boxes for name, fit in result.before.items()} == {"fitted": 4, "held out": 4}
+
+
 def test_turned_images_count_too(small_search):
     cfg = make_cfg(INPUT__FOCAL__ROTATE_90=True)
     result = compare(cfg, [scene(0, ratio=3.0)], num_sizes=1, num_ratios=2)

@@ -124,3 +124,10 @@ def test_boxes_are_clipped_and_ignored_or_empty_ones_left_out():
     assert found.sizes.tolist() == [[50, 100]]
     assert found.rows.tolist() == [0, 1, 5]
     assert found.boxes.tolist() == [[0, 10, 10, 30], [95, 45, 100, 50], [0, 0, 4.5, 4.5]]
+
+
+def test_each_axis_is_scaled_by_whole_pixels():
+    # 101 × 200 becomes 50 × 99.01, in pixels 50 × 99.
+    table = make_table([[100, 20.2, 100, 80.8]], sizes=[(101, 200)])
+    found = training_boxes(make_cfg(INPUT__MIN_SIZE_TRAIN=(50,)), table)
+    np.testing.assert_allclose(found.boxes, [[49.5, 10, 99, 50]], rtol=1e-12)
