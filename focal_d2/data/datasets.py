@@ -70,7 +70,8 @@ def _read_entry(style: str, entry: dict[str, Any]) -> Table:
         options["classes"] = class_names(entry["CLASSES"])
     if "LIST" in entry:
         options["chosen"] = read_list(entry["LIST"])
-    return READERS[style](entry["ANNOTATIONS"], entry["IMAGES"], **options)
+    # By name in every format, so that the format makes no difference to what is drawn.
+    return READERS[style](entry["ANNOTATIONS"], entry["IMAGES"], **options).by_name()
 
 
 def register_table(name: str, read: Callable[[], Table], **metadata: Any) -> None:

@@ -60,7 +60,9 @@ def training_scales(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
 
 
 def training_inputs(cfg: CfgNode, sizes: np.ndarray) -> NetworkInputs:
-    """Say how training shows images to the network: `INPUT.CROP`, `MIN_SIZE_TRAIN`, `MAX_SIZE_TRAIN`.
+    """Say how training shows images to the network.
+
+    That is up to `INPUT.CROP`, `MIN_SIZE_TRAIN`, `MAX_SIZE_TRAIN`, `FOCAL.SCALE_JITTER`, `FOCAL.BOX_CROP`.
 
     Where training draws at random, the middle of what it may draw is taken: the median of a list (the lower
     of two), the mean of a range.
@@ -82,14 +84,27 @@ def training_inputs(cfg: CfgNode, sizes: np.ndarray) -> NetworkInputs:
         edge = edges[(len(edges) - 1) // 2]
     crop = check_choice("INPUT.CROP.TYPE", inputs.CROP.TYPE, _CROPS) if inputs.CROP.ENABLED else None
     return network_inputs(
-        sizes, crop_type=crop, crop_size=inputs.CROP.SIZE, short_edge=edge, max_size=inputs.MAX_SIZE_TRAIN
+        sizes,
+        crop_type=crop,
+        crop_size=inputs.CROP.SIZE,
+        short_edge=edge,
+        max_size=inputs.MAX_SIZE_TRAIN,
+        factor=sum(inputs.FOCAL.SCALE_JITTER) / 2,
+        last_crop=inputs.FOCAL.BOX_CROP.SIZE or None,
     )
 
 
 def network_inputs(
-    sizes: np.ndarray, *, crop_type: str | None, crop_size: Sequence[float], short_edge: int, max_size: int
+    sizes: np.ndarray,
+    *,
+    crop_type: str | None,
+    crop_size: Sequence[float],
+    short_edge: int,
+    max_size: int,
+    factor: float,
+    last_crop: Sequence[int] | None,
 ) -> NetworkInputs:
-    """Crop, then resize, by the arithmetic of detectron2's `RandomCrop` and `ResizeShortestEdge`.
+    """Crop, resize and crop, by the arithmetic of `RandomCrop`, `ResizeShortestEdge` and our `ResizeAndCrop`.
 
     Args:
         sizes: (N, 2), each at least 1.
@@ -98,14 +113,18 @@ def network_inputs(
         short_edge: pixels of the shorter side after resizing, unless the longer is then above `max_size`;
             0: nothing is resized.
         max_size: most pixels of the longer side.
+        factor: multiplies what the resize gives, after rounding.
+        last_crop: most height and width after that; None: all.
     """
     sizes = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
     crops = sizes if crop_type is None else _crop(sizes, crop_type, np.asarray(crop_size, dtype=np.float64))
     resized = _resize(crops, short_edge, max_size) if short_edge else crops.astype(np.float64)
-    scales = resized[:, 0] / crops[:, 0]
+    scales = factor * resized[:, 0] / crops[:, 0]
     seen = (resized + 0.5).astype(np.int64)
+    if factor != 1:
+        seen = np.maximum(1, (seen * factor).round().astype(np.int64))
     whole = seen if crop_type is None else (sizes * scales[:, None] + 0.5).astype(np.int64)
-    return NetworkInputs(scales, seen, whole)
+    return NetworkInputs(scales, seen if last_crop is None else np.minimum(seen, last_crop), whole)
 
 
 def _crop(sizes: np.ndarray, kind: str, size: np.ndarray) -> np.ndarray:

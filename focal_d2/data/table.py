@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,22 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.file_names)
+
+    def by_name(self) -> Table:
+        """Return the same with images in order of their files' names."""
+        order = sorted(range(len(self)), key=self.file_names.__getitem__)
+        place = np.empty(len(self), dtype=np.int64)
+        place[order] = np.arange(len(self))
+        image = place[self.image]
+        rows = np.argsort(image, kind="stable")
+        return replace(
+            self,
+            file_names=[self.file_names[i] for i in order],
+            image_ids=self.image_ids[order],
+            sizes=self.sizes[order],
+            image=image[rows],
+            **{name: getattr(self, name)[rows] for name in ("boxes", "labels", "ignored", "areas")},
+        )
 
     def records(self) -> list[dict[str, Any]]:
         """Return the images in detectron2's dataset format, boxes as floats in `BoxMode.XYWH_ABS`.

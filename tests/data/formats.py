@@ -13,7 +13,10 @@ STYLES = ("coco", "csv", "voc", "yolo")
 
 
 def write(style: str, folder: Path, table: Table, images: Path, name: str | None = None) -> dict[str, Any]:
-    """Write a table's annotations under a folder; returns the entry of `DATASETS.FOCAL`."""
+    """Write a table's annotations under a folder; returns the entry of `DATASETS.FOCAL`.
+
+    COCO's ids run against the order of names.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = [os.path.relpath(path, images) for path in table.file_names]
     boxes = [
@@ -41,12 +44,12 @@ def _write_coco(folder: Path, table: Table, files: list[str], boxes: list[Any]) 
     }
     for i, (name, objects) in enumerate(zip(files, boxes, strict=True)):
         height, width = table.sizes[i].tolist()
-        content["images"].append({"id": i, "file_name": name, "height": height, "width": width})
+        content["images"].append({"id": 99 - i, "file_name": name, "height": height, "width": width})
         for label, box, ignored in objects:
             content["annotations"].append(
                 {
                     "id": len(content["annotations"]) + 1,
-                    "image_id": i,
+                    "image_id": 99 - i,
                     "category_id": 3 * table.classes.index(label) + 1,
                     "bbox": box,
                     "iscrowd": int(ignored),

@@ -264,8 +264,8 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     ),
     "coco: id is a text": (
         "coco",
-        image(0, id="0"),
-        r"images\[0\] \(id '0'\) has the id '0'; it must be a whole",
+        image(0, id="99"),
+        r"images\[0\] \(id '99'\) has the id '99'; it must be a whole",
     ),
     "coco: id is true": ("coco", annotation(0, id=True), r"annotations\[0\].*whole number"),
     "coco: id of 70 bits": ("coco", image(0, id=2**70), r"images\[0\].*64 bits"),
@@ -274,7 +274,7 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
         lambda b: b.coco(lambda c: [x.update(id=x["id"] + 2**62) for x in c["annotations"]]),
         None,
     ),
-    "coco: image twice": ("coco", image(1, id=0), r"images\[1\] \(id 0\) has the id of an earlier one"),
+    "coco: image twice": ("coco", image(1, id=99), r"images\[1\] \(id 99\) has the id of an earlier one"),
     "coco: annotation twice": (
         "coco",
         annotation(1, id=1),
@@ -295,7 +295,7 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     "coco: no width": (
         "coco",
         lambda b: b.coco(lambda c: c["images"][1].pop("width")),
-        r"images\[1\] \(id 1\) has no width",
+        r"images\[1\] \(id 98\) has no width",
     ),
     "coco: width 0": ("coco", image(1, width=0), r"images\[1\].*the width 0"),
     "coco: width 64.5": ("coco", image(1, width=64.5), r"images\[1\].*64\.5; not whole"),
@@ -311,7 +311,7 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     "coco: ..": (
         "coco",
         image(0, file_name="../images/../../a.jpg"),
-        r"images\[0\] \(id 0\).*not a path under",
+        r"images\[0\] \(id 99\).*not a path under",
     ),
     "coco: .. that stays": ("coco", image(0, file_name="x/../a.jpg"), None),
     "coco: /": ("coco", image(0, file_name="/etc/passwd"), r"images\[0\].*'/etc/passwd', not a path under"),

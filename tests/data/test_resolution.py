@@ -7,9 +7,12 @@ from detectron2.data import transforms as T
 
 from focal_d2 import UserError
 from focal_d2.data import FocalDatasetMapper, register_datasets
+from focal_d2.data.augmentations import ResizeAndCrop
 from focal_d2.data.resolution import network_inputs, training_boxes, training_inputs, training_scales
 from focal_d2.data.table import Table
 from tests.conftest import make_cfg
+
+PLAIN = {"factor": 1, "last_crop": None}  # neither jitter nor a crop after the resize
 
 
 def make_table(boxes, *, sizes=((100, 200),), image=None, ignored=None, labels=None):
@@ -33,7 +36,9 @@ def make_table(boxes, *, sizes=((100, 200),), image=None, ignored=None, labels=N
 def test_sizes_are_those_of_detectron2(short_edge, max_size):
     sizes = np.random.default_rng(0).integers(1, 3000, (2000, 2))
     sizes[:20, 1] = sizes[:20, 0]
-    got = network_inputs(sizes, crop_type=None, crop_size=(), short_edge=short_edge, max_size=max_size)
+    got = network_inputs(
+        sizes, crop_type=None, crop_size=(), short_edge=short_edge, max_size=max_size, **PLAIN
+    )
     expected = [T.ResizeShortestEdge.get_output_shape(h, w, short_edge, max_size) for h, w in sizes.tolist()]
     assert got.sizes.tolist() == [list(x) for x in expected]
     np.testing.assert_array_equal(got.whole, got.sizes)
@@ -44,21 +49,52 @@ def test_sizes_are_those_of_detectron2(short_edge, max_size):
 @pytest.mark.parametrize("kind, size", [("absolute", (256, 300)), ("relative", (0.6, 0.83))])
 def test_crops_are_those_of_detectron2(kind, size):
     sizes = np.random.default_rng(0).integers(10, 900, (500, 2))
-    crops = network_inputs(sizes, crop_type=kind, crop_size=size, short_edge=0, max_size=1).sizes
+    crops = network_inputs(sizes, crop_type=kind, crop_size=size, short_edge=0, max_size=1, **PLAIN).sizes
     assert crops.tolist() == [list(T.RandomCrop(kind, size).get_crop_size(x)) for x in sizes.tolist()]
 
 
 @pytest.mark.parametrize("kind, size", [("absolute_range", (100, 300)), ("relative_range", (0.4, 0.7))])
 def test_random_crops_are_the_middle_of_detectron2s(kind, size):
     drawn = [T.RandomCrop(kind, size).get_crop_size((260, 700)) for _ in range(4000)]
-    crops = network_inputs(np.array([[260, 700]]), crop_type=kind, crop_size=size, short_edge=0, max_size=1)
+    crops = network_inputs(
+        np.array([[260, 700]]), crop_type=kind, crop_size=size, short_edge=0, max_size=1, **PLAIN
+    )
     np.testing.assert_allclose(crops.sizes[0], np.mean(drawn, axis=0), rtol=0.02)
+
+
+def test_jitter_and_the_last_crop_are_those_of_the_augmentation():
+    sizes = np.random.default_rng(0).integers(10, 900, (200, 2))
+    got = network_inputs(
+        sizes, crop_type=None, crop_size=(), short_edge=300, max_size=500, factor=1.3, last_crop=[256, 320]
+    )
+    resize = T.ResizeShortestEdge(300, 500)
+    for size, seen, whole in zip(sizes, got.sizes, got.whole, strict=True):
+        image = np.zeros((*size, 3), np.uint8)
+        for crop, expected in (((256, 320), seen), (None, whole)):
+            inputs = T.AugInput(image)
+            ResizeAndCrop(resize, jitter=(1.3, 1.3), size=crop, around_box=0)(inputs)
+            assert inputs.image.shape[:2] == tuple(expected)
+
+
+def test_jitter_is_taken_at_its_middle():
+    cfg = make_cfg(
+        INPUT__MIN_SIZE_TRAIN=(0,),
+        INPUT__FOCAL__SCALE_JITTER=[0.5, 2.5],
+        INPUT__FOCAL__BOX_CROP__SIZE=[64, 64],
+    )
+    got = training_inputs(cfg, np.array([[100, 20]]))
+    assert (got.scales.tolist(), got.sizes.tolist(), got.whole.tolist()) == ([1.5], [[64, 30]], [[150, 30]])
 
 
 def test_crop_comes_before_resizing():
     # 400 × 500 is cropped to 256 × 256 and that scaled to 288: by 1.125. The whole image: 450 × 562.5.
     got = network_inputs(
-        np.array([[400, 500]]), crop_type="absolute", crop_size=[256, 256], short_edge=288, max_size=1333
+        np.array([[400, 500]]),
+        crop_type="absolute",
+        crop_size=[256, 256],
+        short_edge=288,
+        max_size=1333,
+        **PLAIN,
     )
     assert (got.scales.tolist(), got.sizes.tolist(), got.whole.tolist()) == (
         [1.125],

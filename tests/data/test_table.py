@@ -49,3 +49,10 @@ def test_nothing_has_no_boxes(records):
 def test_names_for_image_ids_become_numbers():
     table = Table.from_records([{**RECORDS[1], "image_id": "b"}, {**RECORDS[1], "image_id": "c"}], ["x"])
     assert table.image_ids.tolist() == [0, 1]
+
+
+def test_by_name_moves_images_with_their_boxes():
+    table = Table.from_records([RECORDS[1], RECORDS[0]], ["x", "y"]).by_name()
+    expected = Table.from_records(RECORDS, ["x", "y"])
+    assert table.records() == expected.records()
+    assert [r["file_name"] for r in table.records()] == ["a.png", "b.png"]
