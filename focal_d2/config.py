@@ -1,6 +1,6 @@
 """Every key of focal_d2's own, with its default. detectron2's keys keep their meaning and defaults.
 
-Keys under MODEL act in any detectron2 project. Those under INPUT, DATASETS and SOLVER, and MODEL.DEVICE
+Keys under MODEL act in any detectron2 project. Those under INPUT, DATASETS, SOLVER and TEST, and MODEL.DEVICE
 "auto", are read by focal_d2's trainer and tools.
 """
 
@@ -130,6 +130,13 @@ def add_focal_config(cfg: CfgNode) -> None:
     solver = cfg.SOLVER.FOCAL = CfgNode()
     # "SGD" (detectron2's, with SOLVER.MOMENTUM and SOLVER.NESTEROV) or "AdamW".
     solver.OPTIMIZER = "SGD"
+
+    test = cfg.TEST.FOCAL = CfgNode()
+    # What counts AP: "hotcoco" or "pycocotools", the same numbers a hundred times slower.
+    test.EVAL_BACKEND = "hotcoco"
+    # Limits on the detections of a class in an image, ascending: a recall is given at each, AP at the last.
+    # []: 1, 10 and the higher of 100 and TEST.DETECTIONS_PER_IMAGE.
+    test.MAX_DETS = []
 
 
 def focal_config(cfg: CfgNode) -> CfgNode:

@@ -83,6 +83,7 @@ def test_every_key_has_a_reader_and_a_test(key):
         "INPUT.": rf"\binputs{re.escape(rest)}\b",
         "DATASETS.": r"\bcfg\.DATASETS\.FOCAL\b",
         "SOLVER.": r"\bcfg\.SOLVER\.FOCAL\.OPTIMIZER\b",
+        "TEST.": rf"\btest{re.escape(rest)}\b",
     }
     sources = [p for p in (REPOSITORY / "focal_d2").rglob("*.py") if p.name != "config.py"]
     assert any(re.search(readers[section], p.read_text()) for p in sources)

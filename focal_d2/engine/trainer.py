@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import os
 import sys
@@ -12,9 +13,9 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, launch
-from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -87,16 +88,26 @@ class FocalTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Evaluate boxes as COCO does; predictions go to OUTPUT_DIR/inference/DATASET."""
+        """Evaluate boxes as COCO does; predictions and their analysis go to OUTPUT_DIR/inference/DATASET.
+
+        Datasets that are evaluated as LVIS get detectron2's evaluator for that.
+
+        Raises:
+            UserError: for LVIS without its library, or keys under TEST.FOCAL that can't be used.
+        """
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        if MetadataCatalog.get(dataset_name).get("evaluator_type") == "lvis":
+            if importlib.util.find_spec("lvis") is None:
+                raise UserError(
+                    f'dataset "{dataset_name}" is evaluated by LVIS\'s own library: pip install lvis'
+                )
+            return LVISEvaluator(dataset_name, tasks=("bbox",), output_dir=folder)
+        test = cfg.TEST.FOCAL
         return FocalCOCOEvaluator(
             dataset_name,
-            tasks=("bbox",),
             output_dir=folder,
-            # pycocotools: detectron2's fast one needs its compiled extension.
-            use_fast_impl=False,
-            # A cached conversion would outlive a change of the dataset.
-            allow_cached_coco=False,
+            backend=test.EVAL_BACKEND,
+            max_dets_per_image=list(test.MAX_DETS) or max(100, cfg.TEST.DETECTIONS_PER_IMAGE),
         )
 
     @classmethod

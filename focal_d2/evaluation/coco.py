@@ -1,47 +1,249 @@
-"""COCO evaluation with detectron2's evaluator and pycocotools."""
+"""COCO evaluation behind the interface of detectron2's evaluator."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import io
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import BoxMode
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from pycocotools.coco import COCO
 from tabulate import tabulate
 
-# Where pycocotools' summary has the average recall at most 1, 10 and 100 detections an image.
-_RECALL_STATS = {6: "AR@{0}", 7: "AR@{1}", 8: "AR@{2}"}
-
-# COCO's small, medium and large boxes, in square pixels.
-_AREAS = {"APs": (0.0, 32.0**2), "APm": (32.0**2, 96.0**2), "APl": (96.0**2, float("inf"))}
+from focal_d2.errors import UserError
+from focal_d2.evaluation.backends import AREAS, IOUS, Curves, Detections, Truth, check_backend, coco_curves
 
 
 class FocalCOCOEvaluator(COCOEvaluator):
-    """detectron2's evaluator that also reports average recall, 0 where a model finds nothing, and reads
-    files without area or iscrowd."""
+    """detectron2's evaluator for boxes, on a fast library, with average recall.
 
-    def __init__(self, dataset_name: str, **kwargs: Any) -> None:
-        """See detectron2's `COCOEvaluator`."""
-        super().__init__(dataset_name, **kwargs)
-        # pycocotools needs both; many exports have neither.
-        for annotation in self._coco_api.anns.values():
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    It is 0 where a model finds nothing of the boxes there are, reads files without area or iscrowd, writes no
+    conversion of datasets that have no COCO file, and counts an image once, however many processes saw it.
+    """
 
-    def _derive_coco_results(
-        self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
-    ) -> dict[str, float]:
-        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
-        for stat, name in _RECALL_STATS.items():
-            value = float("nan") if coco_eval is None else float(coco_eval.stats[stat])
-            results[name.format(*self._max_dets_per_image)] = 100 * value if value >= 0 else float("nan")
-        if coco_eval is None:
-            # detectron2 has NaN for a model that finds nothing; of the boxes there are it misses every one.
-            areas = [a["area"] for a in self._coco_api.anns.values() if not a["iscrowd"]]
-            for name in results:
-                low, high = _AREAS.get(name, (0.0, float("inf")))
-                if any(low <= area <= high for area in areas):
-                    results[name] = 0.0
-        return results
+    def __init__(
+        self,
+        dataset_name: str,
+        tasks: Sequence[str] | None = ("bbox",),
+        distributed: bool = True,
+        output_dir: str | None = None,
+        *,
+        backend: str = "hotcoco",
+        max_dets_per_image: int | Sequence[int] | None = None,
+    ) -> None:
+        """See detectron2's `COCOEvaluator`.
+
+        Args:
+            dataset_name: registered; ground truth is its metadata's `json_file`, else its records.
+            tasks: boxes only.
+            distributed: gather the predictions of all processes.
+            output_dir: where predictions and the analysis go; None: nowhere.
+            backend: "hotcoco" or "pycocotools".
+            max_dets_per_image: limits on the detections of a class in an image; AP takes the last. A number n
+                is [1, 10, n]; None is [1, 10, 100].
+
+        Raises:
+            UserError: for a mistake in these, or for a dataset's file that can't be read.
+        """
+        # detectron2's constructor would write a conversion and know but one limit; these are what it sets for
+        # the methods that are inherited.
+        self._logger = logging.getLogger(__name__)
+        self._distributed = False  # `evaluate` gathers itself
+        self._output_dir = output_dir
+        self._cpu_device = torch.device("cpu")
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._tasks = tuple(tasks or ("bbox",))
+        if self._tasks != ("bbox",):
+            raise UserError(f'tasks is {tasks}: FocalCOCOEvaluator evaluates boxes, ("bbox",)')
+        self._name = dataset_name
+        self._gathers = distributed
+        self._predictions: list[dict[str, Any]] = []
+        self._backend = check_backend(backend)
+        self._max_dets = _check_limits(max_dets_per_image)
+        self._coco_api = _read(dataset_name)
+        # Files of test sets have none; predictions are then only written.
+        self._do_evaluation = "annotations" in self._coco_api.dataset
+
+    def evaluate(self, img_ids: Sequence[Any] | None = None) -> dict[str, Any]:
+        """Compute the metrics from all processes' predictions; see detectron2's `COCOEvaluator`.
+
+        Args:
+            img_ids: images that count; None: all.
+
+        Returns:
+            {"bbox": metric -> per cent} on the main process, elsewhere nothing. NaN: there are no such boxes.
+        """
+        if self._gathers:
+            comm.synchronize()
+            gathered = comm.gather(self._predictions, dst=0)
+            if not comm.is_main_process():
+                return {}
+            self._predictions = list(itertools.chain(*gathered))
+        # A sampler that fills up its last batch repeats images.
+        first = {p["image_id"]: p for p in reversed(self._predictions)}
+        self._predictions = list(reversed(first.values()))
+        return super().evaluate(img_ids)
+
+    def _eval_predictions(
+        self, predictions: list[dict[str, Any]], img_ids: Sequence[Any] | None = None
+    ) -> None:
+        ids = sorted(self._coco_api.imgs)
+        labels = self._labels()
+        found = list(itertools.chain(*(p["instances"] for p in predictions)))
+        detections = self._detections(found, ids, len(labels))
+        if self._output_dir:
+            numbers = {label: number for number, label in labels.items()}
+            path = str(Path(self._output_dir) / "coco_instances_results.json")
+            self._logger.info(f"Saving results to {path}")
+            with PathManager.open(path, "wb") as file:
+                file.write(
+                    msgspec.json.encode([{**x, "category_id": numbers[x["category_id"]]} for x in found])
+                )
+        if not self._do_evaluation:
+            self._logger.info("Annotations are not available for evaluation.")
+            return
+        truth = _columns(self._coco_api.dataset["annotations"], ids, labels)
+        if img_ids is not None:
+            counts = np.isin(np.arange(len(ids)), [ids.index(i) for i in img_ids])
+            truth = _of_images(truth, counts)
+            detections = _of_images(detections, counts)
+        self._logger.info(f"Evaluating {len(found)} boxes with {self._backend} ...")
+        curves = coco_curves(truth, detections, backend=self._backend, max_dets=self._max_dets)
+        self._results["bbox"] = self._derive_coco_results(
+            SimpleNamespace(stats=_average_precisions(curves), eval=curves._asdict()),
+            "bbox",
+            self._metadata.get("thing_classes"),
+        )
+        for i, limit in enumerate(self._max_dets):
+            self._results["bbox"][f"AR@{limit}"] = _per_cent(_mean(curves.recall[:, :, 0, i]))
+
+    def _labels(self) -> dict[int, int]:
+        """The dataset's own number of each class -> label in [0, K)."""
+        known = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if known is not None:
+            return dict(known)
+        return {number: label for label, number in enumerate(sorted(self._coco_api.cats))}
+
+    def _detections(self, found: list[dict[str, Any]], ids: list[Any], classes: int) -> Detections:
+        place = {image_id: i for i, image_id in enumerate(ids)}
+        try:
+            image = np.array([place[x["image_id"]] for x in found], dtype=np.int64)
+        except KeyError as error:
+            raise UserError(
+                f'image_id {error} is not in the ground truth of dataset "{self._name}"'
+            ) from error
+        labels = np.array([x["category_id"] for x in found], dtype=np.int64)
+        if len(labels) and labels.max() >= classes:
+            raise UserError(
+                f'the model found class {labels.max()}, dataset "{self._name}" has {classes} classes: set '
+                f"MODEL.RETINANET.NUM_CLASSES {classes}"
+            )
+        boxes = np.array([x["bbox"] for x in found], dtype=np.float64).reshape(-1, 4)
+        return Detections(image, boxes, labels, np.array([x["score"] for x in found], dtype=np.float64))
+
+
+def _check_limits(limits: int | Sequence[int] | None) -> tuple[int, ...]:
+    if limits is None or isinstance(limits, int):
+        limits = (1, 10, 100 if limits is None else limits)
+    whole = all(isinstance(x, int) and x > 0 for x in limits)
+    if not limits or not whole or sorted(set(limits)) != list(limits):
+        raise UserError(f"TEST.FOCAL.MAX_DETS is {list(limits)}; it must be ascending whole numbers above 0")
+    return tuple(limits)
+
+
+def _read(name: str) -> COCO:
+    """Ground truth as pycocotools' object, every annotation with "area" and "iscrowd"."""
+    json_file = MetadataCatalog.get(name).get("json_file")
+    api = COCO()
+    if json_file is None:
+        api.dataset = _from_records(name)
+    else:
+        try:
+            with PathManager.open(json_file, "rb") as file:
+                api.dataset = msgspec.json.decode(file.read())
+        except (OSError, msgspec.DecodeError) as error:
+            raise UserError(f"{json_file}: {error}") from error
+    for annotation in api.dataset.get("annotations", ()):
+        if annotation.get("iscrowd") is None:
+            annotation["iscrowd"] = 0
+        if annotation.get("area") is None:
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+    with contextlib.redirect_stdout(io.StringIO()):
+        api.createIndex()
+    return api
+
+
+def _from_records(name: str) -> dict[str, Any]:
+    """What a COCO file of a registered dataset would hold."""
+    records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
+    images, annotations = [], []
+    for i, record in enumerate(records):
+        image_id = record.get("image_id", i)
+        images.append(
+            {"id": image_id, **{k: record[k] for k in ("file_name", "height", "width") if k in record}}
+        )
+        for a in record.get("annotations", ()):
+            box = BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYWH_ABS)
+            kept = {k: a[k] for k in ("iscrowd", "area") if k in a}
+            annotations.append({"image_id": image_id, "bbox": box, "label": a["category_id"], **kept})
+    classes = metadata.get("thing_classes")
+    if classes is None:
+        classes = [str(k) for k in range(1 + max((a["label"] for a in annotations), default=-1))]
+    given = metadata.get("thing_dataset_id_to_contiguous_id") or {k: k for k in range(len(classes))}
+    numbers = {label: number for number, label in given.items()}
+    for i, annotation in enumerate(annotations, 1):
+        annotation.update(id=i, category_id=numbers[annotation.pop("label")])
+    categories = [{"id": numbers[k], "name": name} for k, name in enumerate(classes)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _columns(annotations: list[dict[str, Any]], ids: list[Any], labels: Mapping[int, int]) -> Truth:
+    place = {image_id: i for i, image_id in enumerate(ids)}
+    kept = [a for a in annotations if a["category_id"] in labels and a["image_id"] in place]
+    return Truth(
+        images=len(ids),
+        classes=len(labels),
+        image=np.array([place[a["image_id"]] for a in kept], dtype=np.int64),
+        boxes=np.array([a["bbox"] for a in kept], dtype=np.float64).reshape(-1, 4),
+        labels=np.array([labels[a["category_id"]] for a in kept], dtype=np.int64),
+        areas=np.array([a["area"] for a in kept], dtype=np.float64),
+        ignored=np.array([bool(a["iscrowd"]) for a in kept], dtype=bool),
+    )
+
+
+def _of_images(columns: Any, counts: np.ndarray) -> Any:
+    """Keep the rows of images that count, (N,) bool."""
+    kept = counts[columns.image]
+    return columns._replace(**{k: v[kept] for k, v in columns._asdict().items() if isinstance(v, np.ndarray)})
+
+
+def _mean(values: np.ndarray) -> float:
+    """pycocotools' average, -1 where nothing is defined."""
+    values = values[values > -1]
+    return float(np.mean(values)) if values.size else -1.0
+
+
+def _per_cent(value: float) -> float:
+    return 100 * value if value >= 0 else float("nan")
+
+
+def _average_precisions(curves: Curves) -> list[float]:
+    """AP, AP50, AP75, and AP of small, medium and large boxes, as pycocotools' summary starts, 0 to 1."""
+    last = curves.precision[..., -1]
+    by_iou = [_mean(last[np.isclose(IOUS, iou)][..., 0]) for iou in (0.5, 0.75)]
+    return [_mean(last[..., 0]), *by_iou, *(_mean(last[..., i]) for i in range(1, len(AREAS)))]
 
 
 def format_results(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:

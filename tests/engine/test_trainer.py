@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
 from focal_d2 import UserError
-from focal_d2.engine import FocalTrainer, check_job
+from focal_d2.data import register_coco_datasets
+from focal_d2.engine import FocalTrainer, check_job, trainer
+from focal_d2.evaluation import FocalCOCOEvaluator
 from tests.conftest import make_cfg
 
 
@@ -55,3 +58,38 @@ def test_check_job_returns_what_makes_two_runs_comparable(job):
 def test_check_job_finds_what_would_stop_the_job(job, overrides, message):
     with pytest.raises(UserError, match=message):
         check_job(str(job[0]), overrides)
+
+
+@pytest.mark.parametrize(
+    "limits, an_image, expected",
+    [([], 50, {1, 10, 100}), ([], 300, {1, 10, 300}), ([2, 20], 300, {2, 20})],
+)
+@pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
+def test_build_evaluator_takes_limits_and_backend(limits, an_image, expected, backend, coco_dataset):
+    data = coco_dataset(images=1, classes=1)
+    register_coco_datasets([data.entry])
+    cfg = make_cfg(
+        TEST__FOCAL__MAX_DETS=limits,
+        TEST__FOCAL__EVAL_BACKEND=backend,
+        TEST__DETECTIONS_PER_IMAGE=an_image,
+        OUTPUT_DIR=str(data.images.parent),
+    )
+    evaluator = FocalTrainer.build_evaluator(cfg, data.name)
+    assert isinstance(evaluator, FocalCOCOEvaluator)
+    evaluator.reset()
+    evaluator._predictions = [{"image_id": 0, "instances": []}]
+    results = evaluator.evaluate()["bbox"]
+    assert {k for k in results if k.startswith("AR@")} == {f"AR@{n}" for n in expected}
+    cfg.TEST.FOCAL.EVAL_BACKEND = "cocoapi"
+    with pytest.raises(UserError, match="legal values: hotcoco, pycocotools"):
+        FocalTrainer.build_evaluator(cfg, data.name)
+
+
+def test_build_evaluator_of_lvis_is_detectron2s(monkeypatch):
+    MetadataCatalog.get("rare").set(evaluator_type="lvis")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match='"rare" is evaluated by LVIS.* pip install lvis'):
+        FocalTrainer.build_evaluator(make_cfg(), "rare")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "lvis" or None)
+    monkeypatch.setattr(trainer, "LVISEvaluator", lambda name, **kwargs: (name, kwargs["output_dir"]))
+    assert FocalTrainer.build_evaluator(make_cfg(), "rare") == ("rare", "./output/inference/rare")
