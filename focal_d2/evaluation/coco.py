@@ -23,6 +23,7 @@ from pycocotools.coco import COCO
 from tabulate import tabulate
 
 from focal_d2.errors import UserError
+from focal_d2.evaluation.analysis import analyse, finite
 from focal_d2.evaluation.backends import AREAS, IOUS, Curves, Detections, Truth, check_backend, coco_curves
 
 
@@ -92,8 +93,7 @@ class FocalCOCOEvaluator(COCOEvaluator):
                 return {}
             self._predictions = list(itertools.chain(*gathered))
         # A sampler that fills up its last batch repeats images.
-        first = {p["image_id"]: p for p in reversed(self._predictions)}
-        self._predictions = list(reversed(first.values()))
+        self._predictions = list({p["image_id"]: p for p in self._predictions}.values())
         return super().evaluate(img_ids)
 
     def _eval_predictions(
@@ -128,6 +128,16 @@ class FocalCOCOEvaluator(COCOEvaluator):
         )
         for i, limit in enumerate(self._max_dets):
             self._results["bbox"][f"AR@{limit}"] = _per_cent(_mean(curves.recall[:, :, 0, i]))
+        if self._output_dir:
+            self._write_analysis(truth, detections, curves)
+
+    def _write_analysis(self, truth: Truth, detections: Detections, curves: Curves) -> None:
+        names = self._metadata.get("thing_classes") or [str(k) for k in range(truth.classes)]
+        figures = analyse(truth, detections, curves, names=names, max_dets=self._max_dets)
+        figures["coco"] = {**finite(self._results["bbox"]), **figures["coco"]}
+        figures = {"dataset": self._name, "backend": self._backend, **figures}
+        with PathManager.open(str(Path(self._output_dir or "") / "analysis.json"), "wb") as file:
+            file.write(msgspec.json.encode(figures))
 
     def _labels(self) -> dict[int, int]:
         """The dataset's own number of each class -> label in [0, K)."""

@@ -84,6 +84,9 @@ def of_scene(content, found, folder, **kwargs):
     return evaluator.evaluate()["bbox"]
 
 
+FOUND = "coco_instances_results.json"
+
+
 def assert_as_pycocotools(results, content, found, class_names):
     evaluation = pycocotools_alone(content, found)
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR@1", "AR@10", "AR@100")
@@ -130,6 +133,24 @@ def test_backends_give_the_same_figures(tmp_path):
     content, found = random_scene(7)
     fast, slow = (of_scene(content, found, tmp_path / x, backend=x) for x in ("hotcoco", "pycocotools"))
     assert fast == pytest.approx(slow, abs=1e-9, rel=0, nan_ok=True)
+
+
+def test_analysis_is_written_with_the_evaluators_figures(tmp_path):
+    for seed in (4, 7):  # whatever the backend
+        content, found = random_scene(seed)
+        results = of_scene(content, found, tmp_path / f"a{seed}")
+        of_scene(content, found, tmp_path / f"b{seed}", backend="pycocotools")
+        fast, slow = (json.loads((tmp_path / f"{x}{seed}/analysis.json").read_text()) for x in "ab")
+        assert (fast.pop("backend"), slow.pop("backend")) == ("hotcoco", "pycocotools")
+        assert (fast.pop("dataset"), slow.pop("dataset")) == (f"scene_a{seed}", f"scene_b{seed}")
+        assert fast == slow
+        stats = pycocotools_alone(content, json.loads((tmp_path / f"a{seed}" / FOUND).read_text())).stats
+        for name, value in zip(("ARs", "ARm", "ARl"), stats[9:], strict=True):
+            assert fast["coco"].pop(name) == (None if value < 0 else pytest.approx(100 * value, abs=1e-7))
+        assert fast["coco"] == {k: None if math.isnan(v) else v for k, v in results.items()}
+        numbers = sorted(c["id"] for c in content["categories"])
+        assert [c["name"] for c in fast["per_class"]] == [f"class{n}" for n in numbers]
+        assert fast["max_dets"] == [1, 10, 100]
 
 
 def test_max_dets_limit_ap_and_name_recall(tmp_path):
