@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
+import json
 import os
 import platform
 import statistics
@@ -25,7 +27,8 @@ import detectron2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes, BoxMode, ImageList, Instances
@@ -37,6 +40,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from focal_d2.data import FocalDatasetMapper
 from focal_d2.errors import UserError
+from focal_d2.evaluation import FocalCOCOEvaluator
+from focal_d2.evaluation.backends import Detections, Truth, coco_curves
 from focal_d2.modeling.losses import DenseBatch
 
 # Of the logits in the inference benchmark: some thousand an image exceed a score of 0.05, as after training.
@@ -213,14 +218,19 @@ def make_batch(setting: Setting) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     batch = []
     for _ in range(setting.batch):
-        sides = (16 * 16 ** torch.rand(setting.boxes, 2, generator=generator)).clamp(max=setting.size)
-        low = torch.rand(setting.boxes, 2, generator=generator) * (setting.size - sides)
-        instances = Instances((setting.size, setting.size))
-        instances.gt_boxes = Boxes(torch.cat([low, low + sides], 1))
-        instances.gt_classes = torch.randint(0, setting.classes, (setting.boxes,), generator=generator)
+        instances = _draw_boxes(setting, generator)
         image = torch.randint(0, 256, (3, setting.size, setting.size), generator=generator).byte()
         batch.append({"image": image, "instances": instances, "height": setting.size, "width": setting.size})
     return batch
+
+
+def _draw_boxes(setting: Setting, generator: torch.Generator) -> Instances:
+    sides = (16 * 16 ** torch.rand(setting.boxes, 2, generator=generator)).clamp(max=setting.size)
+    low = torch.rand(setting.boxes, 2, generator=generator) * (setting.size - sides)
+    instances = Instances((setting.size, setting.size))
+    instances.gt_boxes = Boxes(torch.cat([low, low + sides], 1))
+    instances.gt_classes = torch.randint(0, setting.classes, (setting.boxes,), generator=generator)
+    return instances
 
 
 def _precision(setting: Setting) -> contextlib.AbstractContextManager[Any]:
@@ -525,6 +535,122 @@ def _write_images(folder: Path, kind: str, setting: Setting) -> list[dict[str, A
     return records
 
 
+def time_evaluation(cfg: CfgNode, setting: Setting) -> list[Row]:
+    """From a list of predictions to COCO's metrics: ours, and detectron2's evaluator with pycocotools."""
+    name = "benchmark_of_evaluation"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "truth.json"
+        content, found = make_predictions(setting, cfg.TEST.DETECTIONS_PER_IMAGE)
+        path.write_text(json.dumps(content))
+        MetadataCatalog.get(name).set(
+            json_file=str(path), thing_classes=[str(k) for k in range(setting.classes)]
+        )
+
+        def evaluating(kind: type[COCOEvaluator], **kwargs: Any) -> Callable[[], Any]:
+            evaluator = kind(name, ("bbox",), False, **kwargs)
+            evaluator.reset()
+            for image_id, instances in enumerate(found):
+                evaluator.process([{"image_id": image_id}], [{"instances": instances}])
+            return partial(_silently, evaluator.evaluate)
+
+        ours = evaluating(FocalCOCOEvaluator)
+        columns = _columns_of(content, found)
+        times = take_turns(
+            {
+                "ours": ours,
+                "detectron2": evaluating(COCOEvaluator, use_fast_impl=False),
+                "limit": partial(coco_curves, *columns, backend="hotcoco", max_dets=(1, 10, 100)),
+            },
+            setting,
+        )
+        with_files = take_turns(
+            {
+                "ours": evaluating(FocalCOCOEvaluator, output_dir=folder),
+                "detectron2": evaluating(COCOEvaluator, use_fast_impl=False, output_dir=folder),
+                "limit": ours,
+            },
+            setting,
+        )
+    MetadataCatalog.remove(name)
+    size = f"{setting.batch} images × {cfg.TEST.DETECTIONS_PER_IMAGE}"
+    return [
+        _timed(f"evaluation, {size}", times, "hotcoco, from columns of numbers to its arrays"),
+        _timed("the same with files, of ours also analysis.json", with_files, "without files"),
+    ]
+
+
+def _silently(run: Callable[[], Any]) -> Any:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return run()
+
+
+def make_predictions(setting: Setting, detections: int) -> tuple[dict[str, Any], list[Instances]]:
+    """Make ground truth as a COCO file's content, and of each image as many detections around its boxes.
+
+    Args:
+        setting: N images, K classes, boxes an image.
+        detections: an image.
+    """
+    random, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    found = []
+    annotations: list[dict[str, Any]] = []
+    for i in range(setting.batch):
+        there = _draw_boxes(setting, generator)
+        boxes, labels = there.gt_boxes.tensor.numpy(), there.gt_classes.numpy()
+        for box, label in zip(boxes.tolist(), labels.tolist(), strict=True):
+            width, height = box[2] - box[0], box[3] - box[1]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i,
+                    "category_id": label,
+                    "bbox": [*box[:2], width, height],
+                    "area": width * height,
+                    "iscrowd": int(random.random() < 0.01),
+                }
+            )
+        near = random.integers(0, len(boxes), detections)
+        sides = np.tile(boxes[near, 2:] - boxes[near, :2], 2)
+        moved = boxes[near] + sides * random.normal(0, 0.1, (detections, 4))
+        moved[:, 2:] = np.maximum(moved[:, 2:], moved[:, :2])
+        other = random.integers(0, setting.classes, detections)
+        instances = Instances(there.image_size)
+        instances.pred_boxes = Boxes(torch.from_numpy(moved))
+        instances.scores = torch.from_numpy(np.sort(random.beta(0.5, 3, detections))[::-1].copy())
+        instances.pred_classes = torch.from_numpy(
+            np.where(random.random(detections) < 0.7, labels[near], other)
+        )
+        found.append(instances)
+    content = {
+        "images": [{"id": i, "width": setting.size, "height": setting.size} for i in range(setting.batch)],
+        "annotations": annotations,
+        "categories": [{"id": k, "name": str(k)} for k in range(setting.classes)],
+    }
+    return content, found
+
+
+def _columns_of(content: dict[str, Any], found: list[Instances]) -> tuple[Truth, Detections]:
+    annotations = content["annotations"]
+    boxes = np.concatenate([x.pred_boxes.tensor.numpy() for x in found])
+    boxes[:, 2:] -= boxes[:, :2]
+    return (
+        Truth(
+            len(content["images"]),
+            len(content["categories"]),
+            *(
+                np.array([a[key] for a in annotations])
+                for key in ("image_id", "bbox", "category_id", "area", "iscrowd")
+            ),
+        ),
+        Detections(
+            np.repeat(np.arange(len(found)), [len(x) for x in found]),
+            boxes,
+            torch.cat([x.pred_classes for x in found]).numpy(),
+            torch.cat([x.scores for x in found]).numpy(),
+        ),
+    )
+
+
 BENCHMARKS: dict[str, Callable[[CfgNode, Setting], list[Row]]] = {
     "loss": time_loss,
     "assign": time_assign,
@@ -532,6 +658,7 @@ BENCHMARKS: dict[str, Callable[[CfgNode, Setting], list[Row]]] = {
     "inference": time_inference,
     "input": time_input,
     "memory": measure_memory,
+    "evaluation": time_evaluation,
 }
 
 

@@ -34,7 +34,7 @@ def options(*more):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("what", ["loss", "assign", "step", "inference", "input", "memory"])
+@pytest.mark.parametrize("what", ["loss", "assign", "step", "inference", "input", "memory", "evaluation"])
 def test_each_measures_both_and_a_limit(what, precision, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, what, *options("--precision", precision, "--json"))
     assert code == 0
@@ -63,6 +63,23 @@ def test_both_losses_are_the_same_loss(monkeypatch, capsys):
     run(monkeypatch, capsys, "loss", *options())
     assert sum(x.abs().sum() for x in results["ours"]) > 0
     torch.testing.assert_close(results["ours"], results["detectron2"], rtol=1e-4, atol=1e-7)
+
+
+def test_both_evaluations_have_the_same_figures(monkeypatch, capsys):
+    rounds = []
+
+    def once(runs, setting):
+        rounds.append({name: run() for name, run in runs.items()})
+        return dict.fromkeys(runs, 1.0)
+
+    monkeypatch.setattr(benchmark, "take_turns", once)
+    run(monkeypatch, capsys, "evaluation", *options("--batch", 3))
+    for results in rounds:
+        theirs = results["detectron2"]["bbox"]
+        assert theirs["AP"] > 10
+        assert {k: results["ours"]["bbox"][k] for k in theirs} == pytest.approx(theirs, abs=1e-9, nan_ok=True)
+    precision = rounds[0]["limit"].precision[..., 0, -1]
+    assert 100 * precision[precision > -1].mean() == pytest.approx(theirs["AP"])
 
 
 def test_text_has_figures_and_ratios(monkeypatch, capsys):
