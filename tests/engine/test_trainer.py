@@ -6,7 +6,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
 from focal_d2 import UserError
-from focal_d2.data import register_coco_datasets
+from focal_d2.data import register_datasets
 from focal_d2.engine import FocalTrainer, check_job, trainer
 from focal_d2.evaluation import FocalCOCOEvaluator
 from tests.conftest import make_cfg
@@ -67,7 +67,7 @@ def test_check_job_finds_what_would_stop_the_job(job, overrides, message):
 @pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
 def test_build_evaluator_takes_limits_and_backend(limits, an_image, expected, backend, coco_dataset):
     data = coco_dataset(images=1, classes=1)
-    register_coco_datasets([data.entry])
+    register_datasets([data.entry])
     cfg = make_cfg(
         TEST__FOCAL__MAX_DETS=limits,
         TEST__FOCAL__EVAL_BACKEND=backend,

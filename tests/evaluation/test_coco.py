@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 
@@ -289,8 +290,9 @@ def test_mistakes_are_named(coco_dataset, tmp_path):
         with pytest.raises(UserError, match=match):
             evaluator.evaluate()
     data.annotations.write_text("{")
+    register_coco_instances("broken", {}, str(data.annotations), str(data.images))
     with pytest.raises(UserError, match="annotations.json"):
-        FocalCOCOEvaluator(data.name)
+        FocalCOCOEvaluator("broken")
 
 
 def test_a_test_set_without_annotations_is_only_written(tmp_path):
