@@ -1,0 +1,338 @@
+"""Checks of annotations alone: boxes, and classes across datasets.
+
+N images, B boxes, K classes. Boxes are left, top, width, height in pixels, as in `Table`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from focal_d2.analysis.doctor.findings import Example, Finding, Fix, share
+from focal_d2.data.table import Table
+
+MOST_EXAMPLES = 5
+
+# Pixels beyond an edge that rounding and 1-based corners explain.
+_SLACK = 2.0
+# Boxes are read in a wrong format if so many reach beyond the image as they are read …
+_MISREAD = 0.05
+# … and all but so many do not in the other format.
+_FITS = 0.99
+# Of an image's height and width.
+_WHOLE = 0.99
+# Fewer boxes than these are too few to learn from, or a slip of the annotator.
+_RARE = 10
+# Of the images; COCO's training set has 1 %.
+_MANY_NEGATIVES = 0.1
+
+
+def check_items(name: str, table: Table) -> list[Finding]:
+    """Check what is readable of one dataset, but for the boxes.
+
+    Args:
+        name: the dataset's.
+        table: its annotations.
+    """
+    found = []
+    if table.problems:
+        examples = [Example("", problem) for problem in table.problems[:MOST_EXAMPLES]]
+        message = f"{len(table.problems)} items of the annotations cannot be read"
+        found.append(Finding("item-unreadable", message, name, len(table.problems), examples))
+    if not len(table):
+        return [*found, Finding("dataset-empty", "no images in it", name)]
+    wrong = (table.labels < 0) | (table.labels >= len(table.classes))
+    if wrong.any():
+        examples = places(table, wrong, lambda i: f"label {table.labels[i]}")
+        message = f"{share(int(wrong.sum()), wrong.size)} labels are not in [0, {len(table.classes)})"
+        found.append(Finding("class-index", message, name, int(wrong.sum()), examples))
+    _, first = np.unique(table.image_ids, return_index=True)
+    if first.size < len(table):
+        again = np.setdiff1d(np.arange(len(table)), first)
+        examples = [Example(table.file_names[i], f"id {table.image_ids[i]}") for i in again[:MOST_EXAMPLES]]
+        message = f"{share(again.size, len(table))} images have the id of another one"
+        found.append(Finding("image-id-repeated", message, name, again.size, examples))
+    ignored = int(table.ignored.sum())
+    if ignored:
+        message = f"{share(ignored, table.ignored.size)} boxes are crowds or difficult objects"
+        found.append(Finding("boxes-ignored", message, name, ignored))
+    paths = Counter(table.file_names)
+    repeated = [path for path, times in paths.items() if times > 1]
+    if repeated:
+        examples = [Example(path, f"{paths[path]} times") for path in repeated[:MOST_EXAMPLES]]
+        message = f"{len(repeated)} files stand in the list more than once"
+        found.append(Finding("image-repeated", message, name, len(repeated), examples))
+    return found
+
+
+def check_boxes(name: str, table: Table) -> list[Finding]:
+    """Check one dataset's boxes, each by itself and against the others of its image.
+
+    Args:
+        name: the dataset's.
+        table: its annotations.
+    """
+    if not table.labels.size:
+        return []
+    left, top, width, height = table.boxes.T
+    # (B,), of each box's image.
+    image_height, image_width = table.sizes[table.image].T
+    broken = ~(np.isfinite(table.boxes).all(1) & (width > 0) & (height > 0))
+    found = []
+    if broken.any():
+        message = f"{share(int(broken.sum()), broken.size)} boxes have no area"
+        found.append(
+            Finding(
+                "box-degenerate", message, name, int(broken.sum()), places(table, broken, _box_text(table))
+            )
+        )
+    wrong_format = _wrong_format(name, table, ~broken)
+    if wrong_format:
+        return [*found, wrong_format]
+
+    beyond = np.maximum.reduce(
+        [-left, -top, left + width - image_width, top + height - image_height], initial=0, where=~broken
+    )
+    outside = ~broken & (
+        (left >= image_width) | (top >= image_height) | (left + width <= 0) | (top + height <= 0)
+    )
+    if outside.any():
+        message = f"{share(int(outside.sum()), outside.size)} boxes are outside their image"
+        found.append(
+            Finding(
+                "box-outside", message, name, int(outside.sum()), places(table, outside, _box_text(table))
+            )
+        )
+    over = ~outside & (beyond > _SLACK)
+    if over.any():
+        message = (
+            f"{share(int(over.sum()), over.size)} boxes reach beyond their image, by up to "
+            f"{beyond[over].max():.0f} pixels"
+        )
+        examples = places(table, over, lambda i: f"{beyond[i]:.0f} pixels beyond", worst=beyond)
+        found.append(Finding("box-beyond-edge", message, name, int(over.sum()), examples))
+    found += _duplicates(name, table)
+
+    whole = ~table.ignored & (width >= _WHOLE * image_width) & (height >= _WHOLE * image_height)
+    with_boxes, with_whole = np.unique(table.image).size, np.unique(table.image[whole]).size
+    if 2 * with_whole >= with_boxes:
+        message = f"{share(with_whole, with_boxes)} images with boxes have one as large as the image"
+        found.append(Finding("box-whole-image", message, name, with_whole, places(table, whole)))
+    return found
+
+
+def _wrong_format(name: str, table: Table, sound: np.ndarray) -> Finding | None:
+    """Find that all boxes are written in another format than the one they were read as."""
+    boxes = table.boxes[sound]
+    sizes = table.sizes[table.image][sound][:, ::-1]  # (B, 2), width and height
+    if len(boxes) and _fit(boxes, np.ones((1, 2)), slack=1e-3) >= _FITS and sizes.min() > 1:
+        message = "all boxes lie within [0, 1]: coordinates relative to the image, read as pixels?"
+        return Finding("box-format", message, name, len(boxes), places(table, sound, _box_text(table)))
+    fits = _fits(boxes, sizes, _SLACK)
+    misread = int((~fits).sum())
+    if misread < max(1, _MISREAD * len(boxes)):
+        return None
+    left, top, width, height = boxes.T
+    readings = {
+        "left, top, right, bottom (XYXY)": np.stack([left, top, width - left, height - top], 1),
+        "top, left, height, width (x and y swapped)": boxes[:, [1, 0, 3, 2]],
+        "centre x, centre y, width, height": np.stack([left - width / 2, top - height / 2, width, height], 1),
+    }
+    reading, fit = max(
+        ((text, _fit(other, sizes, _SLACK)) for text, other in readings.items()), key=lambda pair: pair[1]
+    )
+    if fit < _FITS:
+        return None
+    message = (
+        f"{share(misread, len(boxes))} boxes reach beyond their image, read as left, top, width, height; "
+        f"they fit as {reading}"
+    )
+    mask = sound.copy()
+    mask[sound] = ~fits
+    return Finding("box-format", message, name, misread, places(table, mask, _box_text(table)))
+
+
+def _fits(boxes: np.ndarray, sizes: np.ndarray, slack: float) -> np.ndarray:
+    """Return whether each box (B, 4) has an area and lies in its image of (width, height), (B, 2)."""
+    low, extent = boxes[:, :2], boxes[:, 2:]
+    inside = (low >= -slack) & (extent > 0) & (low + extent <= sizes + slack)
+    return np.asarray(inside.all(1))
+
+
+def _fit(boxes: np.ndarray, sizes: np.ndarray, slack: float) -> float:
+    return float(_fits(boxes, sizes, slack).mean())
+
+
+def _duplicates(name: str, table: Table) -> list[Finding]:
+    """Find boxes of an image that are equal to the last digit."""
+    found = []
+    # Ignored regions may repeat an object.
+    kept = np.flatnonzero(~table.ignored)
+    left, top, width, height = table.boxes[kept].T
+    order = kept[np.lexsort((table.labels[kept], height, width, top, left, table.image[kept]))]
+    boxes, image, labels = table.boxes[order], table.image[order], table.labels[order]
+    same_box = (image[1:] == image[:-1]) & (boxes[1:] == boxes[:-1]).all(1)
+    same_label = labels[1:] == labels[:-1]
+    for code, same, what in (
+        ("box-duplicate", same_box & same_label, "boxes repeat one of the same class"),
+        ("box-two-classes", same_box & ~same_label, "boxes repeat one of another class"),
+    ):
+        if same.any():
+            mask = np.zeros(table.labels.size, bool)
+            mask[order[1:][same]] = True
+            message = f"{share(int(same.sum()), kept.size)} {what}"
+            found.append(Finding(code, message, name, int(same.sum()), places(table, mask, _box_text(table))))
+    return found
+
+
+def places(
+    table: Table,
+    mask: np.ndarray,
+    text: object = None,
+    *,
+    worst: np.ndarray | None = None,
+) -> list[Example]:
+    """Name a few boxes.
+
+    Args:
+        table: of the boxes.
+        mask: (B,) bool, which boxes to choose from.
+        text: place of a box -> what to say of it; None: nothing.
+        worst: (B,) the larger, the worse; None: the first ones are named.
+    """
+    chosen = np.flatnonzero(mask)
+    if worst is not None:
+        chosen = chosen[np.argsort(-worst[chosen], kind="stable")]
+    return [
+        Example(
+            table.file_names[table.image[i]],
+            text(i) if callable(text) else "",
+            tuple(table.boxes[i].tolist()),
+        )
+        for i in chosen[:MOST_EXAMPLES].tolist()
+    ]
+
+
+def _box_text(table: Table) -> object:
+    return lambda i: "box " + " ".join(f"{x:g}" for x in table.boxes[i])
+
+
+def class_counts(tables: Mapping[str, Table]) -> Counter[str]:
+    """Count the boxes of each class by name, over datasets, without ignored ones."""
+    counts: Counter[str] = Counter()
+    for table in tables.values():
+        counts.update(dict.fromkeys(table.classes, 0))
+        valid = table.labels[~table.ignored]
+        valid = valid[(valid >= 0) & (valid < len(table.classes))]
+        for name, count in zip(table.classes, np.bincount(valid, minlength=len(table.classes)), strict=True):
+            counts[name] += int(count)
+    return counts
+
+
+def check_classes(
+    train: Mapping[str, Table], test: Mapping[str, Table], num_classes: int | None
+) -> list[Finding]:
+    """Check the classes of the datasets against each other and the model.
+
+    Args:
+        train: the datasets to train on, by name.
+        test: those to test on.
+        num_classes: `MODEL.RETINANET.NUM_CLASSES`; None where it is taken from the datasets.
+    """
+    found = []
+    datasets = {**train, **test}
+    lists: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name, table in datasets.items():
+        lists[table.classes].append(name)
+        if num_classes is not None and len(table.classes) != num_classes:
+            message = f"{len(table.classes)} classes, but MODEL.RETINANET.NUM_CLASSES is {num_classes}"
+            fixes = [Fix(f"the classes of {name}", "MODEL.RETINANET.NUM_CLASSES", len(table.classes))]
+            found.append(Finding("class-count", message, name, len(table.classes), fixes=fixes))
+    (first, _), *others = lists.items() or [((), [])]
+    for classes, names in others:
+        at = next((k for k, (a, b) in enumerate(zip(first, classes, strict=False)) if a != b), None)
+        of, first_of = ", ".join(names), lists[first][0]
+        message = (
+            f"{len(classes)} classes instead of {len(first)}, the first ones alike"
+            if at is None
+            else f'class {at} is "{classes[at]}", in {first_of} it is "{first[at]}"'
+        )
+        fixes = [Fix(f"DATASETS.FOCAL, entries {of} and {first_of}: the same CLASSES, in the same order")]
+        found.append(Finding("class-names", message, of, len(names), fixes=fixes))
+    found += _check_names(datasets)
+    if train and test:
+        found += _check_counts(class_counts(train), class_counts(test))
+    return found
+
+
+def _check_names(datasets: Mapping[str, Table]) -> list[Finding]:
+    alike = defaultdict(set)
+    for table in datasets.values():
+        for name in table.classes:
+            alike["".join(name.split()).casefold()].add(name)
+    pairs = [sorted(names) for names in alike.values() if len(names) > 1]
+    if not pairs:
+        return []
+    message = "; ".join(", ".join(f'"{name}"' for name in names) for names in pairs[:MOST_EXAMPLES])
+    return [Finding("class-alike", f"written in different ways: {message}", count=len(pairs))]
+
+
+def _check_counts(train: Counter[str], test: Counter[str]) -> list[Finding]:
+    found = []
+    known = {**train, **test}
+    for code, names, what in (
+        ("class-unused", [k for k in known if not train[k] and not test[k]], "have no box"),
+        ("class-not-in-test", [k for k in train if train[k] and not test[k]], "have no box to test on"),
+        ("class-not-in-train", [k for k in test if test[k] and not train[k]], "have no box to train on"),
+        (
+            "class-rare",
+            [k for k in train if 0 < train[k] < _RARE],
+            f"have fewer than {_RARE} boxes to train on",
+        ),
+    ):
+        if names:
+            listed = some([f"{name} ({train[name]})" if code == "class-rare" else name for name in names])
+            message = f"{share(len(names), len(known))} classes {what}: {listed}"
+            found.append(Finding(code, message, count=len(names)))
+    return found
+
+
+def some(names: Sequence[str], most: int = 10) -> str:
+    """List the first names, and say that there are more."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def without_boxes(table: Table) -> int:
+    """Count the images that have no box but ignored ones."""
+    return len(table) - np.unique(table.image[~table.ignored]).size
+
+
+def check_negatives(
+    train: Mapping[str, Table], test: Mapping[str, Table], *, filter_empty: bool
+) -> list[Finding]:
+    """Say which images have no boxes, and what becomes of them in training.
+
+    Args:
+        train: the datasets to train on, by name; some may be of images without boxes only.
+        test: those to test on.
+        filter_empty: `DATALOADER.FILTER_EMPTY_ANNOTATIONS`.
+    """
+    found = []
+    for names in ([*train], *([name] for name in test if name not in train)):
+        tables = [{**train, **test}[name] for name in names]
+        images = sum(map(len, tables))
+        if images and sum(map(without_boxes, tables)) == images:
+            found.append(Finding("dataset-empty", f"none of {images} images has a box", ", ".join(names)))
+    for name, table in train.items():
+        empty, images = without_boxes(table), len(table)
+        if empty and filter_empty and empty >= _MANY_NEGATIVES * images:
+            message = f"{share(empty, images)} images have no box and are left out of training"
+            fix = Fix("train on images without boxes too", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)
+            found.append(Finding("negatives-dropped", message, name, empty, fixes=[fix]))
+        elif empty:
+            fate = "are left out of training" if filter_empty else "are trained on"
+            message = f"{share(empty, images)} images have no box and {fate}"
+            found.append(Finding("images-without-boxes", message, name, empty))
+    return found

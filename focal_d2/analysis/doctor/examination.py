@@ -1,0 +1,159 @@
+"""The whole examination: a config, its datasets, and what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from torch import nn
+
+from focal_d2.analysis.doctor.annotations import (
+    check_boxes,
+    check_classes,
+    check_items,
+    check_negatives,
+    class_counts,
+    without_boxes,
+)
+from focal_d2.analysis.doctor.findings import ERROR, SEVERITIES, Finding
+from focal_d2.analysis.doctor.images import check_images, check_repeats, check_sides, decode_all
+from focal_d2.analysis.doctor.training import (
+    AnchorFacts,
+    MemoryFacts,
+    anchor_facts,
+    check_learning_rate,
+    memory_facts,
+)
+from focal_d2.data.mapper import input_backend
+from focal_d2.data.pixels import read_pixels
+from focal_d2.data.table import Table
+from focal_d2.errors import UserError
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What there is of a dataset."""
+
+    name: str
+    use: str  # "train", "test" or "train, test"
+    images: int
+    without_boxes: int
+    boxes: int
+    ignored: int
+    classes: dict[str, int]  # boxes of each, without ignored ones
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an examination found.
+
+    Attributes:
+        findings: errors first, notes last.
+        datasets: those that could be read.
+        anchors: None without a box to train on.
+        memory: None without an image to train on.
+    """
+
+    findings: Sequence[Finding]
+    datasets: Sequence[DatasetFacts]
+    anchors: AnchorFacts | None
+    memory: MemoryFacts | None
+
+    def count(self, severity: str) -> int:
+        """Count the findings of a severity."""
+        return sum(finding.severity == severity for finding in self.findings)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no error was found."""
+        return not self.count(ERROR)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        anchors = self.anchors and {k: v for k, v in asdict(self.anchors).items() if k != "extents"}
+        if anchors:
+            for key in ("by_size", "by_class", "levels"):
+                anchors[key] = [x._asdict() for x in anchors[key]]
+        return {
+            **{f"{severity}s": self.count(severity) for severity in SEVERITIES},
+            "findings": [finding.as_dict() for finding in self.findings],
+            "datasets": [asdict(dataset) for dataset in self.datasets],
+            "anchors": anchors,
+            "memory": self.memory and {**asdict(self.memory), "total": self.memory.total},
+        }
+
+
+def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
+    """Examine the datasets of a config, and what training would make of them. Nothing is changed.
+
+    Args:
+        cfg: full config.
+        model: of `build_without_memory`.
+        decode: whether to open every image; with many, that takes most of the time.
+
+    Raises:
+        UserError: for a mistake in the config.
+    """
+    found: list[Finding] = []
+    tables: dict[str, Table] = {}
+    for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
+        try:
+            tables[name] = _load(name)
+        except UserError as error:
+            found.append(Finding("dataset-unreadable", str(error), name))
+    train = {name: tables[name] for name in cfg.DATASETS.TRAIN if name in tables}
+    test = {name: tables[name] for name in cfg.DATASETS.TEST if name in tables}
+
+    for name, table in tables.items():
+        found += check_items(name, table)
+        found += check_boxes(name, table)
+    found += check_negatives(train, test, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    found += check_classes(train, test, cfg.MODEL.RETINANET.NUM_CLASSES)
+    found += check_sides(train, test)
+    known = {}
+    if decode:
+        reader = read_pixels if input_backend(cfg) == "opencv" else read_image
+        names = [file_name for table in tables.values() for file_name in table.file_names]
+        image_format = cfg.INPUT.FORMAT
+        known = decode_all(names, lambda file_name: reader(file_name, image_format))
+        for name, table in tables.items():
+            found += check_images(name, table, known)
+    else:
+        found.append(Finding("images-unchecked", "no image was opened; leave out --no-images to check them"))
+    found += check_repeats(train, test, known)
+    anchors, wrong = anchor_facts(cfg, train)
+    found += wrong
+    found += check_learning_rate(
+        optimizer=cfg.SOLVER.FOCAL.OPTIMIZER,
+        base_lr=cfg.SOLVER.BASE_LR,
+        images=cfg.SOLVER.IMS_PER_BATCH,
+    )
+    return Report(
+        findings=sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)),
+        datasets=[_facts(name, table, name in train, name in test) for name, table in tables.items()],
+        anchors=anchors,
+        memory=memory_facts(cfg, model, train),
+    )
+
+
+def _load(name: str) -> Table:
+    if name not in DatasetCatalog:
+        known = ", ".join(sorted(DatasetCatalog.list()))
+        raise UserError(f'dataset "{name}" is not registered; registered: {known}')
+    return Table.from_records(DatasetCatalog.get(name), MetadataCatalog.get(name).thing_classes)
+
+
+def _facts(name: str, table: Table, in_train: bool, in_test: bool) -> DatasetFacts:
+    return DatasetFacts(
+        name=name,
+        use=", ".join(["train"] * in_train + ["test"] * in_test),
+        images=len(table),
+        without_boxes=without_boxes(table),
+        boxes=table.labels.size,
+        ignored=int(table.ignored.sum()),
+        classes=dict(class_counts({name: table})),
+    )

@@ -1,0 +1,191 @@
+"""What the doctor can find: a code each, how bad it is, what it means and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+ERROR, WARNING, NOTE = SEVERITIES = ("error", "warning", "note")
+
+
+class Kind(NamedTuple):
+    """What findings of one code have in common."""
+
+    severity: str
+    means: str
+    remedy: str
+
+
+# Error: training or evaluation fails, or learns or measures the wrong thing. Warning: probably a mistake.
+KINDS = {
+    # Datasets as a whole.
+    "dataset-unreadable": Kind(ERROR, "the annotations cannot be read", "mend the file or the entry"),
+    "item-unreadable": Kind(ERROR, "an item of the annotations cannot be read", "mend or remove the item"),
+    "dataset-empty": Kind(ERROR, "no image, or none with a box, is there to train on", "check the paths"),
+    "dataset-in-both": Kind(WARNING, "DATASETS.TRAIN and DATASETS.TEST share a dataset", "split it"),
+    "image-id-repeated": Kind(
+        ERROR, "images share an id, which evaluation mixes up", "number the images anew"
+    ),
+    # Images.
+    "image-missing": Kind(ERROR, "the image file is not there", "check IMAGES, or remove the entry"),
+    "image-unreadable": Kind(ERROR, "the image cannot be decoded", "restore the file, or remove the entry"),
+    "image-size": Kind(
+        ERROR,
+        "the image, turned as its EXIF tag says, has another size than annotated; its boxes may be off too",
+        "annotate the image as it is, or restore the one that was annotated",
+    ),
+    "image-repeated": Kind(WARNING, "a file stands in the list more than once", "merge the entries"),
+    "image-duplicate": Kind(WARNING, "different files of one side have the same pixels", "keep one of them"),
+    "image-leak": Kind(
+        WARNING,
+        "an image to train on is, by its pixels or its path, also one to test on: AP is too high",
+        "remove it from one side",
+    ),
+    # Boxes.
+    "box-format": Kind(
+        ERROR,
+        "the boxes fit another format than the one they are read as",
+        "convert the boxes, or name the right format",
+    ),
+    "box-degenerate": Kind(ERROR, "a box without an area, or not of numbers", "mend or remove the box"),
+    "box-outside": Kind(ERROR, "a box wholly outside its image: it is dropped", "mend or remove the box"),
+    "box-beyond-edge": Kind(
+        WARNING,
+        "a box reaches more than 2 pixels beyond its image: training clips it, evaluation does not",
+        "check the box, or clip it",
+    ),
+    "box-duplicate": Kind(WARNING, "an object has the same box and class twice", "remove one"),
+    "box-two-classes": Kind(
+        WARNING, "two classes have the same box: it can train one of them only", "keep one class"
+    ),
+    "box-whole-image": Kind(
+        WARNING,
+        "most images have a box as large as the image: labels of images instead of objects?",
+        "check how the boxes were made",
+    ),
+    # Classes.
+    "class-count": Kind(
+        ERROR, "MODEL.RETINANET.NUM_CLASSES is not the dataset's number of classes", "set it"
+    ),
+    "class-index": Kind(ERROR, "a label is not below the number of classes", "count classes from 0"),
+    "class-names": Kind(
+        ERROR,
+        "datasets have other classes, or the same in another order: a label means another thing in each",
+        "give all the same CLASSES",
+    ),
+    "class-alike": Kind(WARNING, "class names differ only in case or spaces", "merge the classes"),
+    "class-unused": Kind(WARNING, "a class has no box at all", "remove it, or check the labels"),
+    "class-not-in-test": Kind(WARNING, "a class to train has no box to test on: it has no AP", "split anew"),
+    "class-not-in-train": Kind(WARNING, "a class to test has no box to train on: its AP is 0", "split anew"),
+    "class-rare": Kind(WARNING, "a class has very few boxes to train on", "check the labels, or add boxes"),
+    # What training makes of it.
+    "negatives-dropped": Kind(
+        WARNING,
+        "many images without boxes are left out of training: false alarms on such images are not unlearnt",
+        "set DATALOADER.FILTER_EMPTY_ANNOTATIONS False",
+    ),
+    "box-tiny": Kind(
+        WARNING,
+        "boxes are below half a cell of the finest level at training resolution",
+        "train on larger images or crops, or on a finer level",
+    ),
+    "box-long": Kind(
+        WARNING, "long boxes have no anchor", "run tools/optimize_anchors.py for more ASPECT_RATIOS"
+    ),
+    "anchor-recall": Kind(
+        WARNING, "many boxes have no anchor of enough IoU", "run tools/optimize_anchors.py"
+    ),
+    "anchor-recall-class": Kind(
+        WARNING, "most boxes of a class have no anchor of enough IoU", "run tools/optimize_anchors.py"
+    ),
+    "learning-rate": Kind(
+        WARNING,
+        "SOLVER.BASE_LR is more than 2 times off the linear rule, 0.01 for 16 images with SGD",
+        "set SOLVER.BASE_LR, unless it was tuned",
+    ),
+    # Facts.
+    "images-without-boxes": Kind(NOTE, "images without boxes, and whether they are trained on", ""),
+    "boxes-ignored": Kind(NOTE, "crowds and difficult objects, neither trained nor counted in AP", ""),
+    "images-unchecked": Kind(NOTE, "--no-images: no image was opened", ""),
+    "learning-rate-unchecked": Kind(NOTE, "no rule for the learning rate of this optimizer is known", ""),
+    "imbalance": Kind(NOTE, "negative anchors to positive ones, and the α that balances them", ""),
+    "memory": Kind(NOTE, "an estimate of what a training step takes", ""),
+}
+
+
+class Example(NamedTuple):
+    """A place in a dataset."""
+
+    file_name: str
+    text: str = ""
+    box: tuple[float, ...] | None = None  # left, top, width, height in pixels, as annotated
+
+    def __str__(self) -> str:
+        return f"{self.file_name}: {self.text}" if self.text else self.file_name
+
+
+class Fix(NamedTuple):
+    """A line for the config; without a key, advice that no single line gives."""
+
+    why: str
+    key: str = ""
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A mistake, or a fact worth a line.
+
+    Attributes:
+        code: one of `KINDS`.
+        message: what was found, with its numbers.
+        dataset: the one it is about; "" for several, or for the config.
+        count: of images, boxes or classes concerned.
+        examples: the worst, or the first.
+        fixes: lines for the config.
+    """
+
+    code: str
+    message: str
+    dataset: str = ""
+    count: int = 1
+    examples: Sequence[Example] = ()
+    fixes: Sequence[Fix] = ()
+
+    @property
+    def severity(self) -> str:
+        """One of `SEVERITIES`."""
+        return KINDS[self.code].severity
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it."""
+        return KINDS[self.code].remedy
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {
+            "code": self.code,
+            "severity": self.severity,
+            "dataset": self.dataset,
+            "message": self.message,
+            "count": self.count,
+            "remedy": self.remedy,
+            "examples": [example._asdict() for example in self.examples],
+            "fixes": [fix._asdict() for fix in self.fixes],
+        }
+
+
+def share(part: int, whole: int) -> str:
+    """Say "3 of 1200 (0.2 %)", never 0 % of something nor 100 % of less than all.
+
+    Examples:
+        >>> share(3, 12000), share(11999, 12000), share(12, 12)
+        ('3 of 12000 (< 0.1 %)', '11999 of 12000 (> 99.9 %)', '12 of 12')
+    """
+    if part in (0, whole):
+        return f"{part} of {whole}"
+    percent = 100 * part / whole
+    text = "< 0.1" if percent < 0.05 else "> 99.9" if percent >= 99.95 else f"{percent:.1f}"
+    return f"{part} of {whole} ({text} %)"

@@ -1,0 +1,166 @@
+"""A report for the terminal, and the config lines that mend what a config can mend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from tabulate import tabulate
+
+from focal_d2.analysis.doctor.examination import DatasetFacts, Report
+from focal_d2.analysis.doctor.findings import NOTE, SEVERITIES, Finding, Fix
+from focal_d2.analysis.doctor.training import AnchorFacts, MemoryFacts
+
+# Classes that a terminal lists.
+_MOST_CLASSES = 20
+
+
+def as_text(report: Report) -> str:
+    """Write the report for a terminal: first what is wrong, then the facts."""
+    parts = [summary(report)]
+    parts += [_finding(finding) for finding in report.findings if finding.severity != NOTE]
+    parts += [_datasets(report), _classes(report)]
+    if report.anchors:
+        parts.append(_anchors(report.anchors))
+    if report.memory:
+        parts.append(_memory(report.memory))
+    notes = [
+        f"- {about(finding)}{finding.message}" for finding in report.findings if finding.severity == NOTE
+    ]
+    parts.append("\n".join(["Notes", *notes]) if notes else "")
+    return "\n\n".join(part for part in parts if part)
+
+
+def summary(report: Report) -> str:
+    """Count the errors and warnings in words."""
+    counts = [(report.count(severity), severity) for severity in SEVERITIES if severity != NOTE]
+    return ", ".join(f"{n} {severity}{'' if n == 1 else 's'}" for n, severity in counts)
+
+
+def about(finding: Finding) -> str:
+    """Name the finding's dataset, to stand before its message."""
+    return f"{finding.dataset}: " if finding.dataset else ""
+
+
+def _finding(finding: Finding) -> str:
+    lines = [f"{finding.severity} {finding.code}", f"  {about(finding)}{finding.message}"]
+    lines += [f"    {example}" for example in finding.examples]
+    if finding.count > len(finding.examples) > 0:
+        lines.append("    …")
+    lines.append(f"  What to do: {finding.remedy}.")
+    return "\n".join(lines)
+
+
+def _datasets(report: Report) -> str:
+    rows = [[d.name, d.use, d.images, d.without_boxes, d.boxes, d.ignored] for d in report.datasets]
+    headers = ["dataset", "use", "images", "without boxes", "boxes", "ignored"]
+    return tabulate(rows, headers) if rows else ""
+
+
+def _classes(report: Report) -> str:
+    columns = use_counts(report.datasets)
+    names = list(dict.fromkeys(name for counts in columns.values() for name in counts))
+    names.sort(key=lambda name: -max(counts.get(name, 0) for counts in columns.values()))
+    rows = [[name, *(counts.get(name, 0) for counts in columns.values())] for name in names[:_MOST_CLASSES]]
+    if not rows:
+        return ""
+    more = len(names) - len(rows)
+    table = tabulate(rows, ["class", *(f"boxes to {use}" for use in columns)])
+    return table + (f"\n… and {more} more, in --json and --html" if more else "")
+
+
+def use_counts(datasets: Any) -> Mapping[str, dict[str, int]]:
+    """Add up the boxes of each class over the datasets to train on, and over those to test on."""
+    sums: dict[str, dict[str, int]] = {}
+    for use in ("train", "test"):
+        members: list[DatasetFacts] = [d for d in datasets if use in d.use]
+        if members:
+            sums[use] = {}
+            for name, count in (pair for d in members for pair in d.classes.items()):
+                sums[use][name] = sums[use].get(name, 0) + count
+    return sums
+
+
+def _anchors(facts: AnchorFacts) -> str:
+    low, median, high = facts.side
+    flat, square, tall = facts.aspect
+    lines = [
+        "Boxes at training resolution (5 %, median, 95 %): "
+        f"side √(width · height) {low:.0f}, {median:.0f}, {high:.0f} pixels; "
+        f"height / width {flat:.2f}, {square:.2f}, {tall:.2f}",
+        f"With an anchor of IoU ≥ {facts.threshold:g}: {percent(facts.with_anchor, facts.boxes)} of "
+        f"{facts.boxes} boxes",
+        "",
+        tabulate(
+            [[s.name, s.boxes, percent(s.with_anchor, s.boxes)] for s in facts.by_size],
+            ["side, pixels", "boxes", "with anchor"],
+            colalign=("left", "right", "right"),
+        ),
+        "",
+        tabulate(
+            [
+                [
+                    level.stride,
+                    ", ".join(f"{w:.0f}×{h:.0f}" for w, h in level.anchors[:3])
+                    + (", …" if len(level.anchors) > 3 else ""),
+                    sum(level.best_for),
+                    level.positives,
+                    level.negatives,
+                    f"1 : {level.negatives / level.positives:.0f}" if level.positives else "",
+                ]
+                for level in facts.levels
+            ],
+            ["stride", "anchors", "best for boxes", "positive", "negative", "ratio"],
+            colalign=("right", "left", "right", "right", "right", "right"),
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def percent(part: int, whole: int) -> str:
+    """Say a share in per cent; nothing of nothing is said as such."""
+    return f"{100 * part / whole:.1f} %" if whole else "–"
+
+
+def _memory(facts: MemoryFacts) -> str:
+    return (
+        f"Memory of a training step, estimated: {megabytes(facts.total)} for {facts.images} images of "
+        f"{facts.width} × {facts.height} on one device: weights {megabytes(facts.weights)}, gradients "
+        f"{megabytes(facts.gradients)}, optimizer {megabytes(facts.optimizer)}, activations "
+        f"{megabytes(facts.activations)}"
+    )
+
+
+def megabytes(size: int) -> str:
+    """Say bytes in MiB, or in GiB from one on."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def as_fix_list(report: Report) -> str:
+    """Write the YAML lines that mend what the config can mend, each under its reason; else nothing.
+
+    Where two findings set a key, the first one counts.
+    """
+    fixes = list(
+        dict.fromkeys(fix.why for finding in report.findings for fix in finding.fixes if not fix.key)
+    )
+    tree: dict[str, Any] = {}
+    for fix in (fix for finding in report.findings for fix in finding.fixes if fix.key):
+        *parents, leaf = fix.key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node.setdefault(leaf, fix)
+    return "\n".join([*(f"# {why}" for why in fixes), *_yaml_lines(tree, "")])
+
+
+def _yaml_lines(tree: Mapping[str, Any], indent: str) -> list[str]:
+    lines = []
+    for key, value in tree.items():
+        if isinstance(value, Fix):
+            written = yaml.safe_dump(value.value, default_flow_style=True).splitlines()[0]
+            lines += [f"{indent}# {value.why}", f"{indent}{key}: {written}"]
+        else:
+            lines += [f"{indent}{key}:", *_yaml_lines(value, indent + "  ")]
+    return lines

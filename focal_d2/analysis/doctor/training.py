@@ -1,0 +1,367 @@
+"""What training will make of a dataset: boxes against anchors, the learning rate, memory.
+
+N images, B boxes, L levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from focal_d2.analysis.anchors import (
+    best_anchors,
+    count_training_labels,
+    grids_of,
+    training_boxes,
+    training_inputs,
+)
+from focal_d2.analysis.doctor.annotations import MOST_EXAMPLES, some
+from focal_d2.analysis.doctor.findings import Example, Finding, Fix, share
+from focal_d2.data.table import Table
+from focal_d2.modeling.anchors import build_layout
+
+# The paper, section 4.1, and detectron2's baselines: SGD at 0.01 for 16 images a step. Batches of another
+# size scale it linearly (arXiv 1706.02677, section 2.1).
+_RATE, _RATE_IMAGES = 0.01, 16
+_RATE_OFF = 2.0
+
+# Shares of boxes that are worth a warning.
+_TINY = 0.01
+_LONG, _LONG_RATIO = 0.05, 5.0
+_WITHOUT_ANCHOR = 0.2
+_CLASS_WITHOUT_ANCHOR, _CLASS_BOXES = 0.5, 10
+
+_IOU_BINS = 20
+_OPTIMIZE = Fix("anchors that fit the boxes: tools/optimize_anchors.py prints the lines to set")
+
+
+class Share(NamedTuple):
+    """Boxes of a kind, and how many of them have an anchor."""
+
+    name: str
+    boxes: int
+    with_anchor: int
+
+
+class Level(NamedTuple):
+    """A level of the pyramid."""
+
+    stride: int
+    anchors: list[tuple[float, float]]  # width and height of each, in pixels
+    best_for: list[int]  # of each anchor, the boxes for which it is the best one
+    positives: int
+    negatives: int
+
+
+@dataclass(frozen=True)
+class AnchorFacts:
+    """Training boxes, at training resolution, against the model's anchors."""
+
+    threshold: float  # IoU from which an anchor is positive
+    boxes: int
+    with_anchor: int
+    by_size: list[Share]
+    by_class: list[Share]
+    best_iou: list[int]  # boxes in 20 bins of IoU from 0 to 1
+    levels: list[Level]
+    images_counted: int  # for positives and negatives
+    positives: int
+    negatives: int
+    # Of negatives to positives; None without positives.
+    ratio: float | None
+    alpha: float | None
+    # 5, 50 and 95 % quantiles at training resolution.
+    side: list[float]  # square root of the area, pixels
+    aspect: list[float]  # height to width
+    extents: np.ndarray = field(repr=False)  # (B, 2), width and height of each
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """Bytes of a training step on one device, weights and optimizer included."""
+
+    parameters: int
+    trained: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    images: int
+    height: int
+    width: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def anchor_facts(cfg: CfgNode, train: Mapping[str, Table]) -> tuple[AnchorFacts | None, list[Finding]]:
+    """Compare the boxes to train on with the model's anchors.
+
+    Args:
+        cfg: full config.
+        train: the datasets to train on, by name.
+
+    Returns:
+        The facts, None if there is no box, and what is wrong about them.
+
+    Raises:
+        UserError: for a crop that detectron2 has not, or anchors of an unknown kind.
+    """
+    layout = build_layout(cfg)
+    grids = grids_of(layout)
+    threshold = cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
+    names = list(dict.fromkeys(name for table in train.values() for name in table.classes))
+    extents, ious, levels, anchors, classes, of = [], [], [], [], [], []
+    positives, negatives = np.zeros((2, len(layout.strides)), np.int64)
+    counted = 0
+    for name, table in train.items():
+        if not len(table):
+            continue
+        boxes = training_boxes(cfg, table)
+        best = best_anchors(boxes.boxes, boxes.image, boxes.sizes, grids)
+        extents.append(boxes.boxes[:, 2:] - boxes.boxes[:, :2])
+        ious.append(best.iou)
+        levels.append(best.level)
+        anchors.append(best.anchor)
+        # A label that is no class is another check's business; here it goes to the last place.
+        place = np.array([*map(names.index, table.classes), len(names)])
+        labels = table.labels[boxes.rows]
+        classes.append(place[np.where((labels >= 0) & (labels < len(table.classes)), labels, -1)])
+        of += [(name, table, boxes.rows)]
+        counts = count_training_labels(cfg, table)
+        positives += counts.positives
+        negatives += counts.negatives
+        counted += counts.images
+    if not sum(map(len, ious)):
+        return None, []
+    extent, iou = np.concatenate(extents), np.concatenate(ious)
+    level, anchor, label = np.concatenate(levels), np.concatenate(anchors), np.concatenate(classes)
+    side, aspect = np.sqrt(extent.prod(1)), extent[:, 1] / extent[:, 0]
+    matched = iou >= threshold
+    m, n = int(positives.sum()), int(negatives.sum())
+    facts = AnchorFacts(
+        threshold=threshold,
+        boxes=len(iou),
+        with_anchor=int(matched.sum()),
+        by_size=_by_size(side, matched),
+        by_class=_by_class(names, label, matched),
+        best_iou=np.histogram(iou, _IOU_BINS, (0, 1))[0].tolist(),
+        levels=[
+            Level(
+                stride,
+                [(float(w), float(h)) for w, h in shapes],
+                [int(((level == i) & (anchor == a)).sum()) for a in range(len(shapes))],
+                int(positives[i]),
+                int(negatives[i]),
+            )
+            for i, (stride, shapes) in enumerate(zip(layout.strides, grids.shapes, strict=True))
+        ],
+        images_counted=counted,
+        positives=m,
+        negatives=n,
+        ratio=n / m if m else None,
+        alpha=n / (n + m) if m else None,
+        side=np.quantile(side, (0.05, 0.5, 0.95)).tolist(),
+        aspect=np.quantile(aspect, (0.05, 0.5, 0.95)).tolist(),
+        extents=extent,
+    )
+    places = _Places(of, extent)
+    return facts, _check_anchors(facts, side, aspect, matched, min(layout.strides), places)
+
+
+class _Places:
+    """Names boxes of several tables, concatenated."""
+
+    def __init__(self, of: list[tuple[str, Table, np.ndarray]], extent: np.ndarray) -> None:
+        self.of, self.extent = of, extent
+        self.ends = np.cumsum([len(rows) for _, _, rows in of])
+
+    def worst(self, mask: np.ndarray, badness: np.ndarray) -> list[Example]:
+        chosen = np.flatnonzero(mask)
+        examples = []
+        for i in chosen[np.argsort(-badness[chosen], kind="stable")][:MOST_EXAMPLES].tolist():
+            part = int(np.searchsorted(self.ends, i, side="right"))
+            _, table, rows = self.of[part]
+            row = rows[i - (self.ends[part] - len(rows))]
+            width, height = self.extent[i]
+            text = f"{width:.1f} × {height:.1f} pixels at training resolution"
+            file_name = table.file_names[table.image[row]]
+            examples.append(Example(file_name, text, tuple(table.boxes[row].tolist())))
+        return examples
+
+
+def _by_size(side: np.ndarray, matched: np.ndarray) -> list[Share]:
+    """Split boxes at powers of two."""
+    octave = np.floor(np.log2(side.clip(min=1e-3))).astype(int).clip(2, 10)
+    shares = []
+    for k in range(octave.min(), octave.max() + 1):
+        own = octave == k
+        name = (
+            f"below {2 ** (k + 1)}" if k == 2 else f"from {2**k}" if k == 10 else f"{2**k} to {2 ** (k + 1)}"
+        )
+        shares.append(Share(name, int(own.sum()), int(matched[own].sum())))
+    return shares
+
+
+def _by_class(names: Sequence[str], label: np.ndarray, matched: np.ndarray) -> list[Share]:
+    boxes = np.bincount(label, minlength=len(names))
+    hits = np.bincount(label[matched], minlength=len(names))
+    shares = [Share(name, int(b), int(h)) for name, b, h in zip(names, boxes, hits, strict=False) if b]
+    return sorted(shares, key=lambda s: -s.boxes)
+
+
+def _check_anchors(
+    facts: AnchorFacts,
+    side: np.ndarray,
+    aspect: np.ndarray,
+    matched: np.ndarray,
+    finest: int,
+    places: _Places,
+) -> list[Finding]:
+    found = []
+    boxes = facts.boxes
+    tiny = places.extent.max(1) < finest / 2
+    if tiny.sum() >= _TINY * boxes:
+        message = (
+            f"{share(int(tiny.sum()), boxes)} boxes are shorter than {finest / 2:g} pixels at training "
+            f"resolution; the finest level has a cell every {finest} pixels"
+        )
+        found.append(Finding("box-tiny", message, count=int(tiny.sum()), examples=places.worst(tiny, -side)))
+    elongation = np.maximum(aspect, 1 / aspect)
+    long = (elongation >= _LONG_RATIO) & ~matched
+    if long.sum() >= _LONG * boxes:
+        message = (
+            f"{share(int(long.sum()), boxes)} boxes are at least {_LONG_RATIO:g} times as long as wide and "
+            f"have no anchor of IoU {facts.threshold:g}"
+        )
+        examples = places.worst(long, elongation)
+        found.append(
+            Finding("box-long", message, count=int(long.sum()), examples=examples, fixes=[_OPTIMIZE])
+        )
+    missed = boxes - facts.with_anchor
+    if missed > _WITHOUT_ANCHOR * boxes:
+        message = f"{share(missed, boxes)} boxes have no anchor of IoU {facts.threshold:g}"
+        found.append(Finding("anchor-recall", message, count=missed, fixes=[_OPTIMIZE]))
+    poor = [
+        s
+        for s in facts.by_class
+        if s.boxes >= _CLASS_BOXES and s.with_anchor < (1 - _CLASS_WITHOUT_ANCHOR) * s.boxes
+    ]
+    if poor and len(facts.by_class) > 1:
+        listed = some([f"{s.name} ({s.boxes - s.with_anchor} of {s.boxes})" for s in poor])
+        message = f"classes whose boxes mostly have no anchor of IoU {facts.threshold:g}: {listed}"
+        found.append(Finding("anchor-recall-class", message, count=len(poor), fixes=[_OPTIMIZE]))
+    if facts.ratio is None:
+        return found
+    message = (
+        f"{facts.positives} positive and {facts.negatives} negative anchors in {facts.images_counted} images "
+        f"without crops, 1 : {facts.ratio:.0f}: α {facts.alpha:.4f} would balance them; focal loss needs no "
+        "such α, it was best with 0.25 (paper, table 1b)"
+    )
+    found.append(Finding("imbalance", message))
+    return found
+
+
+def check_learning_rate(*, optimizer: str, base_lr: float, images: int) -> list[Finding]:
+    """Compare the learning rate with the linear rule.
+
+    Args:
+        optimizer: "SGD" or "AdamW".
+        base_lr: `SOLVER.BASE_LR`.
+        images: `SOLVER.IMS_PER_BATCH`.
+    """
+    if optimizer != "SGD":
+        message = f"SOLVER.BASE_LR {base_lr:g} with {optimizer}: no rule is known to check it by"
+        return [Finding("learning-rate-unchecked", message)]
+    rule = _RATE * images / _RATE_IMAGES
+    if 1 / _RATE_OFF <= base_lr / rule <= _RATE_OFF:
+        return []
+    factor = f"{base_lr / rule:.3g} times" if base_lr else "0 instead of"
+    message = (
+        f"SOLVER.BASE_LR {base_lr:g} is {factor} the {rule:g} of the linear rule for SOLVER.IMS_PER_BATCH "
+        f"{images} with SGD"
+    )
+    fix = Fix(f"linear rule: {_RATE} · {images} / {_RATE_IMAGES} images", "SOLVER.BASE_LR", rule)
+    return [Finding("learning-rate", message, fixes=[fix])]
+
+
+def build_without_memory(cfg: CfgNode) -> nn.Module:
+    """Build the model on PyTorch's meta device: shapes without values."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE, cfg.MODEL.FOCAL.COMPILE = "meta", False
+    with torch.device("meta"):
+        return build_model(cfg)
+
+
+def memory_facts(cfg: CfgNode, model: Any, train: Mapping[str, Table]) -> MemoryFacts | None:
+    """Estimate what a training step takes on one device.
+
+    Weights, gradients and optimizer are exact. Activations are what autograd keeps of backbone and head for
+    a batch of the largest image, at the largest `INPUT.MIN_SIZE_TRAIN`, and the outputs' gradients; half of
+    it under autocast. All of it at once is more than is needed: gradients come as activations go.
+
+    Args:
+        cfg: full config.
+        model: of `build_without_memory`.
+        train: the datasets to train on, by name.
+
+    Returns:
+        The facts, None without images or for another meta-architecture than ours.
+    """
+    sizes: Sequence[np.ndarray] = [table.sizes for table in train.values() if len(table)]
+    if not sizes or not hasattr(model, "network"):
+        return None
+    largest = cfg.clone()
+    largest.defrost()
+    largest.INPUT.MIN_SIZE_TRAIN = (max(cfg.INPUT.MIN_SIZE_TRAIN),)
+    seen = training_inputs(largest, np.concatenate(sizes)).sizes
+    divisibility = max(model.backbone.size_divisibility, 1)
+    seen = -(-seen // divisibility) * divisibility
+    height, width = seen[seen.prod(1).argmax()].tolist()
+    images = cfg.SOLVER.IMS_PER_BATCH
+    activations = _kept_for_backward(model.train(), images, height, width)
+    focal = cfg.MODEL.FOCAL
+    weights = sum(x.numel() * x.element_size() for x in [*model.parameters(), *model.buffers()])
+    trained = [x for x in model.parameters() if x.requires_grad]
+    gradients = sum(x.numel() * x.element_size() for x in trained)
+    return MemoryFacts(
+        parameters=sum(x.numel() for x in model.parameters()),
+        trained=sum(x.numel() for x in trained),
+        weights=weights,
+        gradients=gradients,
+        # Momentum; two moments.
+        optimizer=gradients * (2 if cfg.SOLVER.FOCAL.OPTIMIZER == "AdamW" else 1),
+        activations=activations // 2 if focal.AMP.ENABLED else activations,
+        images=images,
+        height=height,
+        width=width,
+    )
+
+
+def _kept_for_backward(model: Any, images: int, height: int, width: int) -> int:
+    """Count the bytes that autograd keeps, each storage once, and those of the outputs' gradients."""
+    own = {x.untyped_storage()._cdata for x in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return x
+
+    batch = torch.empty(images, 3, height, width, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        outputs = model.network(ImageList(batch, [(height, width)] * images))[1]
+    gradients = sum(x.numel() * x.element_size() for level in outputs for x in level)
+    return sum(storage.nbytes() for storage in kept.values()) + gradients

@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""Examine a config's datasets, and what training would make of them, before it costs a night.
+
+It reads images and annotations and changes neither. Exit status: 0 if no error is found, 1 if one is, 2 for a
+mistake in the config or the command. docs/doctor.md lists what can be found.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from focal_d2.analysis.doctor import as_fix_list, as_text, build_without_memory, examine
+from focal_d2.engine import building, command_line, load_config
+from focal_d2.errors import UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="CFG", help="what train_net.py would get")
+    parser.add_argument("--json", action="store_true", help="print all findings and facts as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots and thumbnails")
+    parser.add_argument("--fix-list", action="store_true", help="print the YAML lines to add, and no more")
+    parser.add_argument(
+        "--no-images", action="store_true", help="check the annotations only: no file is opened"
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE …")
+    args = parser.parse_args()
+
+    # What detectron2 logs while it reads is no part of the report.
+    logging.getLogger("detectron2").addHandler(logging.NullHandler())
+    try:
+        # Nothing is computed, so the device may be one that is not here.
+        cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+        with building("model"):
+            model = build_without_memory(cfg)
+        report = examine(cfg, model, decode=not args.no_images)
+    except KeyboardInterrupt:
+        raise UserError("stopped") from None
+    if args.json:
+        print(json.dumps(report.as_dict(), indent=1))
+    elif args.fix_list:
+        print(as_fix_list(report))
+    else:
+        print(as_text(report))
+    return 0 if report.healthy else 1
+
+
+if __name__ == "__main__":
+    with command_line():
+        sys.exit(main())
