@@ -1,4 +1,4 @@
-"""The doctor: finds what is wrong with datasets, and between datasets, model and schedule, before training."""
+"""The doctor: finds what is wrong with datasets, and between them and a model, before training."""
 
 from focal_d2.analysis.doctor.examination import Report, examine
 from focal_d2.analysis.doctor.text import as_fix_list, as_text

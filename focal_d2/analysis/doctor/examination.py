@@ -125,7 +125,9 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
     else:
         found.append(Finding("images-unchecked", "no image was opened; leave out --no-images to check them"))
     found += check_repeats(train, test, known)
-    anchors, wrong = anchor_facts(cfg, train)
+    # Boxes that were read wrongly would say nothing of anchors.
+    misread = {finding.dataset for finding in found if finding.code == "box-format"}
+    anchors, wrong = anchor_facts(cfg, {name: table for name, table in train.items() if name not in misread})
     found += wrong
     found += check_learning_rate(
         optimizer=cfg.SOLVER.FOCAL.OPTIMIZER,

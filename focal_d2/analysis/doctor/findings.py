@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -122,7 +123,12 @@ class Example(NamedTuple):
     box: tuple[float, ...] | None = None  # left, top, width, height in pixels, as annotated
 
     def __str__(self) -> str:
-        return f"{self.file_name}: {self.text}" if self.text else self.file_name
+        return ": ".join(part for part in (self.file_name, self.text) if part)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON, which has no NaN and no infinity."""
+        box = self.box and [x if math.isfinite(x) else None for x in self.box]
+        return {**self._asdict(), "box": box}
 
 
 class Fix(NamedTuple):
@@ -172,7 +178,7 @@ class Finding:
             "message": self.message,
             "count": self.count,
             "remedy": self.remedy,
-            "examples": [example._asdict() for example in self.examples],
+            "examples": [example.as_dict() for example in self.examples],
             "fixes": [fix._asdict() for fix in self.fixes],
         }
 
