@@ -11,7 +11,7 @@ import logging
 import sys
 from pathlib import Path
 
-from focal_d2.analysis.doctor import as_fix_list, as_text, build_without_memory, examine
+from focal_d2.analysis.doctor import as_fix_list, as_page, as_text, build_without_memory, examine
 from focal_d2.engine import building, command_line, load_config
 from focal_d2.errors import UserError
 
@@ -38,8 +38,13 @@ def main() -> int:
         with building("model"):
             model = build_without_memory(cfg)
         report = examine(cfg, model, decode=not args.no_images)
+        if args.html:
+            page = as_page(report, title=args.config_file, thumbnails=not args.no_images)
+            args.html.write_text(page, encoding="utf-8")
     except KeyboardInterrupt:
         raise UserError("stopped") from None
+    except OSError as error:
+        raise UserError(f"--html {args.html}: {error}") from error
     if args.json:
         print(json.dumps(report.as_dict(), indent=1))
     elif args.fix_list:

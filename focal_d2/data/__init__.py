@@ -2,6 +2,7 @@
 
 from focal_d2.data import digits, neon_trees
 from focal_d2.data.datasets import (
+    check_annotations,
     check_datasets,
     check_files,
     count_classes,
@@ -19,6 +20,7 @@ neon_trees.register()
 __all__ = [
     "FocalDatasetMapper",
     "Table",
+    "check_annotations",
     "check_datasets",
     "check_files",
     "count_classes",

@@ -145,8 +145,8 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
                 )
 
 
-def check_files(key: str, name: str) -> None:
-    """Check that a dataset is registered and its files are there and can be read.
+def check_annotations(key: str, name: str) -> None:
+    """Check that a dataset is registered and its annotation file or folder is there.
 
     Args:
         key: the config key that names it.
@@ -162,6 +162,15 @@ def check_files(key: str, name: str) -> None:
     if annotations:
         hint = "; run `make data`" if name.startswith("neon_trees_") else ""
         raise UserError(f'{key}: dataset "{name}": annotation file not found: {annotations}{hint}')
+
+
+def check_files(key: str, name: str) -> None:
+    """Check that a dataset is registered and its files are there and can be read; see `check_annotations`.
+
+    Raises:
+        UserError: if not.
+    """
+    check_annotations(key, name)
     if MetadataCatalog.get(name).get("from_focal_yaml", False):
         # A look at every name takes a second for a hundred thousand; a missing image would stop the run at
         # whatever hour it is drawn.

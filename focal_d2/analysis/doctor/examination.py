@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from torch import nn
 
@@ -28,9 +27,9 @@ from focal_d2.analysis.doctor.training import (
     check_learning_rate,
     memory_facts,
 )
+from focal_d2.data import Table, check_annotations, load_table
 from focal_d2.data.mapper import input_backend
 from focal_d2.data.pixels import read_pixels
-from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
 
@@ -100,9 +99,14 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
     """
     found: list[Finding] = []
     tables: dict[str, Table] = {}
-    for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
+    # A dataset of both is read once.
+    keys = dict.fromkeys(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+    for name in cfg.DATASETS.TEST:
+        keys.setdefault(name, "DATASETS.TEST")
+    for name, key in keys.items():
         try:
-            tables[name] = _load(name)
+            check_annotations(key, name)
+            tables[name] = load_table(name)
         except UserError as error:
             found.append(Finding("dataset-unreadable", str(error), name))
     train = {name: tables[name] for name in cfg.DATASETS.TRAIN if name in tables}
@@ -140,13 +144,6 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
         anchors=anchors,
         memory=memory_facts(cfg, model, train),
     )
-
-
-def _load(name: str) -> Table:
-    if name not in DatasetCatalog:
-        known = ", ".join(sorted(DatasetCatalog.list()))
-        raise UserError(f'dataset "{name}" is not registered; registered: {known}')
-    return Table.from_records(DatasetCatalog.get(name), MetadataCatalog.get(name).thing_classes)
 
 
 def _facts(name: str, table: Table, in_train: bool, in_test: bool) -> DatasetFacts:

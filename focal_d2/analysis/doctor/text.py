@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 from tabulate import tabulate
 
+from focal_d2.analysis.doctor.annotations import some
 from focal_d2.analysis.doctor.examination import DatasetFacts, Report
 from focal_d2.analysis.doctor.findings import NOTE, SEVERITIES, Finding, Fix
-from focal_d2.analysis.doctor.training import AnchorFacts, MemoryFacts
+from focal_d2.analysis.doctor.training import AnchorFacts, MemoryFacts, Share
 
 # Classes that a terminal lists.
 _MOST_CLASSES = 20
@@ -24,7 +25,7 @@ def as_text(report: Report) -> str:
     if report.anchors:
         parts.append(_anchors(report.anchors))
     if report.memory:
-        parts.append(_memory(report.memory))
+        parts.append(memory_line(report.memory))
     notes = [
         f"- {about(finding)}{finding.message}" for finding in report.findings if finding.severity == NOTE
     ]
@@ -70,11 +71,11 @@ def _classes(report: Report) -> str:
     return table + (f"\n… and {more} more, in --json and --html" if more else "")
 
 
-def use_counts(datasets: Any) -> Mapping[str, dict[str, int]]:
+def use_counts(datasets: Sequence[DatasetFacts]) -> Mapping[str, dict[str, int]]:
     """Add up the boxes of each class over the datasets to train on, and over those to test on."""
     sums: dict[str, dict[str, int]] = {}
     for use in ("train", "test"):
-        members: list[DatasetFacts] = [d for d in datasets if use in d.use]
+        members = [d for d in datasets if use in d.use]
         if members:
             sums[use] = {}
             for name, count in (pair for d in members for pair in d.classes.items()):
@@ -93,24 +94,13 @@ def _anchors(facts: AnchorFacts) -> str:
         f"{facts.boxes} boxes",
         "",
         tabulate(
-            [[s.name, s.boxes, percent(s.with_anchor, s.boxes)] for s in facts.by_size],
+            share_rows(facts.by_size),
             ["side, pixels", "boxes", "with anchor"],
             colalign=("left", "right", "right"),
         ),
         "",
         tabulate(
-            [
-                [
-                    level.stride,
-                    ", ".join(f"{w:.0f}×{h:.0f}" for w, h in level.anchors[:3])
-                    + (", …" if len(level.anchors) > 3 else ""),
-                    sum(level.best_for),
-                    level.positives,
-                    level.negatives,
-                    f"1 : {level.negatives / level.positives:.0f}" if level.positives else "",
-                ]
-                for level in facts.levels
-            ],
+            level_rows(facts),
             ["stride", "anchors", "best for boxes", "positive", "negative", "ratio"],
             colalign=("right", "left", "right", "right", "right", "right"),
         ),
@@ -118,12 +108,33 @@ def _anchors(facts: AnchorFacts) -> str:
     return "\n".join(lines)
 
 
+def share_rows(shares: Sequence[Share]) -> list[tuple[str, int, str]]:
+    """List names, boxes and the share with an anchor, for a table."""
+    return [(s.name, s.boxes, percent(s.with_anchor, s.boxes)) for s in shares]
+
+
+def level_rows(facts: AnchorFacts) -> list[tuple[Any, ...]]:
+    """List the levels, for a table."""
+    return [
+        (
+            level.stride,
+            some([f"{w:.0f}×{h:.0f}" for w, h in level.anchors], 3),
+            sum(level.best_for),
+            level.positives,
+            level.negatives,
+            f"1 : {level.negatives / level.positives:.0f}" if level.positives else "",
+        )
+        for level in facts.levels
+    ]
+
+
 def percent(part: int, whole: int) -> str:
     """Say a share in per cent; nothing of nothing is said as such."""
     return f"{100 * part / whole:.1f} %" if whole else "–"
 
 
-def _memory(facts: MemoryFacts) -> str:
+def memory_line(facts: MemoryFacts) -> str:
+    """Say what a training step takes, and what of it goes where."""
     return (
         f"Memory of a training step, estimated: {megabytes(facts.total)} for {facts.images} images of "
         f"{facts.width} × {facts.height} on one device: weights {megabytes(facts.weights)}, gradients "

@@ -291,13 +291,13 @@ def test_faults_do_not_hide_each_other(tmp_path):
 
 def test_an_item_that_cannot_be_read_hides_no_other_fault(tmp_path, monkeypatch):
     world = World(tmp_path)
-    cfg, load = world.config(), examination._load
+    cfg, load = world.config(), examination.load_table
     outside(world)
 
     def load_with_problem(name):
         return replace(load(name), problems=["annotations[3] (id 4) has the bbox [1, 2, -3, 4]"])
 
-    monkeypatch.setattr(examination, "_load", load_with_problem)
+    monkeypatch.setattr(examination, "load_table", load_with_problem)
     report = examine(cfg, world.model(), decode=False)
     assert serious(report) == {"item-unreadable", "box-outside"}
     assert "annotations[3] (id 4)" in as_text(report)
@@ -316,7 +316,7 @@ def test_a_dataset_that_cannot_be_read_hides_no_other(tmp_path):
     assert serious(report) == {"dataset-unreadable", "box-outside"}
     messages = [f.message for f in report.findings if f.code == "dataset-unreadable"]
     assert messages[0] == "broken.json: not readable as JSON"
-    assert messages[1].startswith('dataset "nowhere" is not registered; registered: ')
+    assert messages[1].startswith('DATASETS.TEST: dataset "nowhere" is not registered; registered: ')
 
 
 def test_nothing_to_examine_is_said(tmp_path):
