@@ -62,7 +62,7 @@ def check_items(name: str, table: Table) -> list[Finding]:
     repeated = [path for path, times in paths.items() if times > 1]
     if repeated:
         examples = [Example(path, f"{paths[path]} times") for path in repeated[:MOST_EXAMPLES]]
-        message = f"{len(repeated)} files stand in the list more than once"
+        message = f"{share(len(repeated), len(paths))} files stand in the list more than once"
         found.append(Finding("image-repeated", message, name, len(repeated), examples))
     return found
 
@@ -231,25 +231,24 @@ def class_counts(tables: Mapping[str, Table]) -> Counter[str]:
     return counts
 
 
-def check_classes(
-    train: Mapping[str, Table], test: Mapping[str, Table], num_classes: int | None
-) -> list[Finding]:
+def check_classes(train: Mapping[str, Table], test: Mapping[str, Table], num_classes: int) -> list[Finding]:
     """Check the classes of the datasets against each other and the model.
 
     Args:
         train: the datasets to train on, by name.
         test: those to test on.
-        num_classes: `MODEL.RETINANET.NUM_CLASSES`; None where it is taken from the datasets.
+        num_classes: `MODEL.RETINANET.NUM_CLASSES`.
     """
     found = []
     datasets = {**train, **test}
     lists: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name, table in datasets.items():
         lists[table.classes].append(name)
-        if num_classes is not None and len(table.classes) != num_classes:
-            message = f"{len(table.classes)} classes, but MODEL.RETINANET.NUM_CLASSES is {num_classes}"
-            fixes = [Fix(f"the classes of {name}", "MODEL.RETINANET.NUM_CLASSES", len(table.classes))]
-            found.append(Finding("class-count", message, name, len(table.classes), fixes=fixes))
+    for classes, names in lists.items():
+        if len(classes) != num_classes:
+            message = f"{len(classes)} classes, but MODEL.RETINANET.NUM_CLASSES is {num_classes}"
+            fixes = [Fix(f"the classes of {names[0]}", "MODEL.RETINANET.NUM_CLASSES", len(classes))]
+            found.append(Finding("class-count", message, ", ".join(names), len(classes), fixes=fixes))
     (first, _), *others = lists.items() or [((), [])]
     for classes, names in others:
         at = next((k for k, (a, b) in enumerate(zip(first, classes, strict=False)) if a != b), None)

@@ -67,7 +67,9 @@ KINDS = {
     ),
     # Classes.
     "class-count": Kind(
-        ERROR, "MODEL.RETINANET.NUM_CLASSES is not the dataset's number of classes", "set it"
+        ERROR,
+        "MODEL.RETINANET.NUM_CLASSES is not the dataset's number of classes",
+        "set it to that number, or to auto",
     ),
     "class-index": Kind(ERROR, "a label is not below the number of classes", "count classes from 0"),
     "class-names": Kind(

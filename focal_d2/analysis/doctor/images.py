@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from focal_d2.analysis.doctor.annotations import MOST_EXAMPLES
@@ -41,6 +42,8 @@ def decode(file_name: str, read: Callable[[str], np.ndarray]) -> Decoded:
         pixels = read(file_name)
     except FileNotFoundError:
         return Decoded(None, b"", missing=True)
+    except UnidentifiedImageError:
+        return Decoded(None, b"", "not an image" if os.path.getsize(file_name) else "empty file")
     except (*UNREADABLE, ValueError) as error:
         return Decoded(None, b"", " ".join(str(error).split()) or type(error).__name__)
     digest = hashlib.blake2b(pixels.tobytes(), digest_size=16, key=str(pixels.shape).encode())
@@ -135,7 +138,10 @@ def check_repeats(
         if again:
             involved = dict.fromkeys(name for files in again for name, _ in files)
             examples = [Example(files[1][1], f"same as {files[0][1]}") for files in again]
-            message = f"{len(again)} images are there more than once, as other files or in another dataset"
+            among = sum(len(dict.fromkeys(table.file_names)) for table in unit.values())
+            message = (
+                f"{share(len(again), among)} images are there again, as another file or of another dataset"
+            )
             found.append(
                 Finding("image-duplicate", message, ", ".join(involved), len(again), examples[:MOST_EXAMPLES])
             )
@@ -145,7 +151,9 @@ def check_repeats(
         for key, files in _by_content({name: table}, known).items():
             if key in to_train:
                 of, path = to_train[key][0]
-                examples += [Example(own, f"same as {path} of {of}") for _, own in files]
+                for _, own in files:
+                    same = "the same file is in" if own == path else f"same as {path} of"
+                    examples.append(Example(own, f"{same} {of}"))
         if examples:
             message = f"{share(len(examples), len(table))} images to test on are also to train on"
             found.append(Finding("image-leak", message, name, len(examples), examples[:MOST_EXAMPLES]))

@@ -7,23 +7,24 @@ import io
 import math
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import matplotlib
 import numpy as np
 from detectron2.data.detection_utils import read_image
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from PIL import Image, ImageDraw
 
 from focal_d2.analysis.doctor.examination import Report
-from focal_d2.analysis.doctor.findings import Example, Finding
+from focal_d2.analysis.doctor.findings import NOTE, Example, Finding
 from focal_d2.analysis.doctor.text import (
     as_fix_list,
     level_rows,
     memory_line,
+    notes,
     share_rows,
     summary,
     use_counts,
@@ -42,10 +43,11 @@ _LEAST_VIEW = 96
 
 
 class Picture(NamedTuple):
-    """What an <img> needs."""
+    """What a <figure> needs."""
 
     source: str
     caption: str
+    file_name: str = ""  # that it was made from
 
 
 def as_page(report: Report, *, title: str, thumbnails: bool) -> str:
@@ -62,7 +64,8 @@ def as_page(report: Report, *, title: str, thumbnails: bool) -> str:
     return environment.from_string(template).render(
         title=title,
         summary=summary(report),
-        findings=[_card(finding, thumbnails) for finding in report.findings],
+        findings=[_card(finding, thumbnails) for finding in report.findings if finding.severity != NOTE],
+        notes=notes(report),
         fixes=as_fix_list(report),
         datasets=[(d.name, d.use, d.images, d.without_boxes, d.boxes, d.ignored) for d in report.datasets],
         plots=_plots(report),
@@ -78,7 +81,8 @@ def _card(finding: Finding, thumbnails: bool) -> dict[str, Any]:
     for example in finding.examples:
         source = _thumbnail(example) if thumbnails else None
         if source:
-            pictures.append(Picture(source, str(example)))
+            name = Path(example.file_name).name
+            pictures.append(Picture(source, str(example._replace(file_name=name)), example.file_name))
         else:
             lines.append(str(example))
     return {
@@ -173,15 +177,12 @@ def _plot_sizes(facts: AnchorFacts) -> str:
     drawn.set_rasterized(True)
     axes.plot(*anchors.T, "+", color=_ORANGE, markersize=9, markeredgewidth=1.6, label="anchors")
     axes.set(xscale="log", yscale="log", xlabel="width, pixels", ylabel="height, pixels")
-    _plain_ticks(axes)
+    ticks = [2**k for k in range(12) if edges[0] <= 2**k <= edges[-1]]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
     axes.legend(loc="upper left", frameon=False)
     return _figure_uri(figure)
-
-
-def _plain_ticks(axes: Axes) -> None:
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_formatter("")
 
 
 def _plot_iou(facts: AnchorFacts) -> str:
@@ -229,7 +230,7 @@ def _plot_classes(report: Report) -> str:
         values = [counts.get(names[i], 0) for i in rows]
         axes.plot(values, rows, marker, color=color, label=f"to {use}", markersize=6)
     axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(left=-0.15)
+    axes.set_xlim(-0.15, 1.6 * max(1, *(n for counts in columns.values() for n in counts.values())))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_yticks(range(len(names)), [name if len(name) <= 24 else f"{name[:23]}…" for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)

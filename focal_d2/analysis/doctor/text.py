@@ -26,10 +26,7 @@ def as_text(report: Report) -> str:
         parts.append(_anchors(report.anchors))
     if report.memory:
         parts.append(memory_line(report.memory))
-    notes = [
-        f"- {about(finding)}{finding.message}" for finding in report.findings if finding.severity == NOTE
-    ]
-    parts.append("\n".join(["Notes", *notes]) if notes else "")
+    parts.append("\n".join(["Notes", *(f"- {note}" for note in notes(report))]) if notes(report) else "")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -39,13 +36,17 @@ def summary(report: Report) -> str:
     return ", ".join(f"{n} {severity}{'' if n == 1 else 's'}" for n, severity in counts)
 
 
-def about(finding: Finding) -> str:
-    """Name the finding's dataset, to stand before its message."""
-    return f"{finding.dataset}: " if finding.dataset else ""
+def notes(report: Report) -> list[str]:
+    """List the notes."""
+    return [_sentence(finding) for finding in report.findings if finding.severity == NOTE]
+
+
+def _sentence(finding: Finding) -> str:
+    return f"{finding.dataset}: {finding.message}" if finding.dataset else finding.message
 
 
 def _finding(finding: Finding) -> str:
-    lines = [f"{finding.severity} {finding.code}", f"  {about(finding)}{finding.message}"]
+    lines = [f"{finding.severity} {finding.code}", f"  {_sentence(finding)}"]
     lines += [f"    {example}" for example in finding.examples]
     if finding.count > len(finding.examples) > 0:
         lines.append("    …")

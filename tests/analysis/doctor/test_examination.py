@@ -189,13 +189,13 @@ def no_boxes(world):
 
 FAULTS = {
     "missing image": Fault(missing, "image-missing", 1, "1 of 12 (8.3 %) image files"),
-    "zero-byte image": Fault(zero_bytes, "image-unreadable", 1, "train_1.png"),
+    "zero-byte image": Fault(zero_bytes, "image-unreadable", 1, "train_1.png: empty file"),
     "truncated JPEG": Fault(truncated, "image-unreadable", 1, "truncated"),
     "another size": Fault(other_size, "image-size", 1, "annotated as 128 × 96, is 64 × 48"),
     "turned by EXIF": Fault(turned, "image-size", 1, "is 96 × 128: height and width swapped"),
     "image twice, as two files": Fault(duplicate_image, "image-duplicate", 1, "train_4.png"),
     "image on both sides, re-encoded": Fault(leak, "image-leak", 1, "train_5.png of train"),
-    "file on both sides": Fault(same_path_in_both, "image-leak", 1, "train_5.png of train"),
+    "file on both sides": Fault(same_path_in_both, "image-leak", 1, "the same file is in train"),
     "file listed twice": Fault(listed_twice, "image-repeated", 1, "2 times"),
     "image id twice": Fault(repeated_id, "image-id-repeated", 1, "id 2"),
     "dataset on both sides": Fault(in_both, "dataset-in-both", 12, "learnt by heart"),
