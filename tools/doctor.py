@@ -40,7 +40,7 @@ def main() -> int:
         report = examine(cfg, model, decode=not args.no_images)
         if args.html:
             page = as_page(report, title=args.config_file, thumbnails=not args.no_images)
-            args.html.write_text(page, encoding="utf-8")
+            args.html.write_text(page, encoding="utf-8", errors="replace")
     except KeyboardInterrupt:
         raise UserError("stopped") from None
     except OSError as error:

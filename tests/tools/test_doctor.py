@@ -93,7 +93,7 @@ def test_page_is_one_file_that_shows_the_worst(well, monkeypatch, capsys, tmp_pa
     content["images"][0]["file_name"] = "<script>.png"
     data.annotations.write_text(json.dumps(content))
     page = tmp_path / "page.html"
-    code, out, _ = run(monkeypatch, capsys, "--config-file", path, "--html", page)
+    code, _, _ = run(monkeypatch, capsys, "--config-file", path, "--html", page)
     assert code == 1
     text = page.read_text()
     assert "box-outside" in text

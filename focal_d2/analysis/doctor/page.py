@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -134,15 +135,14 @@ def _view(size: tuple[int, int], box: Sequence[float] | None) -> tuple[float, fl
     """Choose what to show, left, top, right, bottom: the box's surroundings, some of the image among them."""
     if not box or not _is_drawable(box):
         return 0, 0, *size
-    view = []
-    around = max(_LEAST_VIEW, 2 * max(box[2:]))
-    for low, length, side in zip(box[:2], box[2:], size, strict=True):
-        centre = low + length / 2
-        start, end = centre - around / 2, centre + around / 2
-        if start >= side or end <= 0:
-            start, end = min(start, 0), max(end, side)
-        view.append((max(start, min(low, 0)), min(end, max(low + length, side))))
-    (left, right), (top, bottom) = view
+    ends = np.array([box[:2], np.add(box[:2], box[2:])])  # (2, 2): left, top; right, bottom
+    whole = np.minimum(ends[0], 0), np.maximum(ends[1], size)
+    if (ends[0] >= size).any() or (ends[1] <= 0).any():
+        view = whole
+    else:
+        around = max(_LEAST_VIEW, 2 * max(box[2:])) / 2
+        view = np.maximum(ends.mean(0) - around, whole[0]), np.minimum(ends.mean(0) + around, whole[1])
+    (left, top), (right, bottom) = np.array(view).tolist()
     return left, top, right, bottom
 
 
@@ -150,10 +150,19 @@ def _plots(report: Report) -> list[Picture]:
     facts = report.anchors
     if facts is None:
         return []
-    # Of Python's own doing: a figure of pyplot would outlive the page.
-    with matplotlib.rc_context(
-        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "font.family": "DejaVu Sans"}
+    with (
+        matplotlib.rc_context(
+            {
+                "font.size": 10,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "font.family": "DejaVu Sans",
+            }
+        ),
+        warnings.catch_warnings(),
     ):
+        # Scripts that the font has not; the table has the names too.
+        warnings.filterwarnings("ignore", message="Glyph ")
         return [
             Picture(_plot_sizes(facts), "Width and height of the boxes to train on, at training resolution"),
             Picture(_plot_iou(facts), "IoU of each box with its best anchor"),
@@ -232,7 +241,8 @@ def _plot_classes(report: Report) -> str:
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(-0.15, 1.6 * max(1, *(n for counts in columns.values() for n in counts.values())))
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_yticks(range(len(names)), [name if len(name) <= 24 else f"{name[:23]}…" for name in names])
+    shown = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
+    axes.set_yticks(range(len(names)), shown, parse_math=False)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(color="#e6e8eb")
     axes.set_xlabel("boxes")

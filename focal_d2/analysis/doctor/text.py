@@ -11,7 +11,7 @@ from tabulate import tabulate
 from focal_d2.analysis.doctor.annotations import some
 from focal_d2.analysis.doctor.examination import DatasetFacts, Report
 from focal_d2.analysis.doctor.findings import NOTE, SEVERITIES, Finding, Fix
-from focal_d2.analysis.doctor.training import AnchorFacts, MemoryFacts, Share
+from focal_d2.analysis.doctor.training import AnchorFacts, MemoryFacts, Share, odds
 
 # Classes that a terminal lists.
 _MOST_CLASSES = 20
@@ -123,7 +123,7 @@ def level_rows(facts: AnchorFacts) -> list[tuple[Any, ...]]:
             sum(level.best_for),
             level.positives,
             level.negatives,
-            f"1 : {level.negatives / level.positives:.0f}" if level.positives else "",
+            odds(level.negatives / level.positives) if level.positives else "",
         )
         for level in facts.levels
     ]

@@ -265,11 +265,16 @@ def _check_anchors(
         return found
     message = (
         f"{facts.positives} positive and {facts.negatives} negative anchors in {facts.images_counted} images "
-        f"without crops, 1 : {facts.ratio:.0f}: α {facts.alpha:.4f} would balance them; focal loss needs no "
+        f"without crops, {odds(facts.ratio)}: α {facts.alpha:.4f} would balance them; focal loss needs no "
         "such α, it was best with 0.25 (paper, table 1b)"
     )
     found.append(Finding("imbalance", message))
     return found
+
+
+def odds(ratio: float) -> str:
+    """Say how many negatives there are to a positive."""
+    return f"1 : {ratio:.0f}" if ratio >= 10 else f"1 : {ratio:.1f}"
 
 
 def check_learning_rate(*, optimizer: str, base_lr: float, images: int) -> list[Finding]:
