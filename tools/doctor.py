@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from focal_d2.analysis.doctor import as_fix_list, as_page, as_text, build_without_memory, examine
-from focal_d2.engine import building, command_line, load_config
+from focal_d2.engine import building, check_writable, command_line, load_config
 from focal_d2.errors import UserError
 
 
@@ -32,6 +32,8 @@ def main() -> int:
 
     # What detectron2 logs while it reads is no part of the report.
     logging.getLogger("detectron2").addHandler(logging.NullHandler())
+    if args.html:
+        check_writable(args.html)
     try:
         # Nothing is computed, so the device may be one that is not here.
         cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
@@ -43,8 +45,6 @@ def main() -> int:
             args.html.write_text(page, encoding="utf-8", errors="replace")
     except KeyboardInterrupt:
         raise UserError("stopped") from None
-    except OSError as error:
-        raise UserError(f"--html {args.html}: {error}") from error
     if args.json:
         print(json.dumps(report.as_dict(), indent=1))
     elif args.fix_list:

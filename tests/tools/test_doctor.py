@@ -117,7 +117,7 @@ def test_mistakes_are_one_line(well, monkeypatch, capsys, tmp_path):
         return err
 
     assert "cannot build the model" in mistake("MODEL.FPN.NORM", "XYZ")
-    assert "--html" in mistake("--html", tmp_path / "nowhere" / "page.html")
+    assert "page.html can't be written" in mistake("--html", tmp_path / "nowhere" / "page.html")
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
 from torch import nn
 
 from focal_d2.analysis.doctor.annotations import (
@@ -27,9 +26,10 @@ from focal_d2.analysis.doctor.training import (
     check_learning_rate,
     memory_facts,
 )
+from focal_d2.config import unread_keys
 from focal_d2.data import Table, check_annotations, load_table
 from focal_d2.data.mapper import input_backend
-from focal_d2.data.pixels import read_pixels
+from focal_d2.data.pixels import read_pixels, read_with_pillow
 from focal_d2.errors import UserError
 
 
@@ -120,7 +120,7 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
     found += check_sides(train, test)
     known = {}
     if decode:
-        reader = read_pixels if input_backend(cfg) == "opencv" else read_image
+        reader = read_pixels if input_backend(cfg) == "opencv" else read_with_pillow
         names = [file_name for table in tables.values() for file_name in table.file_names]
         image_format = cfg.INPUT.FORMAT
         known = decode_all(names, lambda file_name: reader(file_name, image_format))
@@ -138,6 +138,7 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
         base_lr=cfg.SOLVER.BASE_LR,
         images=cfg.SOLVER.IMS_PER_BATCH,
     )
+    found += [Finding("key-unread", line) for line in unread_keys(cfg)]
     return Report(
         findings=sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)),
         datasets=[_facts(name, table, name in train, name in test) for name, table in tables.items()],

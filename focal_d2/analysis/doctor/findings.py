@@ -107,6 +107,7 @@ KINDS = {
         "SOLVER.BASE_LR is more than 2 times off the linear rule, 0.01 for 16 images with SGD",
         "set SOLVER.BASE_LR, unless it was tuned",
     ),
+    "key-unread": Kind(WARNING, "a key of another detector was set", "set the key that is read"),
     # Facts.
     "images-without-boxes": Kind(NOTE, "images without boxes, and whether they are trained on", ""),
     "boxes-ignored": Kind(NOTE, "crowds and difficult objects, neither trained nor counted in AP", ""),

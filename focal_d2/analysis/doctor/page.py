@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jinja2
 import matplotlib
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from PIL import Image, ImageDraw
@@ -31,7 +30,7 @@ from focal_d2.analysis.doctor.text import (
     use_counts,
 )
 from focal_d2.analysis.doctor.training import AnchorFacts
-from focal_d2.data.pixels import UNREADABLE
+from focal_d2.data.pixels import UNREADABLE, read_with_pillow
 
 # Told apart with any colour vision (Okabe and Ito).
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#9aa3ab"
@@ -100,7 +99,7 @@ def _card(finding: Finding, thumbnails: bool) -> dict[str, Any]:
 def _thumbnail(example: Example) -> str | None:
     """Draw the image around the box, grey where the image ends; None if there is nothing to draw."""
     try:
-        image = Image.fromarray(read_image(example.file_name, "RGB"))
+        image = Image.fromarray(read_with_pillow(example.file_name, "RGB"))
     except (*UNREADABLE, ValueError):
         return None
     left, top, right, bottom = _view(image.size, example.box)

@@ -313,7 +313,7 @@ def memory_facts(cfg: CfgNode, model: Any, train: Mapping[str, Table]) -> Memory
     """Estimate what a training step takes on one device.
 
     Weights, gradients and optimizer are exact. Activations are what autograd keeps of backbone and head for
-    a batch of the largest image, at the largest `INPUT.MIN_SIZE_TRAIN`, and the outputs' gradients; half of
+    a batch of the largest image, at the largest size of `INPUT.*`, and the outputs' gradients; half of
     it under autocast. All of it at once is more than is needed: gradients come as activations go.
 
     Args:
@@ -330,6 +330,7 @@ def memory_facts(cfg: CfgNode, model: Any, train: Mapping[str, Table]) -> Memory
     largest = cfg.clone()
     largest.defrost()
     largest.INPUT.MIN_SIZE_TRAIN = (max(cfg.INPUT.MIN_SIZE_TRAIN),)
+    largest.INPUT.FOCAL.SCALE_JITTER = [max(cfg.INPUT.FOCAL.SCALE_JITTER)] * 2
     seen = training_inputs(largest, np.concatenate(sizes)).sizes
     divisibility = max(model.backbone.size_divisibility, 1)
     seen = -(-seen // divisibility) * divisibility

@@ -169,6 +169,10 @@ def learning_rate(world):
     world.settings["SOLVER__BASE_LR"] = 0.0125
 
 
+def other_detectors_key(world):
+    world.settings["MODEL__ROI_HEADS__NUM_CLASSES"] = 3
+
+
 def rewrite(name: str, convert: Callable[..., list[float]]) -> Callable[[World], None]:
     def plant(world):
         for record in world.add_dataset(name):
@@ -228,6 +232,7 @@ FAULTS = {
     "boxes without anchors": Fault(low_recall, "anchor-recall", 36, "36 of 72 (50.0 %)"),
     "images without boxes dropped": Fault(negatives_dropped, "negatives-dropped", 10, "10 of 22 (45.5 %)"),
     "learning rate 10 times off": Fault(learning_rate, "learning-rate", 1, "0.0125 is 10 times the 0.00125"),
+    "key of another detector": Fault(other_detectors_key, "key-unread", 1, "ROI_HEADS.NUM_CLASSES is 3"),
     "corners as sizes": Fault(
         rewrite("xyxy", lambda x, y, w, h: [x, y, x + w, y + h]), "box-format", 12, "(XYXY)"
     ),

@@ -14,6 +14,8 @@ from focal_d2.analysis.doctor.training import anchor_facts, check_learning_rate,
 from focal_d2.data import Table
 from tests.conftest import make_cfg
 
+SMALL = {"INPUT__MIN_SIZE_TRAIN": (64, 128), "INPUT__MAX_SIZE_TRAIN": 200}
+
 
 def table(boxes, labels, size=(256, 256)):
     """One image with boxes."""
@@ -133,17 +135,16 @@ def test_memory_of_weights_is_exact_and_of_a_step_near_what_is_measured(optimize
 
 
 def test_memory_is_of_the_largest_image_and_half_of_it_under_autocast():
-    cfg = make_cfg(INPUT__MIN_SIZE_TRAIN=(64, 128), INPUT__MAX_SIZE_TRAIN=200)
+    cfg = make_cfg(**SMALL)
     model = build_without_memory(cfg)
     train = {"x": table([], [], size=(100, 100)), "y": table([], [], size=(100, 400))}
     facts = memory_facts(cfg, model, train)
     # 100 × 400 would become 128 × 512, which MAX_SIZE_TRAIN makes 50 × 200; padded to multiples of 32. The
     # square has 128 × 128.
     assert (facts.height, facts.width) == (128, 128)
-    halved = memory_facts(make_cfg(**AMP), model, train)
+    doubled = memory_facts(make_cfg(**{**SMALL, "INPUT__FOCAL__SCALE_JITTER": [0.5, 1.5]}), model, train)
+    assert (doubled.height, doubled.width) == (192, 192)
+    halved = memory_facts(make_cfg(**SMALL, MODEL__FOCAL__AMP__ENABLED=True), model, train)
     assert halved.activations == facts.activations // 2
     assert memory_facts(cfg, model, {}) is None
     assert memory_facts(cfg, torch.nn.Identity(), train) is None
-
-
-AMP = {"INPUT__MIN_SIZE_TRAIN": (64, 128), "INPUT__MAX_SIZE_TRAIN": 200, "MODEL__FOCAL__AMP__ENABLED": True}
