@@ -6,6 +6,7 @@ Keys under MODEL act in any detectron2 project. Those under INPUT, DATASETS, SOL
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
@@ -233,7 +234,7 @@ def unread_keys(cfg: CfgNode) -> list[str]:
         for name in node if isinstance(node, CfgNode) else [None]:
             key = section if name is None else f"{section}.{name}"
             value, default = (x if name is None else x[name] for x in (node, defaults[section]))
-            if value == default:
+            if json.dumps(value) == json.dumps(default):  # lists and tuples alike, as YAML has no tuples
                 continue
             if key not in _COUNTERPARTS:
                 others.append(f"MODEL.{key}")

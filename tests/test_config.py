@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 
 from focal_d2 import add_focal_config
 from focal_d2.config import _COUNTERPARTS, unread_keys
@@ -36,3 +36,10 @@ def test_counterparts_are_keys():
         for key in pair:
             section, name = key.split(".")
             assert name in cfg.MODEL[section], key
+
+
+def test_a_written_config_has_no_unread_keys():
+    cfg = make_cfg()
+    again = make_cfg()
+    again.merge_from_other_cfg(CfgNode.load_cfg(cfg.dump()))
+    assert unread_keys(again) == []
