@@ -346,11 +346,16 @@ def test_notes_are_no_alarm(tmp_path):
     assert "images-unchecked" in notes
 
 
-def test_images_are_read_by_the_backend_that_training_uses(tmp_path):
+@pytest.mark.parametrize(("backend", "reader"), [("pil", "read_with_pillow"), ("opencv", "read_pixels")])
+def test_images_are_read_as_training_reads_them(backend, reader, tmp_path, monkeypatch):
     world = World(tmp_path)
-    truncated(world)
-    world.settings["INPUT__FOCAL__BACKEND"] = "opencv"
-    assert serious(world.examine()) == {"image-unreadable"}
+    world.settings["INPUT__FOCAL__BACKEND"] = backend
+
+    def read(file_name, image_format):
+        raise OSError(f"read by {reader}")
+
+    monkeypatch.setattr(examination, reader, read)
+    assert f"read by {reader}" in as_text(world.examine())
 
 
 def test_report_is_json_without_special_numbers(tmp_path):
