@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +159,9 @@ def check_annotations(key: str, name: str) -> None:
     if name not in DatasetCatalog:
         known = ", ".join(sorted(DatasetCatalog.list()))
         raise UserError(f'{key}: dataset "{name}" is not registered; registered: {known}')
+    is_lvis = MetadataCatalog.get(name).get("evaluator_type") == "lvis"
+    if is_lvis and importlib.util.find_spec("lvis") is None:
+        raise UserError(f'{key}: detectron2 reads dataset "{name}" with the package lvis: pip install lvis')
     annotations = _missing_annotations(name)
     if annotations:
         hint = "; run `make data`" if name.startswith("neon_trees_") else ""

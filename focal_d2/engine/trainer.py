@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import os
 import sys
@@ -15,7 +14,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, launch
-from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, verify_results
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -30,7 +29,7 @@ from focal_d2.engine.checkpoint import FocalCheckpointer, check_file
 from focal_d2.engine.progress import ProgressBar
 from focal_d2.engine.setup import building, load_config, set_up_job
 from focal_d2.errors import UserError
-from focal_d2.evaluation import FocalCOCOEvaluator, format_results
+from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, format_results
 
 logger = logging.getLogger(__name__)
 
@@ -93,15 +92,11 @@ class FocalTrainer(DefaultTrainer):
         Datasets that are evaluated as LVIS get detectron2's evaluator for that.
 
         Raises:
-            UserError: for LVIS without its library, or keys under TEST.FOCAL that can't be used.
+            UserError: for keys under TEST.FOCAL that can't be used.
         """
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         if MetadataCatalog.get(dataset_name).get("evaluator_type") == "lvis":
-            if importlib.util.find_spec("lvis") is None:
-                raise UserError(
-                    f'dataset "{dataset_name}" is evaluated by LVIS\'s own library: pip install lvis'
-                )
-            return LVISEvaluator(dataset_name, tasks=("bbox",), output_dir=folder)
+            return FocalLVISEvaluator(dataset_name, tasks=("bbox",), output_dir=folder)
         test = cfg.TEST.FOCAL
         return FocalCOCOEvaluator(
             dataset_name,

@@ -1,5 +1,6 @@
 """From detections to numbers."""
 
 from focal_d2.evaluation.coco import FocalCOCOEvaluator, format_results
+from focal_d2.evaluation.lvis import FocalLVISEvaluator
 
-__all__ = ["FocalCOCOEvaluator", "format_results"]
+__all__ = ["FocalCOCOEvaluator", "FocalLVISEvaluator", "format_results"]

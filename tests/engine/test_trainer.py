@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_lvis_instances
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, BoxMode, Instances
 
 from focal_d2 import UserError
-from focal_d2.data import register_datasets
-from focal_d2.engine import FocalTrainer, check_job, trainer
-from focal_d2.evaluation import FocalCOCOEvaluator
+from focal_d2.data import check_files, register_datasets
+from focal_d2.engine import FocalTrainer, check_job
+from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator
 from tests.conftest import make_cfg
 
 
@@ -85,11 +89,48 @@ def test_build_evaluator_takes_limits_and_backend(limits, an_image, expected, ba
         FocalTrainer.build_evaluator(cfg, data.name)
 
 
-def test_build_evaluator_of_lvis_is_detectron2s(monkeypatch):
-    MetadataCatalog.get("rare").set(evaluator_type="lvis")
+def test_lvis_is_read_and_evaluated_by_detectron2(coco_dataset, monkeypatch):
+    data = coco_dataset(images=2, classes=3)
+    content = json.loads(data.annotations.read_text())
+    names = {
+        "id": 0,
+        "name": "",
+        "synset": "",
+        "synonyms": [],
+        "def": "",
+        "image_count": 1,
+        "instance_count": 1,
+    }
+    content["categories"] = [{**names, "id": k, "frequency": "rcf"[k % 3]} for k in range(1, 1204)]
+    for image in content["images"]:
+        image.update(neg_category_ids=[9], not_exhaustive_category_ids=[], coco_url=f"a/{image['file_name']}")
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    data.annotations.write_text(json.dumps(content))
+    register_lvis_instances("lvis_v1_tiny", {}, str(data.annotations), str(data.images))
+
+    check_files("DATASETS.TEST", "lvis_v1_tiny")
+    records = DatasetCatalog.get("lvis_v1_tiny")
+    assert [len(r["annotations"]) for r in records] == [3, 3]
+    evaluator = FocalTrainer.build_evaluator(make_cfg(), "lvis_v1_tiny")
+    assert isinstance(evaluator, FocalLVISEvaluator)
+    evaluator._output_dir = None
+    evaluator.reset()
+    for record in records:
+        # The third object is missed: the classes 1 (c) and 2 (f) are found, 3 (r) is not.
+        found = record["annotations"][:2]
+        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in found]
+        instances = Instances((64, 64), pred_boxes=Boxes(boxes), scores=torch.ones(2))
+        instances.pred_classes = torch.tensor([a["category_id"] for a in found])
+        evaluator.process([record], [{"instances": instances}])
+    results = evaluator.evaluate()["bbox"]
+    expected = {"AP": 200 / 3, "APr": 0, "APc": 100, "APf": 100}
+    assert {name: results[name] for name in expected} == pytest.approx(expected)
+    assert len(DatasetCatalog.get("lvis_v1_tiny")) == 2  # the real package is back
+
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match='"rare" is evaluated by LVIS.* pip install lvis'):
-        FocalTrainer.build_evaluator(make_cfg(), "rare")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "lvis" or None)
-    monkeypatch.setattr(trainer, "LVISEvaluator", lambda name, **kwargs: (name, kwargs["output_dir"]))
-    assert FocalTrainer.build_evaluator(make_cfg(), "rare") == ("rare", "./output/inference/rare")
+    with pytest.raises(
+        UserError, match='reads dataset "lvis_v1_tiny" with the package lvis: pip install lvis'
+    ):
+        check_files("DATASETS.TEST", "lvis_v1_tiny")
