@@ -23,6 +23,9 @@ from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image
 
+# Endings of the files that folders of images are searched for.
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
 # What Pillow raises for files that it cannot or will not read.
 UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from focal_d2.data.pixels import UNREADABLE, read_with_pillow
+from focal_d2.data.pixels import IMAGE_SUFFIXES, UNREADABLE, read_with_pillow
 from focal_d2.errors import UserError
 
 GREEN, YELLOW = (80, 255, 80), (0, 220, 255)  # BGR
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def list_images(source: Path) -> list[Path]:
@@ -24,9 +23,9 @@ def list_images(source: Path) -> list[Path]:
         raise UserError(f"{source}: no such file or folder")
     if not source.is_dir():
         return [source]
-    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in _SUFFIXES)
+    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
-        raise UserError(f"{source}: no images in this folder ({', '.join(_SUFFIXES)})")
+        raise UserError(f"{source}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
     return paths
 
 

@@ -16,7 +16,6 @@ from focal_d2.data.pixels import UNREADABLE, upright_size
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _BOM = b"\xef\xbb\xbf"
 # Larger numbers are no pixels: they overflow where sizes are multiplied.
 MOST_PIXELS = 2**24

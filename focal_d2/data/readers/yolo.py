@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
+from focal_d2.data.pixels import IMAGE_SUFFIXES
 from focal_d2.data.readers.common import (
-    IMAGE_SUFFIXES,
     Box,
     Rows,
     class_names,
