@@ -13,7 +13,6 @@ from pathlib import Path
 
 from focal_d2.analysis.doctor import as_fix_list, as_page, as_text, build_without_memory, examine
 from focal_d2.engine import building, check_writable, command_line, load_config
-from focal_d2.errors import UserError
 
 
 def main() -> int:
@@ -23,7 +22,9 @@ def main() -> int:
     parser.add_argument("--config-file", required=True, metavar="CFG", help="what train_net.py would get")
     parser.add_argument("--json", action="store_true", help="print all findings and facts as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots and thumbnails")
-    parser.add_argument("--fix-list", action="store_true", help="print the YAML lines to add, and no more")
+    parser.add_argument(
+        "--fix-list", action="store_true", help="print a child of CFG that mends what a config can"
+    )
     parser.add_argument(
         "--no-images", action="store_true", help="check the annotations only: no file is opened"
     )
@@ -33,22 +34,19 @@ def main() -> int:
     # What detectron2 logs while it reads is no part of the report.
     logging.getLogger("detectron2").addHandler(logging.NullHandler())
     if args.html:
-        check_writable(args.html)
-    try:
-        # Nothing is computed, so the device may be one that is not here.
-        cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
-        with building("model"):
-            model = build_without_memory(cfg)
-        report = examine(cfg, model, decode=not args.no_images)
-        if args.html:
-            page = as_page(report, title=args.config_file, thumbnails=not args.no_images)
-            args.html.write_text(page, encoding="utf-8", errors="replace")
-    except KeyboardInterrupt:
-        raise UserError("stopped") from None
+        check_writable(args.html, args.config_file)
+    # Nothing is computed, so the device may be one that is not here.
+    cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+    with building("model"):
+        model = build_without_memory(cfg)
+    report = examine(cfg, model, decode=not args.no_images)
+    if args.html:
+        page = as_page(report, title=args.config_file, thumbnails=not args.no_images)
+        args.html.write_text(page, encoding="utf-8", errors="replace")
     if args.json:
         print(json.dumps(report.as_dict(), indent=1))
     elif args.fix_list:
-        print(as_fix_list(report))
+        print(as_fix_list(report, base=args.config_file))
     else:
         print(as_text(report))
     return 0 if report.healthy else 1

@@ -32,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.output is not None:
-        check_writable(args.output)
+        check_writable(args.output, args.config_file)
     (seed,) = check_seeds([args.seed], "--seed")
     cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
     check_datasets(cfg, training=True)

@@ -25,6 +25,8 @@ from focal_d2.modeling.anchors import AnchorLayout
 from focal_d2.modeling.targets import build_matcher, count_labels
 
 THRESHOLDS = (0.5, 0.6, 0.7)
+# A fall of recall that is worth a line.
+_POINT = 0.01
 # What a gain in recall is worth beside the same gain in mean IoU; see `score`.
 _RECALL_WEIGHT = 3.0
 # Boxes that the search looks at; recall on so many is known to 0.7 per cent or better (one standard error).
@@ -87,9 +89,22 @@ class Comparison:
         """The proposal if it is better, else what the config has."""
         return self.proposed if self.better else self.current
 
+    def losses(self) -> list[str]:
+        """Say where the proposal's recall is lower on boxes that it was not fitted to, by a point or more."""
+        return [
+            f"Careful: {name}: recall at IoU {at} falls from {100 * before:.1f} to {100 * after:.1f} %."
+            for name in self.before
+            if name != "fitted"
+            for at, before, after in zip(
+                THRESHOLDS, self.before[name].recall, self.after[name].recall, strict=True
+            )
+            if after <= before - _POINT
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """Return all figures, for JSON."""
-        return {**asdict(self), "thresholds": list(THRESHOLDS), "chosen": asdict(self.chosen)}
+        more = {"thresholds": list(THRESHOLDS), "chosen": asdict(self.chosen), "losses": self.losses()}
+        return {**asdict(self), **more}
 
     def as_text(self) -> str:
         """Write it for a terminal: before and after of each set of boxes, a line each, and the YAML."""
@@ -108,6 +123,7 @@ class Comparison:
         ]
         if not self.better:
             lines.append("The proposal does not fit images that it has not seen better: keep what there is.")
+        lines += self.losses()
         return "\n".join([*lines, "", self.chosen.as_yaml().rstrip()])
 
 

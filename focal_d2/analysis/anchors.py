@@ -12,23 +12,11 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 
-from focal_d2.data.resolution import training_boxes, training_inputs, training_scales
+from focal_d2.data.resolution import training_boxes
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import AnchorLayout, build_layout
 from focal_d2.modeling.targets import LabelCounts, build_matcher, count_labels
-
-__all__ = [
-    "AnchorGrids",
-    "BestAnchors",
-    "best_anchors",
-    "count_training_labels",
-    "grids_of",
-    "recall",
-    "training_boxes",
-    "training_inputs",
-    "training_scales",
-]
 
 # Boxes looked at together: a column of them takes 128 KB, and a dozen columns stay in cache.
 _CHUNK = 1 << 14

@@ -54,11 +54,6 @@ def training_boxes(cfg: CfgNode, table: Table) -> TrainingBoxes:
     return TrainingBoxes(rows[kept], image[kept], corners[kept], sizes)
 
 
-def training_scales(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
-    """Return `training_inputs(cfg, sizes).scales`, (N,) float64."""
-    return training_inputs(cfg, sizes).scales
-
-
 def training_inputs(cfg: CfgNode, sizes: np.ndarray) -> NetworkInputs:
     """Say how training shows images to the network.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import logging
 import os
 import sys
@@ -16,20 +18,34 @@ from focal_d2.errors import UserError, user_message
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Turn a user's mistake into one line on standard error and exit status 2.
+    """Turn a user's mistake into one line on standard error and exit status 2; Ctrl-C into one, and 130.
 
     It also hides a warning that only detectron2 can mend.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode gets escapes
     warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
     # detectron2's trainer logs a traceback of whatever stops it before it lets it through.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_user_error)
+    program = os.path.basename(sys.argv[0])
     try:
         yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"{program}: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # Who read the output has seen enough (`| head`); Python must not try to flush the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except Exception as error:
         message = user_message(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            message = f"{error.filename or 'output'}: {error.strerror}"
         if message is None:
             raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+        print(f"{program}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -44,11 +60,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, config_file: str) -> None:
     """See that a file can be written, before the work whose result it shall hold.
+
+    Args:
+        path: of the file.
+        config_file: which it must not replace.
 
     Raises:
         UserError: if not.
     """
+    if path.exists() and os.path.exists(config_file) and path.samefile(config_file):
+        raise UserError(f"{path} is the config itself: choose another file")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"{path} can't be written: a folder, not permitted, or in no folder that exists")

@@ -22,6 +22,7 @@ from detectron2.utils.logger import setup_logger
 from focal_d2.config import add_focal_config, check_choice
 from focal_d2.data import count_classes, register_datasets
 from focal_d2.errors import UserError
+from focal_d2.evaluation import check_backend, detection_limits
 
 _OPTIMIZERS = ("SGD", "AdamW")
 
@@ -59,6 +60,9 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
         ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME),
     ):
         check_choice(key, value, tuple(sorted(name for name, _ in registry)))
+    # The evaluator is built when training is over: too late to find these.
+    check_backend(cfg.TEST.FOCAL.EVAL_BACKEND)
+    detection_limits(list(cfg.TEST.FOCAL.MAX_DETS) or None)
     register_datasets(cfg.DATASETS.FOCAL)
     classes = cfg.MODEL.RETINANET.NUM_CLASSES
     if classes == "auto":

@@ -53,7 +53,7 @@ class FocalCOCOEvaluator(COCOEvaluator):
             output_dir: where predictions and the analysis go; None: nowhere.
             backend: "hotcoco" or "pycocotools".
             max_dets_per_image: limits on the detections of a class in an image; AP takes the last. A number n
-                is [1, 10, n]; None is [1, 10, 100].
+                is those of [1, 10] that are lower, and n; None is [1, 10, 100].
 
         Raises:
             UserError: for a mistake in these, or for a dataset's file that can't be read.
@@ -72,7 +72,7 @@ class FocalCOCOEvaluator(COCOEvaluator):
         self._gathers = distributed
         self._predictions: list[dict[str, Any]] = []
         self._backend = check_backend(backend)
-        self._max_dets = _check_limits(max_dets_per_image)
+        self._max_dets = detection_limits(max_dets_per_image)
         self._coco_api = _read(dataset_name)
         # Files of test sets have none; predictions are then only written.
         self._do_evaluation = "annotations" in self._coco_api.dataset
@@ -164,12 +164,20 @@ class FocalCOCOEvaluator(COCOEvaluator):
         return Detections(image, boxes, labels, np.array([x["score"] for x in found], dtype=np.float64))
 
 
-def _check_limits(limits: int | Sequence[int] | None) -> tuple[int, ...]:
+def detection_limits(limits: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Check the limits on detections of a class in an image; see `FocalCOCOEvaluator`.
+
+    Raises:
+        UserError: unless they are ascending whole numbers above 0.
+    """
     if limits is None or isinstance(limits, int):
-        limits = (1, 10, 100 if limits is None else limits)
-    whole = all(isinstance(x, int) and x > 0 for x in limits)
-    if not limits or not whole or sorted(set(limits)) != list(limits):
-        raise UserError(f"TEST.FOCAL.MAX_DETS is {list(limits)}; it must be ascending whole numbers above 0")
+        last = 100 if limits is None else limits
+        limits = [*(x for x in (1, 10) if x < last), last]
+    if not limits or any(type(x) is not int or x < 1 for x in limits) or sorted(set(limits)) != list(limits):
+        raise UserError(
+            f"TEST.FOCAL.MAX_DETS (max_dets_per_image) is {list(limits)}; it must be ascending whole numbers "
+            "above 0"
+        )
     return tuple(limits)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import yaml
@@ -135,6 +137,23 @@ def test_a_worse_proposal_is_not_taken(monkeypatch):
     assert result.chosen == AnchorSettings(current, [2.0])
     assert "keep what there is" in result.as_text()
     assert yaml.safe_load(result.as_text().split("\n\n")[1])["MODEL"]["ANCHOR_GENERATOR"]["SIZES"] == current
+
+
+def test_a_fall_on_other_images_is_said(monkeypatch):
+    # Anchors of 24 pixels fit the training set; the test set's boxes of 96 had theirs before.
+    near = np.array([np.log(24), np.log(1.2), 0.0])
+    monkeypatch.setattr(anchor_fit, "differential_evolution", lambda *_, **__: OptimizeResult(x=near))
+    cfg = make_cfg(
+        MODEL__ANCHOR_GENERATOR__SIZES=[[96.0], [110.0], [130.0], [150.0], [170.0]],
+        MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS=[[1.0]],
+    )
+    table = scene(0)
+    large = dataclasses.replace(table, boxes=table.boxes * [0, 0, 0, 0] + [40, 40, 96, 96])
+    small = dataclasses.replace(table, boxes=table.boxes * [1, 1, 0, 0] + [0, 0, 24, 24])
+    result = compare(cfg, [small], {"large": large})
+    assert result.better
+    assert [line for line in result.losses() if "held out" in line] == []
+    assert "Careful: large: recall at IoU 0.5 falls from 100.0 to 0.0 %." in result.as_text()
 
 
 def test_a_single_image_has_nothing_held_out(small_search):

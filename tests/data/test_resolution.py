@@ -8,7 +8,7 @@ from detectron2.data import transforms as T
 from focal_d2 import UserError
 from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.data.augmentations import ResizeAndCrop
-from focal_d2.data.resolution import network_inputs, training_boxes, training_inputs, training_scales
+from focal_d2.data.resolution import network_inputs, training_boxes, training_inputs
 from focal_d2.data.table import Table
 from tests.conftest import make_cfg
 
@@ -116,7 +116,7 @@ def test_crop_comes_before_resizing():
 def test_typical_short_edge(edges, sampling, expected):
     cfg = make_cfg(INPUT__MIN_SIZE_TRAIN=edges, INPUT__MIN_SIZE_TRAIN_SAMPLING=sampling)
     assert training_inputs(cfg, np.array([[400, 500]])).sizes[0, 0] == expected
-    assert training_scales(cfg, np.array([[400, 500]])).tolist() == [expected / 400]
+    assert training_inputs(cfg, np.array([[400, 500]])).scales.tolist() == [expected / 400]
 
 
 def test_settings_that_detectron2_has_not_are_refused():

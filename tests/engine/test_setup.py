@@ -50,6 +50,9 @@ def test_number_of_classes_comes_from_test_where_train_is_not_here(job):
 @pytest.mark.parametrize(
     "text, match",
     [
+        ("TEST: {FOCAL: {EVAL_BACKEND: coco}}", "EVAL_BACKEND is .coco.; legal values: hotcoco, pycocotools"),
+        ("TEST: {FOCAL: {MAX_DETS: [100, 10]}}", "MAX_DETS .* is .100, 10.; it must be ascending"),
+        ("TEST: {FOCAL: {MAX_DETS: [true]}}", "MAX_DETS .* is .True."),
         ("MODEL: {RETINANET: {NUM_CLASES: 3}}", "NUM_CLASES; did you mean .*NUM_CLASSES"),
         ("MODEL: {FOCAL: {HEAD: {CHANNELS: many}}}", "MODEL.FOCAL.HEAD.CHANNELS"),
         ("SOLVER: {MAX_ITER: ten}", "Type mismatch.*SOLVER.MAX_ITER"),

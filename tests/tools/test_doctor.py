@@ -75,13 +75,15 @@ def test_lines_to_add_mend_the_config(well, monkeypatch, capsys, tmp_path):
     code, out, _ = run(monkeypatch, capsys, "--config-file", path, "--fix-list", *wrong)
     assert code == 1
     fixes = yaml.safe_load(out)
+    assert fixes.pop("_BASE_") == str(path)
     assert fixes == {"MODEL": {"RETINANET": {"NUM_CLASSES": 3}}, "SOLVER": {"BASE_LR": 0.00125}}
     assert "# linear rule: 0.01 · 2 / 16 images\n  BASE_LR: 0.00125\n" in out
     broken, mended = tmp_path / "broken.yaml", tmp_path / "mended.yaml"
     cfg = load_config(str(path), wrong)
     broken.write_text(cfg.dump())
-    mended.write_text(f"_BASE_: {broken}\n{out}")
-    assert run(monkeypatch, capsys, "--config-file", broken)[0] == 1
+    code, out, _ = run(monkeypatch, capsys, "--config-file", broken, "--fix-list")
+    assert code == 1
+    mended.write_text(out)
     code, out, _ = run(monkeypatch, capsys, "--config-file", mended)
     assert out.startswith("0 errors, 0 warnings\n")
 
@@ -118,12 +120,26 @@ def test_mistakes_are_one_line(well, monkeypatch, capsys, tmp_path):
 
     assert "cannot build the model" in mistake("MODEL.FPN.NORM", "XYZ")
     assert "page.html can't be written" in mistake("--html", tmp_path / "nowhere" / "page.html")
+    assert "job.yaml is the config itself" in mistake("--html", path)
+    assert "DATASETS.TRAIN is empty" in mistake("DATASETS.TRAIN", "()")
+    assert "SOLVER.IMS_PER_BATCH is 0" in mistake("SOLVER.IMS_PER_BATCH", 0)
+    assert "SCALE_JITTER" in mistake("INPUT.FOCAL.SCALE_JITTER", "[0.1, 2.0]")
+    assert "TEST.FOCAL.EVAL_BACKEND" in mistake("TEST.FOCAL.EVAL_BACKEND", "coco")
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("focal_d2.analysis.doctor.examination.decode_all", stop)
-    assert mistake() == "doctor.py: error: stopped\n"
+    assert run(monkeypatch, capsys, "--config-file", path) == (130, "", "doctor.py: stopped\n")
+
+
+def test_a_file_that_cannot_be_read_stops_nothing(well, monkeypatch, capsys):
+    path, data = well
+    data.annotations.write_text("{")
+    code, out, _ = run(monkeypatch, capsys, "--config-file", path, "MODEL.RETINANET.NUM_CLASSES", "auto")
+    assert code == 1
+    assert "dataset-unreadable" in out
+    assert "squares_test  test" in out
 
 
 def test_a_device_that_is_not_here_does_not_matter(well, monkeypatch, capsys):

@@ -261,8 +261,8 @@ def check_classes(train: Mapping[str, Table], test: Mapping[str, Table], num_cla
         fixes = [Fix(f"DATASETS.FOCAL, entries {of} and {first_of}: the same CLASSES, in the same order")]
         found.append(Finding("class-names", message, of, len(names), fixes=fixes))
     found += _check_names(datasets)
-    if train and test:
-        found += _check_counts(class_counts(train), class_counts(test))
+    if train:
+        found += _check_counts(class_counts(train), class_counts(test), with_test=bool(test))
     return found
 
 
@@ -278,12 +278,13 @@ def _check_names(datasets: Mapping[str, Table]) -> list[Finding]:
     return [Finding("class-alike", f"written in different ways: {message}", count=len(pairs))]
 
 
-def _check_counts(train: Counter[str], test: Counter[str]) -> list[Finding]:
+def _check_counts(train: Counter[str], test: Counter[str], *, with_test: bool) -> list[Finding]:
     found = []
     known = {**train, **test}
+    missing = [k for k in train if train[k] and not test[k]] if with_test else []
     for code, names, what in (
         ("class-unused", [k for k in known if not train[k] and not test[k]], "have no box"),
-        ("class-not-in-test", [k for k in train if train[k] and not test[k]], "have no box to test on"),
+        ("class-not-in-test", missing, "have no box to test on"),
         ("class-not-in-train", [k for k in test if test[k] and not train[k]], "have no box to train on"),
         (
             "class-rare",

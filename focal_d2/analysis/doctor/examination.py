@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from focal_d2.analysis.doctor.training import (
     memory_facts,
 )
 from focal_d2.config import unread_keys
-from focal_d2.data import Table, check_annotations, load_table
+from focal_d2.data import FocalDatasetMapper, Table, check_annotations, load_table
 from focal_d2.data.mapper import input_backend
 from focal_d2.data.pixels import read_pixels, read_with_pillow
 from focal_d2.errors import UserError
@@ -97,7 +98,16 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
     Raises:
         UserError: for a mistake in the config.
     """
+    # What a run would be refused for beside its data.
+    if cfg.SOLVER.IMS_PER_BATCH < 1:
+        raise UserError(f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be at least 1")
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
+    FocalDatasetMapper(cfg, is_train=True)
     found: list[Finding] = []
+    for name, times in Counter(cfg.DATASETS.TRAIN).items():
+        if times > 1:
+            found.append(Finding("dataset-repeated", f"each image is trained {times} times as often", name))
     tables: dict[str, Table] = {}
     # A dataset of both is read once.
     keys = dict.fromkeys(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
@@ -115,7 +125,8 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
     for name, table in tables.items():
         found += check_items(name, table)
         found += check_boxes(name, table)
-    found += check_negatives(train, test, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    whole = [{name: t for name, t in side.items() if not t.problems} for side in (train, test)]
+    found += check_negatives(*whole, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     found += check_classes(train, test, cfg.MODEL.RETINANET.NUM_CLASSES)
     found += check_sides(train, test)
     known = {}
@@ -130,7 +141,7 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
         found.append(Finding("images-unchecked", "no image was opened; leave out --no-images to check them"))
     found += check_repeats(train, test, known)
     # Boxes that were read wrongly would say nothing of anchors.
-    misread = {finding.dataset for finding in found if finding.code == "box-format"}
+    misread = {x.dataset for x in found if x.code in ("box-format", "item-unreadable")}
     anchors, wrong = anchor_facts(cfg, {name: table for name, table in train.items() if name not in misread})
     found += wrong
     found += check_learning_rate(

@@ -24,7 +24,8 @@ KINDS = {
     "dataset-unreadable": Kind(ERROR, "the annotations cannot be read", "mend the file or the entry"),
     "item-unreadable": Kind(ERROR, "an item of the annotations cannot be read", "mend or remove the item"),
     "dataset-empty": Kind(ERROR, "no image, or none with a box, is there to train on", "check the paths"),
-    "dataset-in-both": Kind(WARNING, "DATASETS.TRAIN and DATASETS.TEST share a dataset", "split it"),
+    "dataset-in-both": Kind(ERROR, "DATASETS.TRAIN and DATASETS.TEST share a dataset", "split it"),
+    "dataset-repeated": Kind(WARNING, "DATASETS.TRAIN names a dataset twice", "name it once, or mean it"),
     "image-id-repeated": Kind(
         ERROR, "images share an id, which evaluation mixes up", "number the images anew"
     ),
@@ -39,7 +40,7 @@ KINDS = {
     "image-repeated": Kind(WARNING, "a file stands in the list more than once", "merge the entries"),
     "image-duplicate": Kind(WARNING, "different files of one side have the same pixels", "keep one of them"),
     "image-leak": Kind(
-        WARNING,
+        ERROR,
         "an image to train on is, by its pixels or its path, also one to test on: AP is too high",
         "remove it from one side",
     ),

@@ -137,13 +137,15 @@ def check_repeats(
         again = [files for files in _by_content(unit, known).values() if len(files) > 1]
         if again:
             involved = dict.fromkeys(name for files in again for name, _ in files)
-            examples = [Example(files[1][1], f"same as {files[0][1]}") for files in again]
+            examples = [Example(own, f"same as {files[0][1]}") for files in again for _, own in files[1:]]
             among = sum(len(dict.fromkeys(table.file_names)) for table in unit.values())
             message = (
-                f"{share(len(again), among)} images are there again, as another file or of another dataset"
+                f"{share(len(examples), among)} images are there again, as another file or of another dataset"
             )
             found.append(
-                Finding("image-duplicate", message, ", ".join(involved), len(again), examples[:MOST_EXAMPLES])
+                Finding(
+                    "image-duplicate", message, ", ".join(involved), len(examples), examples[:MOST_EXAMPLES]
+                )
             )
     to_train = _by_content(train, known)
     for name, table in test.items():

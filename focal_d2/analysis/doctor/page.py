@@ -66,7 +66,7 @@ def as_page(report: Report, *, title: str, thumbnails: bool) -> str:
         summary=summary(report),
         findings=[_card(finding, thumbnails) for finding in report.findings if finding.severity != NOTE],
         notes=notes(report),
-        fixes=as_fix_list(report),
+        fixes=as_fix_list(report, base=title),
         datasets=[(d.name, d.use, d.images, d.without_boxes, d.boxes, d.ignored) for d in report.datasets],
         plots=_plots(report),
         sizes=share_rows(anchors.by_size) if anchors else [],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -149,10 +151,14 @@ def megabytes(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def as_fix_list(report: Report) -> str:
-    """Write the YAML lines that mend what the config can mend, each under its reason; else nothing.
+def as_fix_list(report: Report, *, base: str) -> str:
+    """Write a child config that mends what a config can mend, each line under its reason; else nothing.
 
     Where two findings set a key, the first one counts.
+
+    Args:
+        report: the doctor's.
+        base: the config that was examined.
     """
     fixes = list(
         dict.fromkeys(fix.why for finding in report.findings for fix in finding.fixes if not fix.key)
@@ -164,7 +170,9 @@ def as_fix_list(report: Report) -> str:
         for parent in parents:
             node = node.setdefault(parent, {})
         node.setdefault(leaf, fix)
-    return "\n".join([*(f"# {why}" for why in fixes), *_yaml_lines(tree, "")])
+    # A child: pasted below a section of the same name, lines would replace it whole.
+    head = [f"_BASE_: {json.dumps(os.path.abspath(base))}"] if tree else []
+    return "\n".join([*(f"# {why}" for why in fixes), *head, *_yaml_lines(tree, "")])
 
 
 def _yaml_lines(tree: Mapping[str, Any], indent: str) -> list[str]:
