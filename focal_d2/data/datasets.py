@@ -56,6 +56,10 @@ def register_datasets(entries: list[dict[str, Any]]) -> None:
         if not isinstance(classes, (str, list, tuple, type(None))):
             raise UserError(f"{place}.CLASSES is {classes!r}; it must be a list of names, or a file of them")
         name = entry["NAME"]
+        if os.path.basename(name) != name or name in (os.curdir, os.pardir):
+            raise UserError(f'{place}.NAME "{name}" becomes the name of a folder: it can have no slash')
+        if any(name == earlier["NAME"] for earlier in entries[:i]):
+            raise UserError(f'{place}.NAME "{name}" stands in an earlier entry, too')
         if name in DatasetCatalog:
             if not MetadataCatalog.get(name).get("from_focal_yaml", False):
                 raise UserError(f'{place}.NAME "{name}" is the name of another dataset')
@@ -128,6 +132,8 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
     if training and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
     first: tuple[str, list[str]] | None = None
+    if not training:
+        _check_order(cfg)
     for key, names in (("DATASETS.TRAIN", cfg.DATASETS.TRAIN), ("DATASETS.TEST", cfg.DATASETS.TEST)):
         for name in names if training or key == "DATASETS.TEST" else ():
             what = f'{key}: dataset "{name}"'
@@ -143,6 +149,24 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
                 raise UserError(
                     f"{what} has {len(classes)} classes ({listed(classes)}) but MODEL.RETINANET.NUM_CLASSES "
                     f"is {cfg.MODEL.RETINANET.NUM_CLASSES}: set it to {len(classes)}, or to auto"
+                )
+
+
+def _check_order(cfg: CfgNode) -> None:
+    """Refuse to evaluate on the classes of `DATASETS.TRAIN`, where that is here, in another order."""
+    for train in cfg.DATASETS.TRAIN:
+        if train not in DatasetCatalog or not MetadataCatalog.get(train).get("from_focal_yaml", False):
+            continue
+        try:
+            expected = known_class_names(train) or []
+        except UserError:
+            continue  # evaluation needs none of it
+        for name in cfg.DATASETS.TEST:
+            classes = known_class_names(name) or expected
+            if classes != expected and sorted(classes) == sorted(expected):
+                raise UserError(
+                    f'DATASETS.TEST: dataset "{name}" has the classes {listed(classes)}, DATASETS.TRAIN: '
+                    f'dataset "{train}" has {listed(expected)}: give both the same CLASSES in DATASETS.FOCAL'
                 )
 
 

@@ -13,7 +13,7 @@ import contextlib
 import io
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import cv2
 import numpy as np
@@ -64,10 +64,20 @@ def read_with_pillow(file_name: str, image_format: str) -> np.ndarray:
     Raises:
         OSError: and the others of `UNREADABLE`, if it cannot be read or its values are not of 8 or 16 bits.
     """
-    with PathManager.open(file_name, "rb") as file:
+    with PathManager.open(file_name, "rb") as file, _pillow_errors():
         image: Image.Image = Image.open(file)
         image.load()
-        return convert_PIL_to_numpy(_to_8_bits(_apply_exif_orientation(image)), image_format)
+        image = _to_8_bits(_apply_exif_orientation(image))
+    return convert_PIL_to_numpy(image, image_format)
+
+
+@contextlib.contextmanager
+def _pillow_errors() -> Iterator[None]:
+    """Pillow also raises ValueError for files, which elsewhere means a mistake in a program."""
+    try:
+        yield
+    except ValueError as error:
+        raise OSError(str(error)) from error
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -108,7 +118,7 @@ def upright_size(file_name: str) -> tuple[int, int]:
     Raises:
         OSError: and the others of `UNREADABLE`, if it cannot be read.
     """
-    with Image.open(file_name) as image:
+    with _pillow_errors(), Image.open(file_name) as image:
         width, height = image.size
         orientation = None
         with contextlib.suppress(Exception):  # as in _decode
@@ -119,7 +129,8 @@ def upright_size(file_name: str) -> tuple[int, int]:
 def _decode(data: bytes) -> np.ndarray | None:
     """Decode a plain JPEG or PNG file to BGR; None if it is none."""
     try:
-        header = Image.open(io.BytesIO(data))
+        with _pillow_errors():
+            header = Image.open(io.BytesIO(data))
     except UNREADABLE:
         return None
     if header.mode not in ("L", "RGB"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -35,9 +36,16 @@ def picture_files(paths: list[Path], folder: Path) -> list[Path]:
     Raises:
         UserError: if the folder cannot be made, or a picture would replace its image.
     """
-    stems = [p.stem for p in paths]
-    # Where two images differ in their ending alone, it becomes part of the name.
-    names = [p.stem if stems.count(p.stem) == 1 else p.name.replace(".", "_") for p in paths]
+    stems = Counter(p.stem for p in paths)
+    # Where two images differ in their ending alone, it becomes part of the name; where in their folders
+    # alone, they are numbered.
+    names = [p.stem if stems[p.stem] == 1 else p.name.replace(".", "_") for p in paths]
+    times = Counter(names)
+    nth: Counter[str] = Counter()
+    for i, name in enumerate(names):
+        if times[name] > 1:
+            nth[name] += 1
+            names[i] = f"{name}_{nth[name]}"
     targets = [folder / f"{name}.png" for name in names]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -195,10 +195,15 @@ def run(args: argparse.Namespace) -> None:
         UserError: for anything the user can mend.
     """
     cfg = load_config(args.config_file, args.opts)
-    check_datasets(cfg, training=not args.eval_only)
+    unread = unread_keys(cfg)
+    try:
+        check_datasets(cfg, training=not args.eval_only)
+    except UserError as error:
+        # Often it is the key that was not read that should have prevented this.
+        raise UserError("; ".join([str(error), *unread])) from error
     set_up_job(cfg, args)
     if comm.is_main_process():
-        for line in unread_keys(cfg):
+        for line in unread:
             logger.warning(line)
     if args.eval_only:
         with building("model"):

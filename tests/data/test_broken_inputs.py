@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from focal_d2 import UserError
 from focal_d2.data import FocalDatasetMapper, check_files, load_table, register_datasets
@@ -178,6 +178,35 @@ def entity_bomb(broken: Broken) -> None:
 
 def copy_xml(broken: Broken) -> None:
     (broken.folder / "z.xml").write_text((broken.folder / "a.xml").read_text())
+
+
+def large_text() -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("x", "a" * (2 << 20), zip=True)
+    return info
+
+
+def capitals(broken: Broken) -> None:
+    (broken.images / "a.jpg").rename(broken.images / "a.JPG")
+    (broken.folder / "a.txt").rename(broken.folder / "a.TXT")
+
+
+def linked_folders(broken: Broken) -> None:
+    for folder in (broken.images, broken.folder):
+        elsewhere = folder.parent / f"{folder.name}_elsewhere"
+        folder.rename(elsewhere)
+        folder.mkdir()
+        (folder / "below").symlink_to(elsewhere)
+        (elsewhere / "round").symlink_to(folder)
+
+
+def with_gaps(broken: Broken) -> None:
+    lines = broken.main.read_text().splitlines()
+    lines = [
+        f"{lines[0]},height,width",
+        *(f"{x[:-1]}False,{HEIGHT}.0,{WIDTH}.0" for x in lines[1:] if x[-1] == "0"),
+    ]
+    broken.main.write_text("\n".join([*lines, "c.png,,,,,,,48.0,64.0"]))
 
 
 # Style, what happened, and what the line says (with the file's name), or None: it is read right.
@@ -543,6 +572,63 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     "jpeg: zero bytes, size asked": ("yolo", cut("a.jpg", 0), r"a\.txt: cannot read the image .*a\.jpg"),
     "jpeg: truncated": ("coco", cut("a.jpg", 0.6), r"cannot read image .*a\.jpg: "),
     "png: truncated": ("coco", cut("b.png", 0.6), r"cannot read image .*b\.png: "),
+    "png: a text chunk of two megabytes": (
+        "coco",
+        lambda b: b.save("b.png", Image.fromarray(pixels()[:, :, ::-1]), pnginfo=large_text()),
+        r"cannot read image .*b\.png: .*too large",
+    ),
+    "png: the same, size asked": (
+        "csv",
+        lambda b: b.save("b.png", Image.fromarray(pixels()[:, :, ::-1]), pnginfo=large_text()),
+        r"b\.png: .*too large",
+    ),
+    "yolo: a label file is a pipe": (
+        "yolo",
+        lambda b: (b.folder / "a.txt").unlink() or os.mkfifo(b.folder / "a.txt"),
+        r"a\.txt: not a file",
+    ),
+    "yolo: an image is a pipe": (
+        "yolo",
+        lambda b: (b.images / "a.jpg").unlink() or os.mkfifo(b.images / "a.jpg"),
+        r"cannot read the image .*a\.jpg: not a file",
+    ),
+    "yolo: endless digits": (
+        "yolo",
+        line(1, f"0 .5 .5 .5 -1e-{'0' * 5000}"),
+        "line 1: .*from 0 to 1|negative",
+    ),
+    "yolo: capital endings": ("yolo", capitals, None),
+    "yolo: linked folders": ("yolo", linked_folders, None),
+    "csv: a class of 5,000 digits": ("csv", line(2, f"a.jpg,1,2,3,4,{'9' * 5000},0"), "line 2: the class"),
+    "csv: whole numbers as 48.0, flags as words": ("csv", with_gaps, None),
+    "coco: a parent of the same name": (
+        "coco",
+        lambda b: b.coco(lambda c: c["categories"].append({"id": 77, "name": "cat"})),
+        None,
+    ),
+    "coco: a root above everything": (
+        "coco",
+        lambda b: b.entry.update(IMAGES=os.path.relpath(b.images)) or image(0, file_name="../x/a.jpg")(b),
+        "not a path under",
+    ),
+    "coco: a folder with the root's name and more": (
+        "coco",
+        image(0, file_name="../images_secret/a.jpg"),
+        r"not a path under",
+    ),
+    "voc: LIST leaves the folder": (
+        "voc",
+        lambda b: (
+            b.entry.update(LIST=str(b.images.parent / "list.txt"))
+            or (b.images.parent / "list.txt").write_text("../annotations2/a\n")
+        ),
+        r"LIST: .* is not a path under .*annotations",
+    ),
+    "voc: no filename": (
+        "voc",
+        lambda b: b.replace("a.xml", "<filename>a.jpg</filename>", ""),
+        r"a\.xml: no <filename> in <annotation>",
+    ),
     "jpeg: a text": (
         "coco",
         lambda b: (b.images / "a.jpg").write_text("hello"),

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from focal_d2 import UserError
-from focal_d2.data import check_datasets, load_table, register_datasets
+from focal_d2.data import check_datasets, count_classes, ground_truth, load_table, register_datasets
+from focal_d2.data.readers.common import class_names
 from tests.conftest import make_cfg
 from tests.data.test_table import RECORDS
 
@@ -39,6 +42,50 @@ def test_register_again_replaces(coco_dataset):
 def test_register_refuses(coco_dataset, changes, match):
     with pytest.raises(UserError, match=match):
         register_datasets([{**coco_dataset().entry, **changes}])
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", ".."])
+def test_a_name_is_no_path(coco_dataset, name):
+    with pytest.raises(UserError, match="it can have no slash"):
+        register_datasets([{**coco_dataset().entry, "NAME": name}])
+
+
+def test_two_entries_of_one_name_are_refused(coco_dataset):
+    first, second = coco_dataset("a"), coco_dataset("b")
+    with pytest.raises(UserError, match=r"FOCAL\[1\].NAME .* stands in an earlier entry, too"):
+        register_datasets([first.entry, {**second.entry, "NAME": first.name}])
+
+
+def test_ten_thousand_names_are_no_work():
+    names = [f"class {i}" for i in range(10_000)]
+    assert class_names(names) == tuple(names)
+    with pytest.raises(UserError, match='"class 5" stands there twice'):
+        class_names([*names, "class 5"])
+
+
+def test_absent_classes_have_numbers_of_their_own(coco_dataset):
+    data = coco_dataset(classes=2)
+    register_datasets([{**data.entry, "CLASSES": ["x", "class0", "y", "class1"]}])
+    assert load_table(data.name).category_ids == (3, 1, 4, 2)
+
+
+def test_ground_truth_has_no_crowds(coco_dataset):
+    data = coco_dataset(images=1, classes=2)
+    content = json.loads(data.annotations.read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    data.annotations.write_text(json.dumps(content))
+    register_datasets([data.entry])
+    assert [len(boxes) for boxes in ground_truth(data.name).values()] == [1]
+
+
+def test_classes_are_counted_in_the_training_set_first(coco_dataset):
+    train, test = coco_dataset("a", classes=2), coco_dataset("b", classes=3)
+    register_datasets([train.entry, test.entry])
+    cfg = make_cfg(DATASETS__TRAIN=(train.name,), DATASETS__TEST=(test.name,))
+    assert count_classes(cfg) == 2
+    train.annotations.write_text("{")
+    register_datasets([train.entry])
+    assert count_classes(cfg) == 3
 
 
 @pytest.mark.parametrize("entry", ["mine", {}, {"NAME": "mine"}])
@@ -101,7 +148,9 @@ def test_check_finds_other_classes_in_test(coco_dataset):
         UserError, match=r"TEST: .* has the classes class1, class0 \(2\), DATASETS.TRAIN: .*same"
     ):
         check_datasets(cfg, training=True)
-    check_datasets(cfg, training=False)
+    # Evaluation alone would count one class as the other, too.
+    with pytest.raises(UserError, match="TEST: .* has the classes class1, class0, DATASETS.TRAIN: .*same"):
+        check_datasets(cfg, training=False)
 
 
 def test_check_finds_missing_images(coco_dataset):

@@ -12,7 +12,15 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image, PngImagePlugin
 
 from focal_d2.data import pixels
-from focal_d2.data.pixels import UNREADABLE, OpenCVInput, read_pixels, read_with_pillow, resize, to_planes
+from focal_d2.data.pixels import (
+    UNREADABLE,
+    OpenCVInput,
+    read_pixels,
+    read_with_pillow,
+    resize,
+    to_planes,
+    upright_size,
+)
 
 
 def photograph(height: int = 90, width: int = 120, *, channels: int = 3) -> np.ndarray:
@@ -353,3 +361,12 @@ def test_opencv_input_resizes_what_was_cropped():
         for transform in (T.CropTransform(10, 20, 50, 40), T.ResizeTransform(40, 50, 32, 40)):
             inputs.transform(transform)
     assert np.abs(found.image.astype(int) - expected.image).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_upright_size_is_that_of_the_pixels(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = str(tmp_path / "a.jpg")
+    Image.new("RGB", (20, 10)).save(path, exif=exif)
+    assert upright_size(path) == read_pixels(path, "BGR").shape[:2]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from focal_d2 import UserError
-from focal_d2.engine.pictures import draw_boxes, draw_detections, list_images
+from focal_d2.engine.pictures import draw_boxes, draw_detections, list_images, picture_files
 
 
 def test_draw_boxes_leaves_the_image_alone():
@@ -39,3 +39,9 @@ def test_list_images_of_nothing_is_refused(tmp_path):
         list_images(tmp_path)
     with pytest.raises(UserError, match="no such"):
         list_images(tmp_path / "nowhere")
+
+
+def test_images_of_one_name_in_two_folders_get_pictures_each(tmp_path):
+    paths = [tmp_path / name for name in ("a/1.jpg", "b/1.jpg", "b/1.png", "c/2.jpg")]
+    names = [target.name for target in picture_files(paths, tmp_path / "out")]
+    assert names == ["1_jpg_1.png", "1_jpg_2.png", "1_png.png", "2.png"]

@@ -44,7 +44,7 @@ def decode(file_name: str, read: Callable[[str], np.ndarray]) -> Decoded:
         return Decoded(None, b"", missing=True)
     except UnidentifiedImageError:
         return Decoded(None, b"", "not an image" if os.path.getsize(file_name) else "empty file")
-    except (*UNREADABLE, ValueError) as error:
+    except UNREADABLE as error:
         return Decoded(None, b"", " ".join(str(error).split()) or type(error).__name__)
     digest = hashlib.blake2b(pixels.tobytes(), digest_size=16, key=str(pixels.shape).encode())
     return Decoded((pixels.shape[0], pixels.shape[1]), digest.digest())

@@ -100,7 +100,7 @@ def _thumbnail(example: Example) -> str | None:
     """Draw the image around the box, grey where the image ends; None if there is nothing to draw."""
     try:
         image = Image.fromarray(read_with_pillow(example.file_name, "RGB"))
-    except (*UNREADABLE, ValueError):
+    except UNREADABLE:
         return None
     left, top, right, bottom = _view(image.size, example.box)
     scale = _THUMBNAIL / max(right - left, bottom - top)

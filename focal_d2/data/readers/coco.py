@@ -103,7 +103,12 @@ def read_coco(annotations: str, images: str, classes: Sequence[str] | None = Non
             if item.id in seen:
                 note(section, i, "has the id of an earlier one; ids must be different whole numbers")
             seen.add(item.id)
-    names, label_of, category_ids = _classes(annotations, coco.categories, classes)
+    categories = coco.categories
+    if len({c.name for c in categories}) < len(categories):
+        # Some tools add a parent of the same name, of which there are no boxes.
+        used = {a.category_id for a in coco.annotations}
+        categories = [c for c in categories if c.id in used] or categories
+    names, label_of, category_ids = _classes(annotations, categories, classes)
 
     places: dict[int, int] = {}
     paths: list[str] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,8 @@ def read_bytes(path: str | Path) -> bytes:
     Raises:
         UserError: if it can't be read.
     """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise UserError(f"{path}: not a file")  # a pipe would be waited for
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -69,32 +72,33 @@ def short(value: object) -> str:
 
 def path_under(root: str, name: str) -> str | None:
     """Join an image's name to its folder; None if that leaves the folder or is no path."""
+    if not name.strip() or "\0" in name:
+        return None
     path = os.path.normpath(os.path.join(root, name))
-    inside = os.path.normpath(root)
-    prefix = inside if inside.endswith(os.sep) else inside + os.sep
-    if inside == os.curdir:
-        good = not (os.path.isabs(path) or path == os.pardir or path.startswith(os.pardir + os.sep))
-    else:
-        good = path.startswith(prefix)
-    return path if good and name.strip() and path not in (inside, os.curdir) and "\0" not in name else None
+    inside = os.path.join(os.path.abspath(root), "")
+    return path if os.path.abspath(path).startswith(inside) else None
 
 
 def list_files(root: str, suffixes: Sequence[str]) -> list[str]:
     """List the files under a folder by their endings, as sorted paths relative to it.
 
-    Linked folders below the root are not entered, so that a circle of links ends.
+    Links to folders are followed, but into no folder twice, so that a circle of links ends.
 
     Raises:
         UserError: if there is no such folder.
     """
     if not os.path.isdir(root):
         raise UserError(f"{root}: no such folder")
-    return sorted(
-        os.path.relpath(os.path.join(folder, name), root)
-        for folder, _, names in os.walk(root)
-        for name in names
-        if name.lower().endswith(tuple(suffixes))
-    )
+    files, entered = [], {os.path.realpath(root)}
+    for folder, below, names in os.walk(root, followlinks=True):
+        for name in sorted(below):
+            real = os.path.realpath(os.path.join(folder, name))
+            if real in entered:
+                below.remove(name)
+            entered.add(real)
+        below.sort()
+        files += [os.path.join(folder, name) for name in names if name.lower().endswith(tuple(suffixes))]
+    return sorted(os.path.relpath(file, root) for file in files)
 
 
 def read_list(path: str | Path) -> list[str]:
@@ -122,11 +126,11 @@ def class_names(classes: Sequence[object] | str) -> tuple[str, ...]:
     source = "CLASSES"
     if isinstance(classes, str):
         source = classes
-        classes = _yaml_names(classes) if classes.endswith((".yaml", ".yml")) else read_list(classes)
+        classes = _yaml_names(classes) if classes.lower().endswith((".yaml", ".yml")) else read_list(classes)
     names = tuple(str(name) for name in classes)
-    if not names or any(not isinstance(name, (str, int)) or not str(name).strip() for name in classes):
+    if not names or any(type(name) not in (str, int) or not str(name).strip() for name in classes):
         raise UserError(f"{source}: class names are {short(classes)}; they must be texts, at least one")
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
         raise UserError(f'{source}: the class name "{twice[0]}" stands there twice')
     return names
@@ -175,6 +179,7 @@ class Rows:
             raise UserError(f"IMAGES: {root}: no such folder")
         self.root, self.classes, self.source = root, classes, source
         self.problems: list[str] = []
+        self._known = frozenset(classes or ())
         self._images: dict[str, tuple[int, int]] = {}
         self._boxes: dict[str, list[Box]] = {}
 
@@ -200,6 +205,8 @@ class Rows:
         if path not in self._images:
             if size is None:
                 try:
+                    if os.path.exists(path) and not os.path.isfile(path):
+                        raise OSError("not a file")  # a pipe would be waited for
                     size = upright_size(path)
                 except UNREADABLE as error:
                     self.problem(item, f"cannot read the image {path}: {_reason(error)}")
@@ -220,7 +227,7 @@ class Rows:
             )
         elif not box.name.strip():
             self.problem(box.item, "no class name")
-        elif self.classes is not None and box.name not in self.classes:
+        elif self.classes is not None and box.name not in self._known:
             self.problem(
                 box.item, f'the class "{short(box.name)[1:-1]}" is not one of {listed(self.classes)}'
             )
@@ -272,7 +279,8 @@ class Rows:
 
 def _number_first(name: str) -> tuple[bool, int, str]:
     """Sort numbers by value, before names."""
-    return (False, int(name), name) if name.isdecimal() else (True, 0, name)
+    # Nobody counts classes with more digits, and Python refuses to read thousands of them.
+    return (False, int(name), name) if name.isdecimal() and len(name) < 20 else (True, 0, name)
 
 
 def listed(names: Sequence[str] | Mapping[str, object]) -> str:

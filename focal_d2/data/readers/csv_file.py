@@ -24,6 +24,8 @@ _COLUMNS = {
 }
 _NEEDED = ("image", "xmin", "ymin", "xmax", "ymax", "label")
 _CORNERS = _NEEDED[1:5]
+# As programs write them.
+_FLAGS = {"": False, "0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 
 
 def read_csv(annotations: str, images: str, classes: Sequence[str] | None = None) -> Table:
@@ -87,7 +89,7 @@ def _add(rows: Rows, columns: dict[str, int], fields: Sequence[str], item: str) 
     size = None
     if row.get("height") and row.get("width"):
         try:
-            size = (int(row["height"]), int(row["width"]))
+            size = (_whole(row["height"]), _whole(row["width"]))
         except ValueError:
             rows.problem(
                 item, f"height and width are {short([row['height'], row['width']])}; not whole numbers"
@@ -105,12 +107,21 @@ def _add(rows: Rows, columns: dict[str, int], fields: Sequence[str], item: str) 
     if not all(map(_is_number, corners)):
         rows.problem(item, f"the corners are {short(corners)}; they must be numbers, or all empty")
         return
-    if row.get("ignored", "") not in ("", "0", "1"):
+    ignored = _FLAGS.get(row.get("ignored", "").lower())
+    if ignored is None:
         rows.problem(item, f"ignored is {short(row['ignored'])}; it must be 0 or 1")
         return
     left, top, right, bottom = map(float, corners)
-    box = Box((left, top, right - left, bottom - top), row["label"], row.get("ignored") == "1", item)
+    box = Box((left, top, right - left, bottom - top), row["label"], ignored, item)
     rows.add_box(row["image"], box)
+
+
+def _whole(text: str) -> int:
+    """A whole number, also if written as 48.0, as tables with gaps are."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(text)
+    return int(number)
 
 
 def _is_number(text: str) -> bool:

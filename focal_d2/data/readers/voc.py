@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
-from focal_d2.data.readers.common import Box, Rows, list_files, read_bytes
+from focal_d2.data.readers.common import Box, Rows, list_files, path_under, read_bytes, short
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
@@ -36,8 +35,10 @@ def read_voc(
     rows = Rows(images, classes, annotations)
     names = list_files(annotations, (".xml",)) if chosen is None else [f"{name}.xml" for name in chosen]
     for name in names:
-        path = os.path.join(annotations, name)
         try:
+            path = path_under(annotations, name)
+            if path is None:
+                raise UserError(f"LIST: {short(name)} is not a path under {annotations}")
             _read_file(path, rows)
         except UserError as error:
             rows.problems.append(str(error))
@@ -74,6 +75,8 @@ def _read_file(path: str, rows: Rows) -> None:
             raise UserError(f"{path}: size has the height and width {sides}; not whole numbers")
         # Some tools write 0 for a size that they don't know.
         size = None if 0 in numbers else (int(numbers[0] or 0), int(numbers[1] or 0))
+    if not name:
+        raise UserError(f"{path}: no <filename> in <{root.tag}>: not a VOC file")
     if name in rows:
         raise UserError(f"{path}: another file has the annotations of {name} already")
     if rows.add_image(name, path, size) is None:

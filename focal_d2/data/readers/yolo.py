@@ -49,16 +49,17 @@ def read_yolo(
     if classes is None and os.path.isfile(os.path.join(annotations, _NAMES)):
         classes = class_names(os.path.join(annotations, _NAMES))
     rows = Rows(images, classes, annotations)
-    labels = {name for name in list_files(annotations, (".txt",)) if os.path.basename(name) != _NAMES}
+    label_files = [x for x in list_files(annotations, (".txt",)) if os.path.basename(x) != _NAMES]
+    labels = {os.path.splitext(name)[0]: name for name in label_files}
     there = list_files(images, IMAGE_SUFFIXES)
     names = there
     if chosen is not None:
         names = list(dict.fromkeys(_relative(name, images) for name in chosen))
     for name in names:
-        label_file = f"{os.path.splitext(name)[0]}.txt"
-        path = os.path.join(annotations, label_file)
-        size = rows.add_image(name, path if label_file in labels else os.path.join(images, name))
-        if size is not None and label_file in labels:
+        label_file = labels.get(os.path.splitext(name)[0])
+        path = os.path.join(images, name) if label_file is None else os.path.join(annotations, label_file)
+        size = rows.add_image(name, path)
+        if size is not None and label_file is not None:
             try:
                 for box in _boxes(path, size, rows):
                     rows.add_box(name, box)
@@ -66,8 +67,8 @@ def read_yolo(
                 rows.problems.append(str(error))
     # Labels in a wrong place would look like images without objects.
     stems = {os.path.splitext(name)[0] for name in (*there, *names)}
-    for name in sorted(labels):
-        if os.path.splitext(name)[0] not in stems:
+    for stem, name in labels.items():
+        if stem not in stems:
             rows.problem(os.path.join(annotations, name), f"no image of that name in {images}")
     if classes is None:
         # Numbers stand for themselves: that 0 occurs nowhere must not make 1 the first class.
@@ -126,7 +127,7 @@ def _corners(
 def _decimals(text: str) -> int:
     """Digits after the point, as many as float64 has at most."""
     mantissa, _, exponent = text.lower().partition("e")
-    return max(0, min(len(mantissa.partition(".")[2]) - int(exponent or 0), 15))
+    return max(0, min(len(mantissa.partition(".")[2]) - int(exponent[:9] or 0), 15))
 
 
 def _snap(edge: float, error: float) -> float:
