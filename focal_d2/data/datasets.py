@@ -100,14 +100,29 @@ def load_table(name: str) -> Table:
     metadata = MetadataCatalog.get(name)
     read = metadata.get("read_table")
     if read is None:
-        records = DatasetCatalog.get(name)
-        return Table.from_records(records, _named_classes(name, records))
+        try:
+            records = DatasetCatalog.get(name)
+            return Table.from_records(records, _named_classes(name, records))
+        except _BROKEN as error:
+            raise _unreadable(name, error) from error
     table = read()
     metadata.set(
         thing_classes=list(table.classes),
         thing_dataset_id_to_contiguous_id={k: i for i, k in enumerate(table.category_ids)},
     )
     return table
+
+
+# What detectron2's readers, and a program's own, raise for files that they can't read.
+_BROKEN = (OSError, ValueError, KeyError, TypeError, AssertionError, AttributeError)
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if len(reason) > 200:  # detectron2's quotes all class names
+        reason = f"{reason[:200]} …"
+    source = MetadataCatalog.get(name).get("json_file")
+    return UserError(f'dataset "{name}"{f" ({source})" if source else ""} cannot be read: {reason}')
 
 
 def _records(name: str) -> list[dict[str, Any]]:
@@ -251,7 +266,10 @@ def _class_names(name: str) -> list[str]:
     # training costs the night.
     if metadata.get("read_table"):
         return list(load_table(name).classes)
-    return _named_classes(name, DatasetCatalog.get(name))
+    try:
+        return _named_classes(name, DatasetCatalog.get(name))
+    except _BROKEN as error:
+        raise _unreadable(name, error) from error
 
 
 def _named_classes(name: str, records: list[dict[str, Any]]) -> list[str]:

@@ -172,3 +172,13 @@ def test_check_evaluation_ignores_the_training_set():
 def test_check_training_needs_data():
     with pytest.raises(UserError, match="DATASETS.TRAIN is empty"):
         check_datasets(make_cfg(DATASETS__TRAIN=()), training=True)
+
+
+@pytest.mark.parametrize(
+    "records", [[{"annotations": [{"bbox": [0, 0, 1, 1]}]}], [{"file_name": "a.png"}], None]
+)
+def test_broken_datasets_of_a_program_are_one_line(records):
+    DatasetCatalog.register("program", lambda: records)
+    MetadataCatalog.get("program").json_file = "their.json"
+    with pytest.raises(UserError, match=r'dataset "program" \(their.json\) cannot be read: \w+Error'):
+        load_table("program")
