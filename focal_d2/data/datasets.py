@@ -118,6 +118,8 @@ _BROKEN = (OSError, ValueError, KeyError, TypeError, AssertionError, AttributeEr
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error  # it names what is wrong already
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     if len(reason) > 200:  # detectron2's quotes all class names
         reason = f"{reason[:200]} …"
