@@ -87,7 +87,7 @@ def register_table(name: str, read: Callable[[], Table], **metadata: Any) -> Non
         read: returns its table; called whenever the dataset is asked for.
         **metadata: what else detectron2's catalog shall hold.
     """
-    DatasetCatalog.register(name, lambda: _records(name))
+    DatasetCatalog.register(name, lambda: _whole_table(name).records())
     MetadataCatalog.get(name).set(read_table=read, evaluator_type="coco", **metadata)
 
 
@@ -127,12 +127,13 @@ def _unreadable(name: str, error: Exception) -> UserError:
     return UserError(f'dataset "{name}"{f" ({source})" if source else ""} cannot be read: {reason}')
 
 
-def _records(name: str) -> list[dict[str, Any]]:
+def _whole_table(name: str) -> Table:
+    """Return the annotations of a dataset of which every item can be read."""
     table = load_table(name)
     if table.problems:
         more = f" (and {len(table.problems) - 1} more)"
         raise UserError(table.problems[0] + (more if len(table.problems) > 1 else ""))
-    return table.records()
+    return table
 
 
 def check_datasets(cfg: CfgNode, *, training: bool) -> None:
@@ -219,7 +220,7 @@ def check_files(key: str, name: str) -> None:
     if MetadataCatalog.get(name).get("from_focal_yaml", False):
         # A look at every name takes a second for a hundred thousand; a missing image would stop the run at
         # whatever hour it is drawn.
-        names = [record["file_name"] for record in DatasetCatalog.get(name)]
+        names = _whole_table(name).file_names
         missing = [file_name for file_name in names if not os.path.isfile(file_name)]
         if missing:
             of_how_many = f"{len(missing)} of {len(names)} images are"

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from focal_d2.data.readers.common import MOST_PIXELS, listed, path_under, read_bytes, short
+from focal_d2.data.readers.common import MOST_PIXELS, decode_text, listed, path_under, read_bytes, short
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
@@ -197,10 +197,9 @@ def _decode_slowly(path: str, data: bytes, problems: list[str]) -> tuple[_Coco, 
     Raises:
         UserError: if it is no JSON, or a section is missing.
     """
+    text = decode_text(path, data)
     try:
-        content = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
     coco, places = _Coco([], [], []), dict[str, Sequence[int]]()

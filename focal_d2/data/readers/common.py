@@ -53,8 +53,17 @@ def read_text(path: str | Path) -> str:
     Raises:
         UserError: if it can't be read, or is in another encoding.
     """
+    return decode_text(path, read_bytes(path))
+
+
+def decode_text(path: str | Path, data: bytes) -> str:
+    """Decode what was read from a file.
+
+    Raises:
+        UserError: naming the file, if it is not UTF-8.
+    """
     try:
-        return read_bytes(path).decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
 
