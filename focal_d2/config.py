@@ -128,9 +128,22 @@ def add_focal_config(cfg: CfgNode) -> None:
     # docs/data.md.
     cfg.DATASETS.FOCAL = []
 
+    loader = cfg.DATALOADER.FOCAL = CfgNode()
+    # Seconds that training waits for a batch before it takes its workers for hung; 0: for ever.
+    loader.TIMEOUT = 600.0
+
     solver = cfg.SOLVER.FOCAL = CfgNode()
     # "SGD" (detectron2's, with SOLVER.MOMENTUM and SOLVER.NESTEROV) or "AdamW".
     solver.OPTIMIZER = "SGD"
+    # Compute a batch in so many parts, one after another: the same step in less memory. Batch norm, GHM and
+    # the like see a part at a time.
+    solver.ACCUMULATE = 1
+    # Moving average of the weights, which is what evaluation uses and checkpoints offer as the model: its
+    # share that stays at each step (0.999 for a few thousand iterations, 0.9998 for 90,000); 0: none.
+    solver.EMA = 0.0
+    # What to do when the loss or a gradient is not finite, after the report (docs/nonfinite.md): "stop",
+    # "skip" the step, or "halve_lr" (skip it, and halve the learning rate from there on).
+    solver.ON_NONFINITE = "stop"
 
     test = cfg.TEST.FOCAL = CfgNode()
     # What counts AP: "hotcoco" or "pycocotools", the same numbers a hundred times slower.

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+import signal
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.data import (
+    DatasetFromList,
+    MetadataCatalog,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.samplers import (
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
 from detectron2.utils import comm
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from focal_d2.config import check_choice
+from focal_d2.data.seeding import seeded
 from focal_d2.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -60,9 +73,10 @@ class ClassBalancedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Yield this rank's places in the list of images."""
-        return itertools.islice(self._stream(), self.rank, None, self.ranks)
+        return itertools.islice(self._infinite_indices(), self.rank, None, self.ranks)
 
-    def _stream(self) -> Iterator[int]:
+    def _infinite_indices(self) -> Iterator[int]:
+        # The name under which detectron2's samplers have the stream of all ranks.
         generator = torch.Generator()
         generator.manual_seed(self.seed)
         empty = _rounds(self.empty, generator)
@@ -153,30 +167,58 @@ def check_sampler(cfg: CfgNode) -> str:
     return name
 
 
-def build_sampler(cfg: CfgNode, records: Any) -> Sampler[int] | None:
-    """Build the samplers that weigh images by class, and log what they do; None: detectron2 builds it.
+def build_sampler(cfg: CfgNode, records: Any, *, seed: int) -> Sampler[int]:
+    """Build the sampler that YAML names; of those that weigh images by class, log what they do.
 
     Args:
         cfg: full config.
         records: what is trained on.
+        seed: of all draws; the same on all ranks.
     """
     name = check_sampler(cfg)
-    if name not in (_CLASS_BALANCED, _REPEAT_FACTOR):
-        return None
+    if name == "TrainingSampler":
+        return TrainingSampler(len(records), seed=seed)
+    if name == "RandomSubsetTrainingSampler":
+        share = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        return RandomSubsetTrainingSampler(len(records), share, seed_shuffle=seed, seed_subset=seed)
     classes = [image_classes(x) for x in records]
     sampler: Sampler[int]
     if name == _CLASS_BALANCED:
         weights = class_balanced_weights(classes)
-        sampler = ClassBalancedSampler(classes, seed=comm.shared_random_seed())
+        sampler = ClassBalancedSampler(classes, seed=seed)
     else:
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
-        )
+        factors = _repeat_factors(cfg, records, name)
         weights = (factors / factors.sum()).numpy()
-        sampler = RepeatFactorTrainingSampler(factors, seed=cfg.SEED)
+        sampler = RepeatFactorTrainingSampler(factors, seed=seed)
     names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", [])
     logger.info(f"{name}: {describe_shares(classes, weights, names)}")
     return sampler
+
+
+def _repeat_factors(cfg: CfgNode, records: Any, name: str) -> torch.Tensor:
+    """Return how often detectron2's sampler of that name repeats each record: (N,) float32."""
+
+    def by_class(records: Any) -> torch.Tensor:
+        return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        )
+
+    if name == _REPEAT_FACTOR:
+        return by_class(records)
+    of_dataset = dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR)
+    unknown = sorted(of_dataset.keys() - set(cfg.DATASETS.TRAIN))
+    if unknown:
+        raise UserError(f"DATASETS.TRAIN_REPEAT_FACTOR names {unknown[0]}, which DATASETS.TRAIN does not")
+    parts = []
+    for dataset in cfg.DATASETS.TRAIN:
+        one = cfg.clone()
+        one.defrost()
+        one.DATASETS.TRAIN = (dataset,)
+        own = training_records(one)
+        part = torch.full((len(own),), float(of_dataset.get(dataset, 1.0)))
+        parts.append(part if name == "WeightedTrainingSampler" else part * by_class(own))
+    factors = torch.cat(parts)
+    return factors if name == "WeightedTrainingSampler" else factors / factors.min()
 
 
 def describe_shares(classes: Sequence[np.ndarray], weights: np.ndarray, names: Sequence[str]) -> str:
@@ -197,3 +239,162 @@ def describe_shares(classes: Sequence[np.ndarray], weights: np.ndarray, names: S
         return "each class is shown as often as without it"
     parts = [f"{names[c] if c < len(names) else c} {before[c]:.2%} to {after[c]:.2%}" for c in most]
     return f"share of images that show a class, most changed of {len(shown)}: {', '.join(parts)}"
+
+
+class TrainingBatches(Sampler[list[tuple[int, int]]]):
+    """Which images an iteration trains on: a function of the sampler's seed and the iteration alone.
+
+    All ranks walk the same stream of batches, and each takes every n-th image of a batch of n ranks: N ranks
+    train on the images that one would train on. An image comes with the number of its draw, which seeds its
+    augmentation. With grouping, a batch has wide images only or none, over all ranks; detectron2 groups on
+    each rank by itself.
+    """
+
+    def __init__(self, sampler: Any, *, images: int, wide: np.ndarray | None) -> None:
+        """Take the stream of images.
+
+        Args:
+            sampler: detectron2's, or of its kind.
+            images: number in a batch, over all ranks.
+            wide: (N,) bool: images that are wider than high, which are kept apart from the others; None: all
+                images mix.
+        """
+        self.sampler, self.images, self.wide = sampler, images, wide
+        self.rank, self.ranks = comm.get_rank(), comm.get_world_size()
+        self.start = 0  # the batch to begin with
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield this rank's part of each batch: (number of the draw, place in the list of images)."""
+        for batch in itertools.islice(self._batches(), self.start, None):
+            yield batch[self.rank :: self.ranks]
+
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        groups: tuple[list[tuple[int, int]], ...] = ([], [])
+        for draw, image in enumerate(self.sampler._infinite_indices()):
+            group = groups[0 if self.wide is None else int(self.wide[image])]
+            group.append((draw, image))
+            if len(group) == self.images:
+                yield group[:]
+                group.clear()
+
+
+class SeededSamples(Dataset[dict[str, Any]]):
+    """Mapped records; the augmentation of each is seeded by (seed, number of the draw).
+
+    So it is the same in any number of workers and ranks, and after a resumption.
+    """
+
+    def __init__(self, records: list[dict[str, Any]], mapper: Callable[[Any], Any], *, seed: int) -> None:
+        """Take the records, which are packed as detectron2 does, so that workers share them."""
+        self.records, self.mapper, self.seed = DatasetFromList(records, copy=False), mapper, seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: Any) -> dict[str, Any]:
+        """Map the record of (number of the draw, place in the list)."""
+        draw, image = key
+        with seeded(self.seed, draw):
+            return self.mapper(copy(self.records[image]))
+
+
+class TrainingLoader:
+    """Batches without end, from the iteration that `start_at` sets."""
+
+    def __init__(
+        self, samples: SeededSamples, batches: TrainingBatches, *, workers: int, timeout: float, data: int
+    ) -> None:
+        """Compose the loader.
+
+        Args:
+            samples: what is drawn from.
+            batches: which samples an iteration takes.
+            workers: number of processes that map samples; 0: none but this one.
+            timeout: seconds without a batch after which a worker counts as hung; 0: for ever.
+            data: a number that tells one list of records from another.
+        """
+        self.samples, self.batches, self.data = samples, batches, data
+        self._loader = DataLoader(
+            samples,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_start_worker,
+            timeout=timeout if workers else 0,
+            # Of its own, or making an iterator would draw from the generator of all.
+            generator=torch.Generator(),
+        )
+
+    @property
+    def seed(self) -> int:
+        """What order and augmentations come from."""
+        return self.samples.seed
+
+    @property
+    def images(self) -> int:
+        """Images of a batch, over all ranks."""
+        return self.batches.images
+
+    def start_at(self, images: int) -> None:
+        """Let the next iterator begin after so many images."""
+        self.batches.start = images // self.batches.images
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield this rank's samples, batch by batch."""
+        before = signal.getsignal(signal.SIGCHLD)
+        try:
+            batches = iter(self._loader)
+        finally:
+            # PyTorch lets the death of a worker raise wherever the program is, even half-way through an
+            # optimizer's step; the iterator finds out as well.
+            _restore(signal.SIGCHLD, before)
+        return batches
+
+
+def _restore(number: signal.Signals, handler: Any) -> None:
+    if handler is not None and signal.getsignal(number) is not handler:
+        signal.signal(number, handler)
+
+
+def _as_it_is(samples: list[Any]) -> list[Any]:
+    return samples
+
+
+def _start_worker(worker: int) -> None:
+    # Ctrl-C reaches all processes of a terminal; the main one finishes its iteration with its workers' help.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def build_training_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Any:
+    """Build the loader of `DATASETS.TRAIN`: a `TrainingLoader`, but for data that are no list of records.
+
+    Those (a `torch.utils.data.Dataset` in detectron2's catalog) get detectron2's loader.
+
+    Args:
+        cfg: full config.
+        mapper: from a record to a sample.
+
+    Raises:
+        UserError: if no image is left to train on, or for a sampler that there is not.
+    """
+    check_sampler(cfg)
+    records = training_records(cfg)
+    if not isinstance(records, list):
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=records)
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    wide = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        if not all("width" in x and "height" in x for x in records):
+            raise UserError(
+                "DATALOADER.ASPECT_RATIO_GROUPING is True, but some records of DATASETS.TRAIN have no width "
+                "and height: set it to False, or give them"
+            )
+        wide = np.array([x["width"] > x["height"] for x in records])
+    return TrainingLoader(
+        SeededSamples(records, mapper, seed=seed),
+        TrainingBatches(build_sampler(cfg, records, seed=seed), images=cfg.SOLVER.IMS_PER_BATCH, wide=wide),
+        workers=cfg.DATALOADER.NUM_WORKERS,
+        timeout=cfg.DATALOADER.FOCAL.TIMEOUT,
+        data=zlib.crc32("\n".join(str(x["file_name"]) for x in records).encode(errors="replace")),
+    )

@@ -16,18 +16,20 @@ from pathlib import Path
 from focal_d2.errors import UserError, user_message
 
 
-@contextmanager
-def command_line() -> Iterator[None]:
-    """Turn a user's mistake into one line on standard error and exit status 2; Ctrl-C into one, and 130.
-
-    It also hides a warning that only detectron2 can mend.
-    """
+def quiet() -> None:
+    """Keep from a process's output what its reader can't mend."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode gets escapes
     warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
     # detectron2's trainer logs a traceback of whatever stops it before it lets it through.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_user_error)
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Turn a user's mistake into one line on standard error and exit status 2; Ctrl-C into one, and 130."""
+    quiet()
     program = os.path.basename(sys.argv[0])
     try:
         yield

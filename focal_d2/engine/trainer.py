@@ -5,30 +5,36 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, launch
+from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
+from torch import distributed
 
-from focal_d2.config import unread_keys
+from focal_d2.config import check_choice, unread_keys
 from focal_d2.data import FocalDatasetMapper, check_datasets
-from focal_d2.data.loader import build_sampler, check_sampler, training_records
+from focal_d2.data.loader import TrainingLoader, build_training_loader, check_sampler
+from focal_d2.data.seeding import kept_random_state, random_state, set_random_state
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.checkpoint import FocalCheckpointer, check_file
+from focal_d2.engine.loop import FocalLoop, MovingAverage, Stopped
 from focal_d2.engine.progress import ProgressBar
-from focal_d2.engine.setup import building, load_config, set_up_job
-from focal_d2.errors import UserError
+from focal_d2.engine.ranks import StopRequest, check_backend, check_devices, peer_is_lost, start
+from focal_d2.engine.setup import building, load_config, resolve_seed, set_up_job
+from focal_d2.errors import UserError, user_message
 from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, format_results
 
 logger = logging.getLogger(__name__)
@@ -40,6 +46,53 @@ _OWN_SETTING = {"SGD": "momentum", "AdamW": "betas"}
 
 class FocalTrainer(DefaultTrainer):
     """detectron2's trainer with our mapper, optimizers, evaluator, checks and progress bar."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """Build everything that training needs.
+
+        Args:
+            cfg: full config.
+
+        Raises:
+            UserError: for anything the user can mend.
+        """
+        # Not DefaultTrainer's: that wraps the model for GPUs only, and has its own loop.
+        super(DefaultTrainer, self).__init__()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        check_training(cfg)
+        self.cfg = cfg
+        solver = cfg.SOLVER.FOCAL
+        model = self.build_model(cfg)
+        self.average = MovingAverage(model, decay=solver.EMA) if solver.EMA else None
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+        self._trainer = FocalLoop(
+            create_ddp_model(
+                model, broadcast_buffers=False, device_ids=None if on_cpu else [comm.get_local_rank()]
+            ),
+            loader,
+            optimizer,
+            parts=solver.ACCUMULATE,
+            scale_loss=cfg.SOLVER.AMP.ENABLED,
+            average=self.average,
+            stopping=lambda: self._stop is not None and self._stop.number is not None,
+            on_not_finite=self._not_finite,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = FocalCheckpointer(
+            self.offered, cfg.OUTPUT_DIR, partial=True, trainer=weakref.proxy(self)
+        )
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self._images_before = 0  # drawn before start_iter
+        self._random_states: tuple[int, list[Any]] = (-1, [])  # of all processes, after an iteration
+        self._stop: StopRequest | None = None
+        self.register_hooks(self.build_hooks())
+
+    @property
+    def offered(self) -> torch.nn.Module:
+        """The model that is evaluated and that checkpoints hold: the average, if there is one."""
+        return self._trainer.bare if self.average is None else self.average.module
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
@@ -68,16 +121,8 @@ class FocalTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Build detectron2's training loader with our mapper, records and samplers.
-
-        Raises:
-            UserError: if no image is left to train on, or for a sampler that there is not.
-        """
-        mapper = FocalDatasetMapper(cfg, is_train=True)
-        check_sampler(cfg)
-        records = training_records(cfg)
-        sampler = build_sampler(cfg, records)
-        return build_detection_train_loader(cfg, mapper=mapper, dataset=records, sampler=sampler)
+        """Build our training loader; see `build_training_loader` for the errors."""
+        return build_training_loader(cfg, FocalDatasetMapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -114,8 +159,60 @@ class FocalTrainer(DefaultTrainer):
             logger.info("Average precision and recall, per cent:\n" + format_results(by_dataset))
         return results
 
+    def build_hooks(self) -> list[Any]:
+        """Take detectron2's hooks; evaluate what checkpoints offer, and draw a bar on a terminal."""
+        found = super().build_hooks()
+        evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
+        found[evaluation] = Evaluation(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+        # Before the main process writes a checkpoint.
+        saving = next(
+            (i for i, x in enumerate(found) if isinstance(x, hooks.PeriodicCheckpointer)), evaluation
+        )
+        found.insert(saving, RandomStates(self.cfg.SOLVER.CHECKPOINT_PERIOD))
+        if _on_terminal():
+            found.insert(-1, ProgressBar())
+        return found
+
+    def build_writers(self) -> list[EventWriter]:
+        """Build detectron2's writers; on a terminal the progress bar replaces the printed lines."""
+        writers = super().build_writers()
+        if _on_terminal():
+            writers = [w for w in writers if not isinstance(w, CommonMetricPrinter)]
+        return writers
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Resume from OUTPUT_DIR, or load `MODEL.WEIGHTS`; see `DefaultTrainer.resume_or_load`.
+
+        What an earlier run left in OUTPUT_DIR is moved into a folder there when a new run begins.
+        """
+        resumes = resume and self.checkpointer.has_checkpoint()
+        super().resume_or_load(resume)
+        if resumes:
+            return
+        if self.average is not None:
+            self._trainer.bare.load_state_dict(self.average.module.state_dict())
+        if comm.is_main_process():
+            _set_aside(Path(self.cfg.OUTPUT_DIR))
+        comm.synchronize()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run needs to go on as if it had not stopped, but for the model."""
+        state = super().state_dict()
+        loader = self.data_loader
+        if isinstance(loader, TrainingLoader):
+            state["data"] = {
+                "images": self._images_before + (self.iter + 1 - self.start_iter) * loader.images,
+                "batch": loader.images,
+                "seed": loader.seed,
+                "records": loader.data,
+            }
+        iteration, states = self._random_states
+        state["random"] = states if iteration == self.iter else [random_state()]
+        state["processes"] = comm.get_world_size()
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume; see detectron2's `DefaultTrainer`.
+        """Resume, and say what is not exact; see detectron2's `DefaultTrainer`.
 
         Raises:
             UserError: if the checkpoint was written with another optimizer. PyTorch would take its state
@@ -128,23 +225,202 @@ class FocalTrainer(DefaultTrainer):
                 f"SOLVER.FOCAL.OPTIMIZER {name}"
             )
         super().load_state_dict(state_dict)
+        differences = self._go_on_with_data(state_dict.get("data"))
+        before, now = state_dict.get("processes", 1), comm.get_world_size()
+        states = state_dict.get("random", [])
+        if before != now:
+            differences.append(
+                f"{now} processes instead of {before}: sums are rounded in another order, and batch norm "
+                "that is neither frozen nor synchronised sees batches of another size"
+            )
+        elif len(states) == now:
+            set_random_state(states[comm.get_rank()])
+        else:
+            differences.append("random generators start anew")
+        if differences and comm.is_main_process():
+            logger.warning(
+                f"--resume goes on, but not to the bit as without a stop: {'; '.join(differences)}"
+            )
 
-    def build_hooks(self) -> list[Any]:
-        """Add the progress bar on a terminal, and check weights when they are loaded."""
-        self.checkpointer = FocalCheckpointer(
-            self.model, self.cfg.OUTPUT_DIR, partial=True, trainer=weakref.proxy(self)
+    def _go_on_with_data(self, saved: dict[str, int] | None) -> list[str]:
+        """Let the data go on where they were; return what differs."""
+        loader = self.data_loader
+        if not isinstance(loader, TrainingLoader):
+            return ["the data, no list of records, start anew"]
+        if saved is None:
+            self._images_before = (self.iter + 1) * loader.images
+            loader.start_at(self._images_before)
+            return ["the checkpoint does not say which images were drawn"]
+        self._images_before = saved["images"]
+        loader.start_at(self._images_before)
+        changed = []
+        if saved["seed"] != loader.seed:
+            changed.append(f"SEED {loader.seed} instead of {saved['seed']}")
+        if saved["batch"] != loader.images:
+            changed.append(f"SOLVER.IMS_PER_BATCH {loader.images} instead of {saved['batch']}")
+        if saved["records"] != loader.data:
+            changed.append("other images in DATASETS.TRAIN")
+        return changed
+
+    def train(self) -> Any:
+        """Train; see `DefaultTrainer.train`. SIGTERM and Ctrl-C end it after a step and a checkpoint."""
+        with StopRequest(_say_that_it_stops) as self._stop:
+            try:
+                return super().train()
+            except Stopped as stopped:
+                # The launcher ends those that are left when the first one ends: let the main one save.
+                comm.synchronize()
+                logger.info(str(stopped))
+                raise SystemExit(128 + (self._stop.number or signal.SIGTERM)) from None
+
+    def before_step(self) -> None:
+        """Mark the state as complete: all of the last iteration is done."""
+        self._trainer.stepping = False
+        super().before_step()
+
+    def run_step(self) -> None:
+        """Make a step, or keep what is done.
+
+        Raises:
+            UserError: naming what went wrong outside, and the checkpoint.
+        """
+        try:
+            super().run_step()
+        except Exception as error:
+            self._trainer.undo()
+            self._keep(error, last=self.iter - 1)
+
+    def _keep(self, error: Exception, last: int) -> None:
+        """Save the state after iteration `last`, if that is new, and raise the error, told plainly."""
+        stopped = isinstance(error, Stopped)
+        if stopped:
+            self._random_states = last, comm.gather(random_state())
+        message, kept = user_message(error) or explain(error), ""
+        if last >= self.start_iter and not self._trainer.stepping:
+            self.iter = last  # hooks take it for the last complete one
+            name = f"model_{last:07d}"
+            self.checkpointer.save(name, iteration=last)
+            kept = f"; training up to here is kept in {name}.pth: --resume goes on"
+        if stopped:
+            raise Stopped(f"stopped before iteration {last + 1}{kept}") from error
+        if message is None:
+            raise error
+        raise UserError(f"{message}{kept}") from error
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Evaluate without a trace in training."""
+        if comm.get_world_size() > 1:
+            for buffer in self.offered.buffers():  # batch norm's differ
+                distributed.broadcast(buffer, 0)
+        with kept_random_state():
+            self._last_eval_results = self.test(self.cfg, self.offered)
+        return self._last_eval_results
+
+    def _not_finite(
+        self, own: bool, batch: list[dict[str, Any]], losses: dict[str, float], divisor: float | None
+    ) -> None:
+        policy = self.cfg.SOLVER.FOCAL.ON_NONFINITE
+        what = f"the loss or gradient became infinite or NaN at iteration {self.iter}"
+        if policy == "stop":
+            raise UserError(what)
+        logger.warning(f"{what}; the step is skipped")
+        if policy == "halve_lr":
+            # What detectron2's schedule multiplies is part of the checkpoint.
+            self.scheduler.base_lrs = [x / 2 for x in self.scheduler.base_lrs]
+            for group in self.optimizer.param_groups:
+                group["lr"] /= 2
+
+
+class Evaluation(hooks.EvalHook):
+    """detectron2's hook, which also makes up for an evaluation that a run was stopped in."""
+
+    def before_train(self) -> None:
+        """Evaluate if that was due after the iteration of the checkpoint from which training goes on."""
+        start = self.trainer.start_iter
+        if start and self._period > 0 and start % self._period == 0 and start < self.trainer.max_iter:
+            self.trainer.storage.iter = start - 1
+            self._do_eval()
+            self.trainer.storage.iter = start
+
+
+class RandomStates(HookBase):
+    """Collects all processes' generators for a checkpoint that is due."""
+
+    def __init__(self, period: int) -> None:
+        """Take `SOLVER.CHECKPOINT_PERIOD`."""
+        self._period = period
+
+    def after_step(self) -> None:
+        """Collect, on all processes."""
+        done = self.trainer.iter + 1
+        if done % self._period == 0 or done >= self.trainer.max_iter:
+            self.trainer._random_states = self.trainer.iter, comm.gather(random_state())
+
+
+def explain(error: Exception) -> str | None:
+    """Return one line for a failure of the machine rather than the program, or None."""
+    text = str(error)
+    if peer_is_lost(error):
+        return f"another process of this job ended, or hangs ({text.splitlines()[0][:100]})"
+    if "DataLoader worker" in text and "exited unexpectedly" in text:
+        return (
+            "a process that reads images was killed, most often because memory ran out: lower "
+            "DATALOADER.NUM_WORKERS or the size of the images"
         )
-        hooks = super().build_hooks()
-        if _on_terminal():
-            hooks.insert(-1, ProgressBar())
-        return hooks
+    if "DataLoader timed out" in text:
+        return f"{text.splitlines()[0]} (DATALOADER.FOCAL.TIMEOUT): the processes that read images hang"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return (
+            f"out of memory: {text.strip().splitlines()[-1] if text.strip() else 'the machine'}; "
+            "SOLVER.FOCAL.ACCUMULATE computes a batch in parts"
+        )
+    return None
 
-    def build_writers(self) -> list[EventWriter]:
-        """Build detectron2's writers; on a terminal the progress bar replaces the printed lines."""
-        writers = super().build_writers()
-        if _on_terminal():
-            writers = [w for w in writers if not isinstance(w, CommonMetricPrinter)]
-        return writers
+
+def _say_that_it_stops(number: int) -> None:
+    if comm.is_main_process():
+        name = signal.Signals(number).name
+        print(f"{name}: this iteration ends, then a checkpoint; once more stops at once", file=sys.stderr)
+
+
+def _set_aside(folder: Path) -> None:
+    """Move an earlier run's checkpoints and figures away, lest they be taken for the new run's."""
+    if not (folder / "last_checkpoint").exists():
+        return
+    numbers = (int(x.name[8:]) for x in folder.glob("earlier_*") if x.name[8:].isdecimal())
+    earlier = folder / f"earlier_{max(numbers, default=0) + 1}"
+    earlier.mkdir()
+    for path in [folder / "last_checkpoint", folder / "metrics.json", *folder.glob("model_*.pth")]:
+        if path.exists():
+            path.rename(earlier / path.name)
+    logger.warning(
+        f"checkpoints of an earlier run in {folder} are now in {earlier}; --resume would go on with them"
+    )
+
+
+def check_training(cfg: CfgNode) -> None:
+    """Check `SOLVER.IMS_PER_BATCH` and the numbers of `SOLVER.FOCAL` and `DATALOADER.FOCAL`.
+
+    Raises:
+        UserError: for one out of its range.
+    """
+    solver, timeout = cfg.SOLVER.FOCAL, cfg.DATALOADER.FOCAL.TIMEOUT
+    check_choice("SOLVER.FOCAL.ON_NONFINITE", solver.ON_NONFINITE, ("stop", "skip", "halve_lr"))
+    if not 0 <= solver.EMA < 1:
+        raise UserError(f"SOLVER.FOCAL.EMA is {solver.EMA}; it must be at least 0 (none) and below 1")
+    images, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
+    if images < 1 or rest:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the number of "
+            f"processes, {comm.get_world_size()}"
+        )
+    if not 1 <= solver.ACCUMULATE <= images:
+        raise UserError(
+            f"SOLVER.FOCAL.ACCUMULATE is {solver.ACCUMULATE}; it must be within 1 and the {images} images "
+            "that a process has in a batch"
+        )
+    if not timeout >= 0:
+        raise UserError(f"DATALOADER.FOCAL.TIMEOUT is {timeout}; it must be at least 0 seconds")
 
 
 def _on_terminal() -> bool:
@@ -158,31 +434,9 @@ def launch_job(args: argparse.Namespace) -> None:
         args: of detectron2's `default_argument_parser`.
 
     Raises:
-        UserError: for more GPUs than there are.
+        UserError: for anything the user can mend.
     """
-    check_devices(args.num_gpus, args.num_machines)
-    launch(
-        run,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
-
-
-def check_devices(num_gpus: int, num_machines: int) -> None:
-    """Check that each of several processes has a GPU.
-
-    Raises:
-        UserError: for more GPUs than there are.
-    """
-    devices = torch.cuda.device_count()
-    if num_gpus * num_machines > 1 and num_gpus > devices:
-        raise UserError(
-            f"--num-gpus {num_gpus} --num-machines {num_machines}: PyTorch finds {devices} CUDA "
-            "devices here, and several processes need one each"
-        )
+    start(run, args)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -201,6 +455,8 @@ def run(args: argparse.Namespace) -> None:
     except UserError as error:
         # Often it is the key that was not read that should have prevented this.
         raise UserError("; ".join([str(error), *unread])) from error
+    check_backend(torch.device(cfg.MODEL.DEVICE).type)
+    cfg = resolve_seed(cfg, resume=args.resume)
     set_up_job(cfg, args)
     if comm.is_main_process():
         for line in unread:
@@ -250,6 +506,7 @@ def check_job(config_file: str, overrides: Sequence[str] = (), *, num_gpus: int 
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"  # where building leaves no context and no memory behind
     with building("trainer"):
+        check_training(cfg)
         model = build_model(cfg)
         optimizer = FocalTrainer.build_optimizer(cfg, model)
         FocalTrainer.build_lr_scheduler(cfg, optimizer)

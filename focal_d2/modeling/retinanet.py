@@ -225,6 +225,14 @@ class FocalRetinaNet(DenseDetector):
             anchors, targets = actual, self.label_anchors(actual, *boxes)
         return self._losses(predictions, anchors, targets)
 
+    @torch.no_grad()
+    def count_positives(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
+        """Return the number, a scalar, of positive anchors of some images; see `forward` for those."""
+        images = self.preprocess_image(batched_inputs)
+        return self.label_anchors(
+            self.anchors_for(images), [x["instances"] for x in batched_inputs]
+        ).positive.sum()
+
     def precision(self) -> AbstractContextManager[Any]:
         """Return the autocast context that `MODEL.FOCAL.AMP.*` asks for, or one that does nothing."""
         if self.amp is None:

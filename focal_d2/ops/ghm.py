@@ -11,6 +11,8 @@ weigh up to 1 / (1 - momentum) times as much.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,13 @@ def gradient_histogram(norms: Tensor, counts: Tensor, *, bins: int) -> Tensor:
     return torch.bincount(_bin_of(norms, bins)[counts], minlength=bins).to(norms.dtype)
 
 
-def harmonise(norms: Tensor, counts: Tensor, histogram: Tensor, momentum: float) -> Tensor:
+def harmonise(
+    norms: Tensor,
+    counts: Tensor,
+    histogram: Tensor,
+    momentum: float,
+    pool: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Update a moving histogram in place with a batch, and return the density GD(g) of each norm.
 
     Args:
@@ -37,12 +45,15 @@ def harmonise(norms: Tensor, counts: Tensor, histogram: Tensor, momentum: float)
         counts: bool of the same shape: the example takes part.
         histogram: (M,) examples a bin, changed to momentum · histogram + (1 - momentum) · batch (eq. 12).
         momentum: in [0, 1); 0 forgets all earlier batches.
+        pool: sums a histogram (M,) over the processes that share a batch; None: there is one.
 
     Returns:
         GD(g) (eq. 6), of the norms' shape, above 0.
     """
     bins = len(histogram)
     current = gradient_histogram(norms, counts, bins=bins)
+    if pool is not None:
+        current = pool(current)
     histogram.mul_(momentum).add_(current, alpha=1 - momentum)
     density = histogram[_bin_of(norms, bins)] * bins
     # A bin in which only ignored examples lie may be empty.

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import build_detection_train_loader
-from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 
 from focal_d2 import UserError
 from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.data.loader import (
     ClassBalancedSampler,
+    TrainingBatches,
     build_sampler,
     check_sampler,
     class_balanced_weights,
@@ -21,6 +22,7 @@ from focal_d2.data.loader import (
     image_classes,
     training_records,
 )
+from focal_d2.data.seeding import random_state
 from focal_d2.engine import FocalTrainer
 from tests.conftest import make_cfg
 
@@ -173,31 +175,40 @@ def first_files(loader, count: int = 8) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "section, settings",
     [
-        {"SAMPLER_TRAIN": "TrainingSampler"},
-        {"SAMPLER_TRAIN": "RepeatFactorTrainingSampler", "REPEAT_THRESHOLD": 0.9},
-        {"SAMPLER_TRAIN": "RandomSubsetTrainingSampler", "RANDOM_SUBSET_RATIO": 0.5},
+        ("DATALOADER", {"SAMPLER_TRAIN": "TrainingSampler"}),
+        ("DATALOADER", {"SAMPLER_TRAIN": "RepeatFactorTrainingSampler", "REPEAT_THRESHOLD": 0.9}),
+        ("DATALOADER", {"SAMPLER_TRAIN": "RandomSubsetTrainingSampler", "RANDOM_SUBSET_RATIO": 0.5}),
+        ("DATASETS", {"SAMPLER_TRAIN": "WeightedTrainingSampler"}),
+        ("DATASETS", {"SAMPLER_TRAIN": "WeightedCategoryTrainingSampler"}),
     ],
-    ids=lambda x: x["SAMPLER_TRAIN"],
+    ids=lambda x: x if isinstance(x, str) else x["SAMPLER_TRAIN"],
 )
 @pytest.mark.parametrize("left_out", [True, False])
-def test_detectron2s_samplers_draw_as_ever(mixed, settings, left_out):
+def test_detectron2s_samplers_draw_as_ever(mixed, section, settings, left_out, monkeypatch):
     mixed.DATALOADER.FILTER_EMPTY_ANNOTATIONS = left_out
     for key, value in settings.items():
         mixed.DATALOADER[key] = value
-    np.random.seed(3)  # noqa: NPY002
+    if section == "DATASETS":
+        mixed.DATASETS.TRAIN_REPEAT_FACTOR = [(mixed.DATASETS.TRAIN[0], 2.5)]
+    monkeypatch.setattr("detectron2.utils.comm.shared_random_seed", lambda: mixed.SEED)
     expected = first_files(build_detection_train_loader(mixed, mapper=FocalDatasetMapper(mixed, True)))
-    np.random.seed(3)  # noqa: NPY002
     assert first_files(FocalTrainer.build_train_loader(mixed)) == expected
+
+
+def test_weights_of_unknown_datasets_are_refused(mixed):
+    mixed.DATASETS.TRAIN_REPEAT_FACTOR = [("elsewhere", 2.0)]
+    mixed.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
+    with pytest.raises(UserError, match="DATASETS.TRAIN_REPEAT_FACTOR names elsewhere, which"):
+        FocalTrainer.build_train_loader(mixed)
 
 
 def test_class_balanced_training_is_logged_and_seeded(mixed, caplog):
     mixed.DATALOADER.SAMPLER_TRAIN = "ClassBalancedSampler"
     with caplog.at_level(logging.INFO, logger="focal_d2"):
         runs = []
-        for seed in (3, 3, 4):
-            np.random.seed(seed)  # noqa: NPY002
+        for mixed.SEED in (3, 3, 4):
             runs.append(first_files(FocalTrainer.build_train_loader(mixed)))
     assert runs[0] == runs[1] != runs[2]
     # Of 4 images all show classes 0 and 1, two show class 2: 1/3 * (2/4 + 2/4 + 1) = 2/3 of what is drawn.
@@ -207,29 +218,73 @@ def test_class_balanced_training_is_logged_and_seeded(mixed, caplog):
     )
 
 
-def test_class_balanced_training_in_workers_draws_the_same(mixed):
-    mixed.DATALOADER.SAMPLER_TRAIN = "ClassBalancedSampler"
-    mixed.DATALOADER.ASPECT_RATIO_GROUPING = False  # groups images in the order in which workers end
-    runs = []
-    for mixed.DATALOADER.NUM_WORKERS in (0, 2):
-        np.random.seed(3)  # noqa: NPY002
-        runs.append(first_files(FocalTrainer.build_train_loader(mixed)))
-    assert runs[0] == runs[1]
+def pixels(loader, start: int, count: int) -> list[torch.Tensor]:
+    return [x["image"] for batch in itertools.islice(loader, start, start + count) for x in batch]
+
+
+@pytest.mark.parametrize("sampler", ["TrainingSampler", "ClassBalancedSampler"])
+def test_workers_and_starts_change_nothing(mixed, sampler):
+    """Grouping by aspect ratio, which was in the order in which workers end, is on."""
+    mixed.DATALOADER.SAMPLER_TRAIN = sampler
+    mixed.INPUT.FOCAL.BRIGHTNESS = 0.5
+    whole = pixels(FocalTrainer.build_train_loader(mixed), 0, 6)
+    assert not torch.equal(whole[0], whole[8])
+    for workers, start in ((0, 0), (2, 0), (0, 3), (2, 4)):
+        mixed.DATALOADER.NUM_WORKERS = workers
+        loader = FocalTrainer.build_train_loader(mixed)
+        loader.start_at(start * mixed.SOLVER.IMS_PER_BATCH)
+        again = pixels(loader, 0, 6 - start)
+        assert len(again) == len(whole[2 * start :])
+        assert all(map(torch.equal, again, whole[2 * start :]))
+
+
+def test_loading_leaves_the_generators_alone(mixed):
+    mixed.INPUT.FOCAL.BRIGHTNESS = 0.5
+    for mixed.DATALOADER.NUM_WORKERS in (0, 1):
+        loader = FocalTrainer.build_train_loader(mixed)
+        before = random_state()
+        pixels(loader, 0, 2)
+        after = random_state()
+        assert torch.equal(before["torch"], after["torch"])
+        assert torch.equal(before["numpy"][1], after["numpy"][1])
+        assert before["numpy"][2:] == after["numpy"][2:]
+        assert before["python"] == after["python"]
+
+
+@pytest.mark.parametrize("wide", [None, np.array([True, False] * 4)], ids=["mixed", "grouped"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_part_the_batches_of_one(monkeypatch, wide, ranks):
+    def batches(count: int) -> list[list[tuple[int, int]]]:
+        return list(itertools.islice(TrainingBatches(TrainingSampler(8, seed=1), images=4, wide=wide), count))
+
+    whole = batches(20)
+    assert all(len(batch) == 4 for batch in whole)
+    if wide is None:
+        assert [draw for batch in whole for draw, _ in batch] == list(range(80))
+    else:
+        assert all(len({bool(wide[image]) for _, image in batch}) == 1 for batch in whole)
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: ranks)
+    for rank in range(ranks):
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda r=rank: r)
+        assert batches(20) == [batch[rank::ranks] for batch in whole]
+
+
+def test_grouping_needs_sizes(mixed, monkeypatch):
+    record = {"file_name": "a.png", "image_id": 0, "annotations": []}
+    monkeypatch.setattr("detectron2.data.DatasetCatalog.get", lambda name: [record])
+    mixed.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    with pytest.raises(UserError, match="ASPECT_RATIO_GROUPING is True, but some records .* have no width"):
+        FocalTrainer.build_train_loader(mixed)
 
 
 def test_repeat_factors_are_logged(mixed, caplog):
     mixed.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
     records = training_records(mixed)
     with caplog.at_level(logging.INFO, logger="focal_d2"):
-        assert isinstance(build_sampler(mixed, records), RepeatFactorTrainingSampler)
+        assert isinstance(build_sampler(mixed, records, seed=1), RepeatFactorTrainingSampler)
         mixed.DATALOADER.REPEAT_THRESHOLD = 1.0
-        build_sampler(mixed, records)
+        build_sampler(mixed, records, seed=1)
     first, second = (x.partition(": ")[2] for x in caplog.messages if "RepeatFactor" in x)
     assert first == "each class is shown as often as without it"
     # Class 2 is in half of the images, which are repeated sqrt(1 / 0.5) times: 1.414 / 2.414.
     assert second == "share of images that show a class, most changed of 3: class2 50.00% to 58.58%"
-
-
-def test_other_samplers_are_detectron2s(cfg):
-    assert build_sampler(cfg, training_records(cfg)) is None
-    assert torch.is_tensor(next(iter(FocalTrainer.build_train_loader(cfg)))[0]["image"])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from detectron2.layers import ciou_loss, diou_loss
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.utils import comm
 from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor, nn
 
 from focal_d2.errors import UserError
+from focal_d2.modeling.ranks import sum_over_ranks
 from focal_d2.ops.ghm import harmonise
 
 _IOU_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
@@ -90,10 +93,10 @@ class BoxLoss(nn.Module):
         difference = deltas - targets
         root = (difference**2 + self.ghm_mu**2).sqrt()
         norms = (difference / root).abs().detach()
-        density = harmonise(
-            norms, torch.ones_like(norms, dtype=torch.bool), self.histogram, self.ghm_momentum
-        )
-        return ((root - self.ghm_mu) / density).sum()
+        counts = torch.ones_like(norms, dtype=torch.bool)
+        density = harmonise(norms, counts, self.histogram, self.ghm_momentum, sum_over_ranks)
+        # The sum over all processes; their gradients are averaged.
+        return ((root - self.ghm_mu) / density).sum() * comm.get_world_size()
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}"
@@ -127,10 +130,11 @@ def encode(anchors: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
 class LossNormalizer(nn.Module):
     """The number that both losses are divided by.
 
-    "paper": this batch's positive anchors (paper, section 4), at least 1. "ema": their moving average
+    "paper": the batch's positive anchors (paper, section 4), at least 1. "ema": their moving average
     with momentum 0.9, starting at 100, as detectron2 does. There it is a plain attribute and starts anew
-    on resume; here it is a buffer and part of the checkpoint. Checkpoints without it load. As there, each
-    of several processes keeps its own; the checkpoint has the first one's.
+    on resume; here it is a buffer and part of the checkpoint. Checkpoints without it load. There each of
+    several processes also keeps its own; here the batch is that of all processes, so that their gradients,
+    which are averaged, are those of one process with the whole batch.
     """
 
     MOMENTUM = 0.9
@@ -143,21 +147,36 @@ class LossNormalizer(nn.Module):
         self.kind = kind
         self.register_buffer("ema", torch.tensor(self.INITIAL))
         self.register_load_state_dict_pre_hook(self._keep_if_absent)
+        self._held: Tensor | float | None = None
+        self.last: Tensor | float = self.INITIAL  # what it gave last
 
     @staticmethod
     def _keep_if_absent(module: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
         assert isinstance(module, LossNormalizer)
         state_dict.setdefault(prefix + "ema", module.ema)
 
-    def forward(self, num_positives: Tensor) -> Tensor:
-        """Return the divisor, a scalar, for a batch with `num_positives` (a scalar) positive anchors."""
-        current = num_positives.clamp(min=1).to(self.ema.dtype)
-        if self.kind == "paper":
-            return current
-        # In place, because DDP keeps a reference to the buffer; a copy, because the caller's graph keeps
-        # the value.
-        self.ema.mul_(self.MOMENTUM).add_(current, alpha=1 - self.MOMENTUM)
-        return self.ema.clone()
+    def forward(self, num_positives: Tensor) -> Tensor | float:
+        """Return the divisor, a scalar, for a batch of which this process has `num_positives` (a scalar)."""
+        self.last = self._divisor(num_positives) if self._held is None else self._held
+        return self.last
+
+    def _divisor(self, num_positives: Tensor) -> Tensor:
+        current = sum_over_ranks(num_positives).clamp(min=1).to(self.ema.dtype)
+        if self.kind == "ema":
+            # In place, because DDP keeps a reference to the buffer; a copy below, because the caller's graph
+            # keeps the value.
+            self.ema.mul_(self.MOMENTUM).add_(current, alpha=1 - self.MOMENTUM)
+            current = self.ema
+        return current / comm.get_world_size()
+
+    @contextmanager
+    def held(self, value: Tensor | float) -> Iterator[None]:
+        """Divide by `value`, and count nothing: for a batch in parts, or a step that is made again."""
+        self._held = value
+        try:
+            yield
+        finally:
+            self._held = None
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}"

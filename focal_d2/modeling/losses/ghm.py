@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from detectron2.utils import comm
 from torch import Tensor
 
 from focal_d2.modeling.losses.base import ClassificationLoss, DenseBatch, register_loss
+from focal_d2.modeling.ranks import sum_over_ranks
 from focal_d2.ops import sigmoid_focal_loss
 from focal_d2.ops.common import compare
 from focal_d2.ops.ghm import harmonise
@@ -15,7 +17,8 @@ from focal_d2.ops.ghm import harmonise
 class GradientHarmonisedLoss(ClassificationLoss):
     """Cross entropy divided by the density of gradient norms, of a moving average where momentum is above 0.
 
-    The moving average is a buffer, so it is part of the checkpoint. It is not divided by the positives'
+    The moving average is a buffer, so it is part of the checkpoint; it counts the examples of all processes.
+    The loss is not divided by the positives'
     number: the density already is a number of examples.
     """
 
@@ -37,8 +40,9 @@ class GradientHarmonisedLoss(ClassificationLoss):
                 logits, batch.labels, num_classes=self.num_classes, num_logits=self.num_classes
             )
             norms = (x.sigmoid() - is_class.to(x.dtype)).abs()
-            density = harmonise(norms, counts.expand_as(norms), self.histogram, self.momentum)
+            density = harmonise(norms, counts.expand_as(norms), self.histogram, self.momentum, sum_over_ranks)
         loss = sigmoid_focal_loss(
             logits, batch.labels, num_classes=self.num_classes, alpha=-1.0, gamma=0.0, reduction="none"
         )
-        return (loss / density).sum()
+        # The sum over all processes; their gradients are averaged.
+        return (loss / density).sum() * comm.get_world_size()

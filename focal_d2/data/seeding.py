@@ -1,0 +1,59 @@
+"""Random draws that depend on what they are for, and on nothing that was drawn before."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of Python's, NumPy's and PyTorch's generators, as `torch.load` reads it safely."""
+    numpy_state: Any = np.random.get_state(legacy=True)  # noqa: NPY002
+    name, keys, *rest = numpy_state
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go on where `random_state` was taken."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Leave the generators as they were, whatever is drawn in between."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Draw from generators seeded by some numbers, each at least 0; then go on where they were.
+
+    All three libraries are seeded, since an augmentation may draw from any (detectron2's: NumPy's).
+    """
+    words = np.random.SeedSequence(key).generate_state(3)
+    with kept_random_state():
+        random.seed(int(words[0]))
+        np.random.seed(words[1])  # noqa: NPY002
+        torch.default_generator.manual_seed(int(words[2]))
+        yield
