@@ -22,8 +22,8 @@ from focal_d2.analysis.grid import Cell, Grid
 from focal_d2.errors import UserError
 
 _RECORD = "run.json"
-# What detectron2's trainer says of a loss that is not finite.
-_DIVERGED = re.compile(r"Loss became infinite or NaN at iteration=(\d+)")
+# What the trainer says of a loss that is not finite.
+_DIVERGED = re.compile(r"became infinite or NaN at iteration (\d+)")
 
 
 class Run(NamedTuple):

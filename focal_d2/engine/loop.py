@@ -82,6 +82,7 @@ class FocalLoop(SimpleTrainer):
         self.steps_skipped = 0  # in a row
         self.stepping = False  # whether the state is between two iterations' and can't be kept
         self._buffers: list[tuple[Tensor, Tensor]] | None = None
+        self._begun = False  # whether the model has seen the iteration's batch
 
     def run_step(self) -> None:
         """Make one step.
@@ -90,6 +91,7 @@ class FocalLoop(SimpleTrainer):
             Stopped: if a process was asked to stop.
             UserError: if data can't be read, or for too many skipped steps.
         """
+        self._begun = False
         data, seconds = self._fetch()
         self._keep_buffers()
         self.optimizer.zero_grad()
@@ -169,7 +171,9 @@ class FocalLoop(SimpleTrainer):
         self.undo()
         if self.scaler.is_enabled():
             self.scaler.update()
-        divisor = None if self.normalizer is None else float(self.normalizer.last)
+        # Of the whole batch, where its parts were divided by a share.
+        parts = min(self.parts, len(data))
+        divisor = None if self.normalizer is None else float(self.normalizer.last) * parts
         self.on_not_finite(own, data, losses, divisor)
         self.steps_skipped += 1
         if self.steps_skipped == _SKIPS:
@@ -183,11 +187,12 @@ class FocalLoop(SimpleTrainer):
             self._buffers = [(x, torch.empty_like(x)) for x in self.bare.buffers()]
         for buffer, kept in self._buffers:
             kept.copy_(buffer)
+        self._begun = True
 
     def undo(self) -> None:
         """Put the model's buffers back to where they were before this iteration's batch."""
         with torch.no_grad():
-            for buffer, kept in self._buffers or ():
+            for buffer, kept in (self._buffers or ()) if self._begun else ():
                 buffer.copy_(kept)
         self.optimizer.zero_grad()
 

@@ -30,6 +30,7 @@ from focal_d2.data.loader import TrainingLoader, build_training_loader, check_sa
 from focal_d2.data.seeding import kept_random_state, random_state, set_random_state
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.checkpoint import FocalCheckpointer, check_file
+from focal_d2.engine.forensics import examine, save_step
 from focal_d2.engine.loop import FocalLoop, MovingAverage, Stopped
 from focal_d2.engine.progress import ProgressBar
 from focal_d2.engine.ranks import StopRequest, check_backend, check_devices, peer_is_lost, start
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 # What each optimizer's parameter groups have and the other's have not.
 _OWN_SETTING = {"SGD": "momentum", "AdamW": "betas"}
+# Steps that were not finite and are saved, of a training that skips them: each holds the model.
+_MOST_REPORTS = 5
 
 
 class FocalTrainer(DefaultTrainer):
@@ -319,11 +322,32 @@ class FocalTrainer(DefaultTrainer):
     def _not_finite(
         self, own: bool, batch: list[dict[str, Any]], losses: dict[str, float], divisor: float | None
     ) -> None:
-        policy = self.cfg.SOLVER.FOCAL.ON_NONFINITE
-        what = f"the loss or gradient became infinite or NaN at iteration {self.iter}"
+        policy, steps = self.cfg.SOLVER.FOCAL.ON_NONFINITE, list(self._trainer.steps)
+        folder, line = Path(self.cfg.OUTPUT_DIR), ""
+        # All processes, since a model may exchange figures in the middle.
+        report = examine(self._trainer.bare, batch, steps=steps, normalizer=divisor)
+        if own:
+            line = report.verdict
+            if policy == "stop" or len(list(folder.glob("nonfinite_*"))) < _MOST_REPORTS:
+                written = save_step(
+                    folder,
+                    cfg=self.cfg,
+                    model=self._trainer.bare,
+                    batch=batch,
+                    losses=losses,
+                    steps=steps,
+                    normalizer=divisor,
+                    iteration=self.iter,
+                    rank=comm.get_rank(),
+                    report=report,
+                )
+                line += f" ({written}/report.txt; tools/replay.py {written} repeats the step)"
+        # After gradients were exchanged all are bad; the cause is where the step repeats.
+        _, line = max(comm.all_gather((bool(line and (report.bad_terms or report.gradient)), line)))
+        what = f"the loss or gradient became infinite or NaN at iteration {self.iter}: {line}"
         if policy == "stop":
             raise UserError(what)
-        logger.warning(f"{what}; the step is skipped")
+        logger.warning(f"{what}; the step is skipped (SOLVER.FOCAL.ON_NONFINITE {policy})")
         if policy == "halve_lr":
             # What detectron2's schedule multiplies is part of the checkpoint.
             self.scheduler.base_lrs = [x / 2 for x in self.scheduler.base_lrs]

@@ -25,7 +25,7 @@ with (folder / "calls.txt").open("a") as calls:
     calls.write(what + " ")
 lines = [{"iteration": i, "loss_cls": 1.0 / (i + 1)} for i in range(3)]
 if what == "nan":
-    sys.exit("FloatingPointError: Loss became infinite or NaN at iteration=2!\\nloss_dict = {}")
+    sys.exit("train_net.py: error: the loss or gradient became infinite or NaN at iteration 2: bad box")
 if what == "crash":
     sys.exit("Killed, it seems")
 lines.append({"iteration": 3, "bbox/AP": ap, "bbox/AP50": 2 * ap})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -13,36 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from detectron2.utils.logger import setup_logger
 
 from focal_d2.data.readers import read_coco
 from tests.conftest import REPOSITORY
 from tests.data import formats
-from train_net import command_line, main
-
-
-@pytest.fixture(autouse=True)
-def _fresh_loggers():
-    """A job's log handlers hold the streams and folders of the test that ran it."""
-    yield
-    setup_logger.cache_clear()
-    for name in ("detectron2", "fvcore", "focal_d2"):
-        logging.getLogger(name).handlers.clear()
-
-
-def run_main(monkeypatch, *argv: object) -> int:
-    """Run the command in this process; returns its exit status."""
-    monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, argv)])
-    try:
-        with command_line():
-            main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+from tests.engine.runs import metrics, run_main
+from train_net import command_line
 
 
 def final_ap(folder: Path) -> dict:

@@ -1,0 +1,339 @@
+"""Runs that stop, in whatever way, and go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from focal_d2 import UserError
+from focal_d2.engine import FocalTrainer, load_config
+from focal_d2.engine.loop import FocalLoop, MovingAverage
+from focal_d2.engine.trainer import explain
+from tests.conftest import REPOSITORY
+from tests.engine.runs import metrics, run_main
+
+# What an exact resumption has to bring back.
+EVERYTHING = [
+    *("MODEL.FOCAL.LOSS.NAME", "ghm", "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "ghm_r"),
+    *("SOLVER.FOCAL.EMA", "0.9", "MODEL.FOCAL.AMP.ENABLED", "True", "INPUT.FOCAL.BRIGHTNESS", "0.3"),
+]
+
+
+def saved(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def differences(a: Any, b: Any, name: str = "") -> list[str]:
+    """Name what differs, however little, between two checkpoints."""
+    if isinstance(a, dict):
+        keys = [str(k) for k in a.keys() ^ b.keys()]
+        return keys + [x for k in a.keys() & b.keys() for x in differences(a[k], b[k], f"{name}/{k}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [name]
+        return [
+            x for i, (u, v) in enumerate(zip(a, b, strict=True)) for x in differences(u, v, f"{name}/{i}")
+        ]
+    same = torch.equal(a, b) if torch.is_tensor(a) else a == b
+    return [] if same else [name]
+
+
+def stop_after(monkeypatch, iteration: int, act) -> None:
+    """Do something when an iteration is done, before any hook runs."""
+    step = FocalLoop.run_step
+
+    def run_step(self):
+        step(self)
+        if self.iter == iteration:
+            act()
+
+    monkeypatch.setattr(FocalLoop, "run_step", run_step)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_saves_and_the_resumed_run_is_the_same_to_the_bit(
+    job, tmp_path, monkeypatch, capfd, workers
+):
+    config, _ = job
+    common = ["--config-file", config, "DATALOADER.NUM_WORKERS", workers, *EVERYTHING]
+    assert run_main(monkeypatch, *common, "OUTPUT_DIR", tmp_path / "whole") == 0
+    for number, iteration in ((signal.SIGTERM, 2), (signal.SIGINT, 5)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, iteration, lambda n=number: os.kill(os.getpid(), n))
+            resume = [] if iteration == 2 else ["--resume"]
+            assert run_main(patch, *resume, *common) == 128 + number
+        assert (tmp_path / "out/last_checkpoint").read_text() == f"model_{iteration:07d}.pth"
+        assert f"{number.name}: this iteration ends, then a checkpoint" in capfd.readouterr().err
+        # No evaluation of a model that is not ready.
+        assert not (tmp_path / "out/inference").exists()
+    assert run_main(monkeypatch, "--resume", *common) == 0
+    whole, parts = (saved(tmp_path / folder / "model_final.pth") for folder in ("whole", "out"))
+    assert differences(whole, parts) == []
+    assert [m for m in metrics(tmp_path / "whole") if "bbox/AP" in m][-1]["bbox/AP"] == pytest.approx(
+        metrics(tmp_path / "out")[-1]["bbox/AP"], abs=0, nan_ok=True
+    )
+    # What is offered is the average; what training goes on from is beside it.
+    offered, trained = whole["model"], whole["trainer"]["_trainer"]["model"]
+    assert not torch.equal(offered["head.cls_score.bias"], trained["head.cls_score.bias"])
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_is_the_same_to_the_bit(job, tmp_path):
+    config, _ = job
+    common = [sys.executable, str(REPOSITORY / "train_net.py"), "--config-file", str(config)]
+    overrides = [*EVERYTHING, "DATALOADER.NUM_WORKERS", "1", "SOLVER.CHECKPOINT_PERIOD", "1"]
+    overrides += ["DATASETS.TEST", "()"]
+    run = {
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+        "stderr": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+    }
+    subprocess.run([*common, *overrides, "OUTPUT_DIR", str(tmp_path / "whole")], check=True, **run)
+    rng = np.random.default_rng(0)
+    for least in (1, 3):
+        process = subprocess.Popen([*common, "--resume", *overrides], **run)
+        while process.poll() is None and not (tmp_path / f"out/model_{least:07d}.pth").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))  # in a step, or while a checkpoint is written
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    subprocess.run([*common, "--resume", *overrides], check=True, **run)
+    whole, parts = (saved(tmp_path / folder / "model_final.pth") for folder in ("whole", "out"))
+    assert differences(whole, parts) == []
+
+
+def test_a_second_signal_ends_at_once():
+    program = """
+import os, signal, time
+from focal_d2.engine.ranks import StopRequest
+with StopRequest(lambda n: print("first", n, flush=True)) as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)  # the same, passed on
+    time.sleep(0.6)
+    print("still here", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stdout.split("\n") == ["first 2", "still here", ""]
+
+
+def test_resuming_says_what_is_not_exact(job, tmp_path, monkeypatch, caplog):
+    config, _ = job
+    stop_after(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_main(monkeypatch, "--config-file", config) == 143
+    path = tmp_path / "out/model_0000002.pth"
+    state = saved(path)["trainer"]
+    assert state["data"] == {"images": 6, "batch": 2, "seed": 1, "records": state["data"]["records"]}
+
+    def told(change: dict[str, Any], *overrides: str) -> str:
+        trainer = FocalTrainer(load_config(str(config), overrides))
+        caplog.clear()
+        trainer.load_state_dict({**state, **change})
+        assert trainer.iter == 2
+        lines = [x.getMessage() for x in caplog.records if "--resume goes on" in x.getMessage()]
+        return lines[0].partition("without a stop: ")[2] if lines else ""
+
+    assert told({}) == ""
+    assert told({}, "SEED", "5") == "SEED 5 instead of 1"
+    assert told({}, "SOLVER.IMS_PER_BATCH", "3") == "SOLVER.IMS_PER_BATCH 3 instead of 2"
+    assert told({"processes": 4}).startswith("1 processes instead of 4: sums are rounded in another order")
+    assert told({"data": {**state["data"], "records": 7}}) == "other images in DATASETS.TRAIN"
+    theirs = {key: state[key] for key in ("iteration", "hooks", "_trainer")}  # all that detectron2 writes
+    state = {**theirs, "_trainer": {key: theirs["_trainer"][key] for key in ("iteration", "optimizer")}}
+    assert told({}) == "the checkpoint does not say which images were drawn; random generators start anew"
+
+
+def test_a_drawn_seed_is_the_resumed_runs_too(job, tmp_path, monkeypatch):
+    config, _ = job
+    stop_after(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_main(monkeypatch, "--config-file", config, "SEED", -1) == 143
+    seed = saved(tmp_path / "out/model_0000002.pth")["trainer"]["data"]["seed"]
+    assert yaml.safe_load((tmp_path / "out/config.yaml").read_text())["SEED"] == seed >= 0
+    assert run_main(monkeypatch, "--config-file", config, "--resume", "SEED", -1) == 0
+    assert saved(tmp_path / "out/model_final.pth")["trainer"]["data"]["seed"] == seed
+
+
+def test_a_new_run_keeps_an_earlier_ones_checkpoints_apart(job, tmp_path, monkeypatch):
+    config, _ = job
+    run = ["--config-file", config, "SOLVER.MAX_ITER", 2]
+    for _ in range(3):
+        assert run_main(monkeypatch, *run) == 0
+    folders = [tmp_path / "out", tmp_path / "out/earlier_1", tmp_path / "out/earlier_2"]
+    for folder in folders:
+        assert {"last_checkpoint", "model_final.pth", "metrics.json"} <= {x.name for x in folder.iterdir()}
+        assert [m["iteration"] for m in metrics(folder)] == [1, 2]
+    weights = [saved(folder / "model_final.pth")["model"] for folder in folders]
+    assert differences(weights[0], weights[1]) == differences(weights[0], weights[2]) == []
+
+
+def test_an_evaluation_in_which_the_run_was_stopped_is_made_up_for(job, tmp_path, monkeypatch):
+    config, _ = job
+    run = ["--config-file", config, "TEST.EVAL_PERIOD", 4]
+    assert run_main(monkeypatch, *run, "OUTPUT_DIR", tmp_path / "whole") == 0
+
+    def fail(*_):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FocalTrainer, "test", fail)
+        assert run_main(patch, *run) == 2
+    assert run_main(monkeypatch, *run, "--resume") == 0
+    evaluated = [
+        {m["iteration"]: m["bbox/AP"] for m in metrics(tmp_path / folder) if "bbox/AP" in m}
+        for folder in ("whole", "out")
+    ]
+    assert evaluated[0].keys() == {3, 8}
+    assert evaluated[0] == evaluated[1]
+    whole, parts = (saved(tmp_path / folder / "model_final.pth") for folder in ("whole", "out"))
+    assert differences(whole, parts) == []
+
+
+def spoil_images(data, iteration: int):
+    for path in data.images.glob("*.png"):
+        path.unlink()
+
+
+def kill_workers(data, iteration: int):
+    import multiprocessing
+
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+
+
+def freeze_workers(data, iteration: int):
+    import multiprocessing
+
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    "act, workers, expected",
+    [
+        (spoil_images, 0, "cannot read image"),
+        (spoil_images, 1, "cannot read image"),
+        (kill_workers, 1, "a process that reads images was killed, most often because memory ran out"),
+        (freeze_workers, 1, "DataLoader timed out after 3.0 seconds (DATALOADER.FOCAL.TIMEOUT)"),
+    ],
+)
+def test_lost_data_lose_no_iteration(job, tmp_path, monkeypatch, capfd, act, workers, expected):
+    config, data = job
+    run = ["--config-file", config, "DATALOADER.NUM_WORKERS", workers, "DATALOADER.FOCAL.TIMEOUT", 3.0]
+    run += ["SOLVER.CHECKPOINT_PERIOD", 1000, "SOLVER.MAX_ITER", 1000, "DATASETS.TEST", "()"]
+    stop_after(monkeypatch, 2, lambda: act(data, 2))
+    assert run_main(monkeypatch, *run) == 2
+    captured = capfd.readouterr()
+    (line,) = [x for x in captured.err.splitlines() if x.startswith("train_net.py: error: ")]
+    assert expected in line
+    last = saved(tmp_path / "out" / (tmp_path / "out/last_checkpoint").read_text())["iteration"]
+    assert last >= 2
+    assert f"; training up to here is kept in model_{last:07d}.pth: --resume goes on" in line
+    assert "Traceback" not in captured.err + captured.out
+
+
+def test_a_batch_in_parts_is_the_same_step(job, tmp_path, monkeypatch):
+    config, _ = job
+    content = yaml.safe_load(config.read_text())
+    content["SOLVER"].update(IMS_PER_BATCH=4, MAX_ITER=3, FOCAL={"OPTIMIZER": "SGD"})
+    content["MODEL"]["RESNETS"]["NORM"] = content["MODEL"]["FPN"]["NORM"] = "GN"
+    config.write_text(yaml.safe_dump(content))
+    for parts in (1, 2, 4):
+        overrides = [
+            "SOLVER.FOCAL.ACCUMULATE",
+            parts,
+            "OUTPUT_DIR",
+            tmp_path / str(parts),
+            "DATASETS.TEST",
+            "()",
+        ]
+        assert run_main(monkeypatch, "--config-file", config, *overrides) == 0
+    whole, *others = (saved(tmp_path / str(n) / "model_final.pth")["model"] for n in (1, 2, 4))
+    for other in others:
+        for name, x in whole.items():
+            torch.testing.assert_close(other[name], x, rtol=1e-4, atol=1e-6, msg=name)
+    first, last = (metrics(tmp_path / str(n))[-1] for n in (1, 4))
+    for name in ("loss_cls", "loss_box_reg", "gradient_norm"):
+        assert last[name] == pytest.approx(first[name], rel=1e-4)
+
+
+def test_moving_average_by_hand():
+    model = torch.nn.Linear(1, 1)
+    average = MovingAverage(model, decay=0.2)
+    values = [1.0, 2.0, 4.0]
+    for x in values:
+        torch.nn.init.constant_(model.weight, x)
+        average.update_parameters(model)
+    # The first step is taken over; then 2/11 and, as 3/12 is more than the decay, 0.2 of the average stay.
+    second = 2 / 11 * 1 + 9 / 11 * 2
+    assert average.module.weight.item() == pytest.approx(0.2 * second + 0.8 * 4)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "halve_lr"])
+def test_a_step_that_is_not_finite_changes_nothing(job, tmp_path, monkeypatch, capfd, policy):
+    config, _ = job
+    run = ["--config-file", config, "SOLVER.FOCAL.ON_NONFINITE", policy, "DATASETS.TEST", "()"]
+    assert run_main(monkeypatch, *run, "SOLVER.MAX_ITER", 3, "OUTPUT_DIR", tmp_path / "before") == 0
+    backward = FocalLoop._backward
+
+    def spoiled(self, data):
+        losses = backward(self, data)
+        if self.iter == 3:
+            losses["loss_cls"] = losses["loss_cls"] * float("nan")
+        return losses
+
+    monkeypatch.setattr(FocalLoop, "_backward", spoiled)
+    status = run_main(monkeypatch, *run, "SOLVER.MAX_ITER", 4)
+    captured = capfd.readouterr()
+    what = "the loss or gradient became infinite or NaN at iteration 3"
+    assert what in captured.out + captured.err
+    name = "model_0000002.pth" if policy == "stop" else "model_final.pth"
+    before, after = saved(tmp_path / "before/model_final.pth"), saved(tmp_path / "out" / name)
+    assert differences(before["model"], after["model"]) == []
+    trainers = before["trainer"], after["trainer"]
+    optimizers = [x["_trainer"]["optimizer"] for x in trainers]
+    assert differences(optimizers[0]["state"], optimizers[1]["state"]) == []
+    rates = [x["hooks"]["LRScheduler"]["base_lrs"][0] for x in trainers]
+    assert rates[1] == rates[0] / (2 if policy == "halve_lr" else 1)
+    assert status == (2 if policy == "stop" else 0)
+    if policy != "stop":
+        assert metrics(tmp_path / "out")[-1]["iteration"] == 3
+
+
+def test_skipping_without_end_is_given_up(job, monkeypatch, capfd):
+    monkeypatch.setattr(FocalLoop, "_backward", lambda self, data: {"loss_cls": torch.tensor(float("inf"))})
+    run = ["--config-file", job[0], "SOLVER.FOCAL.ON_NONFINITE", "skip", "SOLVER.MAX_ITER", 50]
+    assert run_main(monkeypatch, *run) == 2
+    assert "10 steps in a row were skipped" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("SOLVER.FOCAL.EMA", "1.0", "at least 0 .none. and below 1"),
+        ("SOLVER.FOCAL.ACCUMULATE", "3", "within 1 and the 2 images"),
+        ("SOLVER.FOCAL.ACCUMULATE", "0", "within 1 and the 2 images"),
+        ("SOLVER.FOCAL.ON_NONFINITE", "ignore", "legal values: stop, skip, halve_lr"),
+        ("DATALOADER.FOCAL.TIMEOUT", "-1.0", "at least 0 seconds"),
+    ],
+)
+def test_bad_values_are_refused(job, key, value, expected):
+    with pytest.raises(UserError, match=f"{key} is .*{expected}"):
+        FocalTrainer(load_config(str(job[0]), [key, value]))
+
+
+def test_other_errors_are_not_explained_away():
+    assert explain(RuntimeError("shape mismatch")) is None
+    assert "out of memory: 3 GiB" in str(explain(torch.OutOfMemoryError("CUDA\n3 GiB")))

@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""Repeat a training step that was not finite, from the folder in which training saved it.
+
+It prints whether the step fails again and the report on it. Exit status: 0 if the same losses, or the
+gradient, are not finite again, 1 if not, 2 for a mistake in the command or a damaged file. See
+docs/nonfinite.md.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from focal_d2.engine import command_line
+from focal_d2.engine.forensics import load_step, replay
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="OUTPUT_DIR/nonfinite_NNNNNNN")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: as in training, if it is here")
+    args = parser.parse_args()
+
+    # What detectron2 logs while it builds is no part of the report.
+    logging.getLogger("detectron2").addHandler(logging.NullHandler())
+    saved = load_step(args.folder)
+    result = replay(saved, device=args.device)
+    if args.json:
+        facts = {"iteration": saved.iteration, "reproduced": result.reproduced, "terms": result.terms}
+        print(json.dumps({**facts, **result.report.as_dict()}, indent=1, allow_nan=False))
+    else:
+        again = "reproduced" if result.reproduced else "NOT reproduced"
+        print(f"Iteration {saved.iteration}, {saved.file.name}: {again}")
+        for name, comparison in result.terms.items():
+            print(f"  {name}: {comparison}")
+        print(f"\n{result.report.text()}", end="")
+    return 0 if result.reproduced else 1
+
+
+if __name__ == "__main__":
+    with command_line():
+        sys.exit(main())
