@@ -144,6 +144,8 @@ def add_focal_config(cfg: CfgNode) -> None:
     # What to do when the loss or a gradient is not finite, after the report (docs/nonfinite.md): "stop",
     # "skip" the step, or "halve_lr" (skip it, and halve the learning rate from there on).
     solver.ON_NONFINITE = "stop"
+    # Of the checkpoints that SOLVER.CHECKPOINT_PERIOD writes, keep the newest so many; 0: all.
+    solver.KEEP_CHECKPOINTS = 3
 
     test = cfg.TEST.FOCAL = CfgNode()
     # What counts AP: "hotcoco" or "pycocotools", the same numbers a hundred times slower.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from focal_d2.data import check_datasets, ground_truth
-from focal_d2.engine import Predictor, command_line, load_config
+from focal_d2.engine import Predictor, add_trust_flag, command_line, load_config
 from focal_d2.engine.pictures import (
     draw_detections,
     list_images,
@@ -32,6 +32,7 @@ def main() -> None:
         help="lowest score that is shown, of those above MODEL.RETINANET.SCORE_THRESH_TEST",
     )
     parser.add_argument("--json", action="store_true", help="print the detections as JSON lines")
+    add_trust_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE …")
     args = parser.parse_args()
 
@@ -39,12 +40,12 @@ def main() -> None:
     overrides = args.opts
     if args.dataset is not None:
         overrides = [*overrides, "DATASETS.TEST", f"({args.dataset!r},)"]
-    cfg = load_config(args.config_file, overrides)
+    cfg = load_config(args.config_file, overrides, trust_files=args.trust_files)
     if args.dataset is not None:
         check_datasets(cfg, training=False)
         truth = ground_truth(args.dataset)
     paths = list(truth) or list_images(args.input)
-    predictor = Predictor(cfg)
+    predictor = Predictor(cfg, trust_files=args.trust_files)
     targets = picture_files(paths, args.output)
     for path, target in zip(paths, targets, strict=True):
         image = read_bgr(path)

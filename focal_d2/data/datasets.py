@@ -23,7 +23,7 @@ from focal_d2.errors import UserError
 
 # Keys of an entry of DATASETS.FOCAL, and those that some formats have besides.
 _KEYS = ("NAME", "FORMAT", "IMAGES", "ANNOTATIONS", "CLASSES")
-_OWN_KEYS = {"voc": ("LIST",), "yolo": ("LIST",)}
+_OWN_KEYS = {"coco": ("OUTSIDE",), "csv": ("OUTSIDE",), "voc": ("LIST", "OUTSIDE"), "yolo": ("LIST",)}
 _NEEDED = ("NAME", "IMAGES", "ANNOTATIONS")
 
 
@@ -35,7 +35,8 @@ def register_datasets(entries: list[dict[str, Any]]) -> None:
     Args:
         entries: each {NAME, FORMAT: coco (default), voc, yolo or csv, IMAGES: folder, ANNOTATIONS: file or
             folder, CLASSES: names, or a file of them (default: of the data)}, voc and yolo also {LIST: file
-            of the images' names (default: all)}.
+            of the images' names (default: all)}, all but yolo {OUTSIDE: whether images may lie outside
+            IMAGES (default: false)}.
 
     Raises:
         UserError: for a missing or unknown key, a value of the wrong type, or a name that detectron2 already
@@ -50,8 +51,11 @@ def register_datasets(entries: list[dict[str, Any]]) -> None:
         for key in (*_NEEDED, *entry):
             if key not in legal:
                 raise UserError(f"{place} has {key}; of format {style} it can have {', '.join(legal)}")
-            if key != "CLASSES" and not (isinstance(entry.get(key), str) and entry[key].strip()):
-                raise UserError(f"{place}.{key} is {entry.get(key)!r}; it must be a text")
+            value = entry.get(key)
+            if key == "OUTSIDE" and not isinstance(value, bool):
+                raise UserError(f"{place}.OUTSIDE is {value!r}; it must be true or false")
+            if key not in ("CLASSES", "OUTSIDE") and not (isinstance(value, str) and value.strip()):
+                raise UserError(f"{place}.{key} is {value!r}; it must be a text")
         classes = entry.get("CLASSES")
         if not isinstance(classes, (str, list, tuple, type(None))):
             raise UserError(f"{place}.CLASSES is {classes!r}; it must be a list of names, or a file of them")
@@ -75,6 +79,8 @@ def _read_entry(style: str, entry: dict[str, Any]) -> Table:
         options["classes"] = class_names(entry["CLASSES"])
     if "LIST" in entry:
         options["chosen"] = read_list(entry["LIST"])
+    if entry.get("OUTSIDE", False):
+        options["outside"] = True
     # By name in every format, so that the format makes no difference to what is drawn.
     return READERS[style](entry["ANNOTATIONS"], entry["IMAGES"], **options).by_name()
 

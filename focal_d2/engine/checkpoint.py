@@ -1,15 +1,21 @@
-"""Checkpoints that must fit the model they are loaded into."""
+"""Checkpoints: safe to load, whole on disk, and fitting the model they are loaded into."""
 
 from __future__ import annotations
 
+import glob
+import logging
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlparse
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 
+from focal_d2.engine.files import ASIDE, ForbiddenImportError, read_pickle, read_torch, write_aside
 from focal_d2.errors import UserError
 
 # What the losses remember: not in detectron2's checkpoints, and each loss has its own.
@@ -18,12 +24,36 @@ _OURS = ("loss_normalizer.", "cls_loss.", "box_loss.")
 _COUNTER = "num_batches_tracked"
 # A residual block, under any of the names that detectron2 knows how to match.
 _BLOCK = re.compile(r"(^|\.)res[2-5]\.\d+\.")
+# A checkpoint of the schedule, by the number of its last iteration.
+_NUMBERED = re.compile(r"model_(\d+)\.pth")
+_LAST = "last_checkpoint"
+
+logger = logging.getLogger(__name__)
+
+
+class UnusableFileError(UserError):
+    """A checkpoint that is missing, damaged, no checkpoint, or refused: another one may do."""
 
 
 class FocalCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpointer that refuses weights of another architecture instead of warning."""
+    """detectron2's checkpointer, but
 
-    def __init__(self, model: Any, save_dir: str = "", *, partial: bool, **checkpointables: Any) -> None:
+    - weights of another architecture are refused, where it warns;
+    - files can't run code;
+    - files are written aside and then put in place, and their checksums are looked at when they are loaded;
+    - a damaged checkpoint is passed over for the one before it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        save_dir: str = "",
+        *,
+        partial: bool,
+        keep: int = 0,
+        trust_files: bool = False,
+        **checkpointables: Any,
+    ) -> None:
         """Wrap a model.
 
         Args:
@@ -32,35 +62,195 @@ class FocalCheckpointer(DetectionCheckpointer):
             partial: accept what training may start from: files without FPN and head, such as ImageNet
                 weights, heads for another number of classes, or more than this model has. The ResNet must
                 fit all the same. If false, file and model must have the same entries.
+            keep: of the checkpoints that are named by their iteration, keep so many; 0: all.
+            trust_files: let checkpoints import and run what they name.
             checkpointables: see detectron2's `DetectionCheckpointer`.
         """
         super().__init__(model, save_dir, **checkpointables)
         self.partial = partial
+        self.keep = keep
+        self.trust_files = trust_files
         self._source = ""
+        self._must_be_whole = False
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write a checkpoint, name it in `last_checkpoint`, and delete those that are too old to be kept.
+
+        Args:
+            name: of the file in `save_dir`, without its ending.
+            kwargs: what else shall be in it.
+
+        Raises:
+            UserError: if it can't be written; the former checkpoints are as they were.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data |= {key: x.state_dict() for key, x in self.checkpointables.items()}
+        data |= kwargs
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        try:
+            write_aside(path, lambda file: torch.save(data, file))
+            self.tag_last_checkpoint(os.path.basename(path))
+        except OSError as error:
+            raise UserError(self._why_not_written(path, error)) from error
+        self._delete_old(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """See detectron2's `DetectionCheckpointer`; the file changes in one step."""
+        path = os.path.join(self.save_dir, _LAST)
+        write_aside(path, lambda file: file.write(last_filename_basename.encode()))
+
+    def _why_not_written(self, path: str, error: OSError) -> str:
+        good = self.get_checkpoint_file()
+        rest = f"--resume goes on from {good}" if os.path.isfile(good) else "no checkpoint was written before"
+        free = f", {shutil.disk_usage(self.save_dir).free / 1e6:.1f} MB are free" if _is_folder(path) else ""
+        return f"cannot write {path}: {error.strerror or error}{free}; {rest}"
+
+    def _delete_old(self, name: str) -> None:
+        """Keep the newest of those up to the one just written; any beyond it are not of this run."""
+        number = _number(name)
+        if not self.keep or number is None:
+            return
+        for _, old in [x for x in self._numbered() if x[0] <= number][self.keep :]:
+            _remove(os.path.join(self.save_dir, old))
+
+    def has_checkpoint(self) -> bool:
+        """Say whether there is a run to resume: its `last_checkpoint`, or a checkpoint that it could name."""
+        return os.path.exists(os.path.join(self.save_dir, _LAST)) or bool(self._numbered())
+
+    def get_checkpoint_file(self) -> str:
+        """Return the file that `last_checkpoint` names, or "" if it names none of this folder."""
+        try:
+            with open(os.path.join(self.save_dir, _LAST), encoding="utf-8") as file:
+                name = file.read(1000).strip()
+        except (OSError, UnicodeDecodeError):
+            return ""
+        plain = name == os.path.basename(name) and name.endswith(".pth") and name.isprintable()
+        return os.path.join(self.save_dir, name) if plain else ""
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """See detectron2's `DetectionCheckpointer.resume_or_load`; resuming accepts no partial fit."""
-        self.partial = self.partial and not (resume and self.has_checkpoint())
-        return super().resume_or_load(path, resume=resume)
+        """Load the last checkpoint and all that it holds, or start from weights.
+
+        A checkpoint that can't be used is passed over with a warning for the one before it; one that is sound
+        but does not fit stops the run. What a killed run left half written is removed, if there is a run.
+        Of several processes the first one decides; the others must be able to read the same file.
+
+        Args:
+            path: of the weights to start from, if not `resume` or there is no checkpoint.
+            resume: go on with the run in `save_dir`; no partial fit is accepted then.
+
+        Returns:
+            What else was in the file.
+
+        Raises:
+            UserError: if no checkpoint can be used, or the weights can't.
+        """
+        if self.checkpointables and self.save_to_disk:
+            for pattern in ("*.pth", _LAST):
+                for left in glob.glob(os.path.join(glob.escape(self.save_dir), pattern + ASIDE)):
+                    _remove(left)
+        resume = comm.all_gather(resume and self.has_checkpoint())[0]
+        if not resume:
+            return self.load(path, checkpointables=[])
+        self.partial, self._must_be_whole = False, True
+        files, problems = comm.all_gather(self._candidates())[0]
+        for file in files:
+            if problems:
+                logger.warning(f"--resume: {problems[-1]}; trying {os.path.basename(file)}")
+            result = self._load_together(file)
+            if not isinstance(result, UnusableFileError):
+                return result
+            problems.append(str(result))
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"--resume: no checkpoint in {self.save_dir} can be used: {problems[0]}{more}")
+
+    def _candidates(self) -> tuple[list[str], list[str]]:
+        """List the files to resume from, best first, and what was wrong already."""
+        last = self.get_checkpoint_file()
+        number = _number(os.path.basename(last))
+        files = [name for n, name in self._numbered() if number is None or n < number]
+        paths = [os.path.join(self.save_dir, name) for name in files]
+        if last:
+            return [last, *paths], []
+        # What ends a run has no number; it may be of an earlier run, and comes last.
+        paths += glob.glob(os.path.join(glob.escape(self.save_dir), "model_final.pth"))
+        last = os.path.join(self.save_dir, _LAST)
+        return paths, [f"{last} is missing or names no checkpoint of this folder"]
+
+    def _load_together(self, path: str) -> dict[str, Any] | UnusableFileError:
+        """Load a file in every process; return the error if the first process can't use it."""
+        content: dict[str, Any] = {}
+        error: UserError | None = None
+        try:
+            content = self.load(path)
+        except UserError as caught:
+            error = caught
+        errors: list[UserError | None] = comm.all_gather(error)
+        if isinstance(errors[0], UnusableFileError):
+            return errors[0]
+        for rank, problem in enumerate(errors):
+            if problem is not None:
+                raise problem if rank == 0 else UserError(f"--resume: process {rank}: {problem}")
+        return content
+
+    def _numbered(self) -> list[tuple[int, str]]:
+        """List the checkpoints that are named by their iteration, newest first."""
+        try:
+            names = os.listdir(self.save_dir or os.curdir)
+        except OSError:
+            return []
+        return sorted([(n, name) for name in names if (n := _number(name)) is not None], reverse=True)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a file or URL; see detectron2's `DetectionCheckpointer.load`.
 
         Raises:
-            UserError: if it cannot be found or read, or does not fit the model or its optimizer.
+            UserError: if it cannot be found or read, or does not fit the model or its optimizer. The model is
+                as it was then.
         """
         self._source = path
         check_file(path)
+        before = {name: x.detach().to("cpu", copy=True) for name, x in self.model.state_dict().items()}
         try:
             return super().load(path, *args, **kwargs)
-        except UserError:
-            raise
         except Exception as error:
+            self.model.load_state_dict(before)
+            if isinstance(error, UserError):
+                raise
             # A damaged or foreign file fails in whatever way its bytes bring about, and an optimizer's
-            # state that does not fit in a few more. The first line has the reason; PyTorch's others
-            # advise to load the file unsafely.
+            # state that does not fit in a few more. The first line has the reason.
             reason = str(error).strip().split("\n")[0]
-            raise UserError(f"cannot load weights {path}: {type(error).__name__}: {reason}") from error
+            kind = "" if isinstance(error, ForbiddenImportError) else f"{type(error).__name__}: "
+            raise UnusableFileError(f"cannot load weights {path}: {kind}{reason}") from error
+        finally:
+            self._parsed_url_during_load = None  # detectron2 forgets this if loading fails
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        """Read a file as detectron2 does, formats and all, but by our readers."""
+        if filename.endswith(".pkl"):
+            data = read_pickle(filename, trusted=self.trust_files)
+            if "model" in data and "__author__" in data:
+                return dict(data)
+            arrays = data.get("blobs", data)
+            arrays = {name: x for name, x in arrays.items() if not name.endswith("_momentum")}
+            return {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True}
+        if filename.endswith(".pyth"):
+            state = read_torch(filename, trusted=self.trust_files)["model_state"]
+            state = {name: x for name, x in state.items() if not name.endswith(_COUNTER)}
+            return {"model": state, "__author__": "pycls", "matching_heuristics": True}
+        return dict(super()._load_file(filename))
+
+    def _torch_load(self, filename: str) -> dict[str, Any]:
+        content = read_torch(filename, trusted=self.trust_files)
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} where a dictionary must be")
+        needed = {"model": dict, "iteration": int, **dict.fromkeys(self.checkpointables, dict)}
+        for name, kind in needed.items() if self._must_be_whole else ():
+            if not isinstance(content.get(name), kind):
+                raise ValueError(f"no {name} in it, so no run can go on from it")
+        return content
 
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)
@@ -98,9 +288,25 @@ def check_file(path: str) -> None:
         UserError: if there is no such file.
     """
     if path and "://" not in path and not os.path.isfile(urlparse(path).path):
-        raise UserError(f"weights file not found: {path}")
+        raise UnusableFileError(f"weights file not found: {path}")
 
 
 def _some(names: set[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(sorted(names)[:3]) + more
+
+
+def _number(name: str) -> int | None:
+    match = _NUMBERED.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+def _is_folder(path: str) -> bool:
+    return os.path.isdir(os.path.dirname(path))
+
+
+def _remove(path: str) -> None:
+    try:
+        os.remove(path)
+    except OSError as error:
+        logger.warning(f"cannot delete {path}: {error.strerror or error}")

@@ -13,7 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from detectron2.engine import default_argument_parser
+
 from focal_d2.errors import UserError, user_message
+
+# Ends the line that refuses a file, so it must name a flag that add_trust_flag gives.
+UNLESS_TRUSTED = " (unless you trust the file: --trust-files of train_net.py and tools/predict.py)"
 
 
 def quiet() -> None:
@@ -53,6 +58,22 @@ def command_line() -> Iterator[None]:
 
 def _is_not_user_error(record: logging.LogRecord) -> bool:
     return not (record.exc_info and record.exc_info[1] and user_message(record.exc_info[1]))
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Return detectron2's parser with our flags beside its own."""
+    parser = default_argument_parser()
+    add_trust_flag(parser)
+    return parser
+
+
+def add_trust_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that lets files run code. No config has such a key: it may itself be hostile."""
+    parser.add_argument(
+        "--trust-files",
+        action="store_true",
+        help="let the config and the checkpoint run code, as detectron2 does (default: refused)",
+    )
 
 
 def positive(text: str) -> int:

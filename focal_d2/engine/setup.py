@@ -21,13 +21,14 @@ from detectron2.utils.logger import setup_logger
 
 from focal_d2.config import add_focal_config, check_choice
 from focal_d2.data import count_classes, register_datasets
+from focal_d2.engine.safe_yaml import merge_file
 from focal_d2.errors import UserError
 from focal_d2.evaluation import check_backend, detection_limits
 
 _OPTIMIZERS = ("SGD", "AdamW")
 
 
-def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
+def load_config(config_file: str, overrides: Sequence[str] = (), *, trust_files: bool = False) -> CfgNode:
     """Read a YAML config over the defaults, apply overrides, and check what needs no data.
 
     `MODEL.DEVICE` may be "auto": CUDA where there is a device, else CPU. The datasets of
@@ -37,6 +38,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     Args:
         config_file: path of the YAML file, or "" for the defaults alone.
         overrides: KEY VALUE pairs.
+        trust_files: let the YAML run code, as detectron2 does. If false, it is read by
+            `focal_d2.engine.safe_yaml`.
 
     Raises:
         UserError: for anything the user can mend.
@@ -47,7 +50,10 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
         if not os.path.isfile(config_file):
             raise UserError(f"config file not found: {config_file}")
         with _config_errors(cfg, config_file), _auto_classes(cfg):
-            cfg.merge_from_file(config_file)
+            if trust_files:
+                cfg.merge_from_file(config_file)
+            else:
+                merge_file(cfg, config_file)
     if len(overrides) % 2:
         raise UserError(f"overrides must be KEY VALUE pairs; got {' '.join(overrides)}")
     with _config_errors(cfg, "command line"), _auto_classes(cfg):
@@ -55,6 +61,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     _refuse_nulls(cfg)
     resolve_device(cfg)
     check_choice("SOLVER.FOCAL.OPTIMIZER", cfg.SOLVER.FOCAL.OPTIMIZER, _OPTIMIZERS)
+    if (keep := cfg.SOLVER.FOCAL.KEEP_CHECKPOINTS) < 0:
+        raise UserError(f"SOLVER.FOCAL.KEEP_CHECKPOINTS is {keep}; it must be 0 (all) or more")
     for key, registry, value in (
         ("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE),
         ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME),
@@ -87,7 +95,9 @@ def _config_errors(cfg: CfgNode, source: str) -> Iterator[None]:
     """Name the source, and the nearest legal key, in whatever yaml and yacs raise."""
     try:
         yield
-    except (TypeError, AttributeError, RecursionError) as error:
+    except UserError:
+        raise
+    except (TypeError, AttributeError, RecursionError, MemoryError) as error:
         raise UserError(f"{source}: not a config; it must be nested lines of KEY: value") from error
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         # str() of a KeyError is its message in quotes.

@@ -84,7 +84,11 @@ class FocalTrainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = FocalCheckpointer(
-            self.offered, cfg.OUTPUT_DIR, partial=True, trainer=weakref.proxy(self)
+            self.offered,
+            cfg.OUTPUT_DIR,
+            partial=True,
+            keep=solver.KEEP_CHECKPOINTS,
+            trainer=weakref.proxy(self),
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self._images_before = 0  # drawn before start_iter
@@ -194,7 +198,7 @@ class FocalTrainer(DefaultTrainer):
             return
         if self.average is not None:
             self._trainer.bare.load_state_dict(self.average.module.state_dict())
-        if comm.is_main_process():
+        if comm.is_main_process() and self.checkpointer.has_checkpoint():
             _set_aside(Path(self.cfg.OUTPUT_DIR))
         comm.synchronize()
 
@@ -302,8 +306,11 @@ class FocalTrainer(DefaultTrainer):
         if last >= self.start_iter and not self._trainer.stepping:
             self.iter = last  # hooks take it for the last complete one
             name = f"model_{last:07d}"
-            self.checkpointer.save(name, iteration=last)
-            kept = f"; training up to here is kept in {name}.pth: --resume goes on"
+            try:
+                self.checkpointer.save(name, iteration=last)
+                kept = f"; training up to here is kept in {name}.pth: --resume goes on"
+            except UserError as not_saved:
+                kept = f"; {not_saved}"
         if stopped:
             raise Stopped(f"stopped before iteration {last + 1}{kept}") from error
         if message is None:
@@ -409,8 +416,6 @@ def _say_that_it_stops(number: int) -> None:
 
 def _set_aside(folder: Path) -> None:
     """Move an earlier run's checkpoints and figures away, lest they be taken for the new run's."""
-    if not (folder / "last_checkpoint").exists():
-        return
     numbers = (int(x.name[8:]) for x in folder.glob("earlier_*") if x.name[8:].isdecimal())
     earlier = folder / f"earlier_{max(numbers, default=0) + 1}"
     earlier.mkdir()
@@ -455,7 +460,7 @@ def launch_job(args: argparse.Namespace) -> None:
     """Run the job on this machine's share of the processes; see `run`.
 
     Args:
-        args: of detectron2's `default_argument_parser`.
+        args: of `focal_d2.engine.argument_parser`.
 
     Raises:
         UserError: for anything the user can mend.
@@ -467,12 +472,12 @@ def run(args: argparse.Namespace) -> None:
     """Train, or evaluate with `--eval-only`, as one of the job's processes.
 
     Args:
-        args: of detectron2's `default_argument_parser`.
+        args: of `focal_d2.engine.argument_parser`.
 
     Raises:
         UserError: for anything the user can mend.
     """
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, trust_files=args.trust_files)
     unread = unread_keys(cfg)
     try:
         check_datasets(cfg, training=not args.eval_only)
@@ -488,7 +493,7 @@ def run(args: argparse.Namespace) -> None:
     if args.eval_only:
         with building("model"):
             model = FocalTrainer.build_model(cfg)
-        checkpointer = FocalCheckpointer(model, cfg.OUTPUT_DIR, partial=False)
+        checkpointer = FocalCheckpointer(model, cfg.OUTPUT_DIR, partial=False, trust_files=args.trust_files)
         if not (cfg.MODEL.WEIGHTS or (args.resume and checkpointer.has_checkpoint())):
             where = f" (--resume finds none in {cfg.OUTPUT_DIR})" if args.resume else ""
             raise UserError(f"--eval-only needs a checkpoint: add MODEL.WEIGHTS FILE{where}")
@@ -499,6 +504,7 @@ def run(args: argparse.Namespace) -> None:
         return
     with building("trainer"):
         trainer = FocalTrainer(resolve_alpha(cfg))
+    trainer.checkpointer.trust_files = args.trust_files
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
 

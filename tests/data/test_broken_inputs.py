@@ -732,6 +732,44 @@ def by_boxes(sample: dict) -> int:
     return -len(sample["instances"])
 
 
+@pytest.mark.parametrize("style", ["coco", "voc", "csv"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_images_outside_their_folder_need_leave(tmp_path, style, absolute):
+    broken = Broken(tmp_path, style)
+    name = str(tmp_path / "elsewhere.jpg") if absolute else "../elsewhere.jpg"
+    (broken.images / "a.jpg").rename(tmp_path / "elsewhere.jpg")
+    file = {"coco": broken.main, "voc": broken.folder / "a.xml", "csv": broken.main}[style]
+    file.write_text(file.read_text().replace("a.jpg", name))
+    with pytest.raises(UserError, match=r"elsewhere\.jpg', not a path|elsewhere\.jpg' is not a path"):
+        read(broken)
+    broken.entry["OUTSIDE"] = True
+    assert sorted(len(sample["instances"]) for sample in read(broken)) == [0, 1, 2]
+    broken.entry["OUTSIDE"] = False
+    with pytest.raises(UserError, match=r"\(coco, voc, csv: OUTSIDE: true lets names leave IMAGES\)"):
+        read(broken)
+
+
+def test_links_in_the_images_folder_are_followed_but_no_name_goes_through_one(tmp_path):
+    broken = Broken(tmp_path, "coco")
+    (tmp_path / "far").mkdir()
+    (broken.images / "a.jpg").rename(tmp_path / "far" / "a.jpg")
+    (broken.images / "a.jpg").symlink_to(tmp_path / "far" / "a.jpg")
+    (broken.images / "far").symlink_to(tmp_path / "far")
+    (tmp_path / "b.png").write_bytes(b"")
+    image(1, file_name="far/../b.png")(broken)  # the system would go by far's target to tmp_path
+    assert sorted(len(sample["instances"]) for sample in read(broken)) == [0, 1, 2]
+
+
+def test_class_names_that_explode_are_refused(tmp_path):
+    broken = Broken(tmp_path, "yolo")
+    rows = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    names = tmp_path / "names.yaml"
+    names.write_text("\n".join([*rows, "names: [*a11]"]))
+    broken.entry["CLASSES"] = str(names)
+    with pytest.raises(UserError, match=r"names\.yaml: class names are .* they must be texts"):
+        read(broken)
+
+
 def test_one_bad_item_does_not_hide_another(tmp_path):
     broken = Broken(tmp_path, "coco")
     annotation(0, bbox=[1, 2, -3, 4])(broken)

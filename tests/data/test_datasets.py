@@ -37,6 +37,8 @@ def test_register_again_replaces(coco_dataset):
         ({"ANNOTATIONS": None}, "ANNOTATIONS is None; it must be a text"),
         ({"FORMAT": "xml"}, r'FORMAT is "xml"; legal values: coco, csv, voc, yolo'),
         ({"CLASSES": 3}, "CLASSES is 3; it must be a list of names, or a file"),
+        ({"OUTSIDE": "yes"}, r"FOCAL\[0\].OUTSIDE is 'yes'; it must be true or false"),
+        ({"OUTSIDE": True, "FORMAT": "yolo"}, "has OUTSIDE; of format yolo it can have"),
     ],
 )
 def test_register_refuses(coco_dataset, changes, match):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from focal_d2 import UserError
-from focal_d2.engine import default_argument_parser, load_config
+from focal_d2.engine import argument_parser, load_config
 from focal_d2.engine.setup import set_up_job
 from tests.conftest import REPOSITORY
 
@@ -63,7 +63,7 @@ def test_number_of_classes_comes_from_test_where_train_is_not_here(job):
         ("MODEL: {1: 2}", "not a config|unknown key"),
         ("MODEL: 3", "not a config|MODEL"),
         ("MODEL: [1]", "MODEL"),
-        ("_BASE_: bad.yaml", "not a config"),
+        ("_BASE_: bad.yaml", "bad.yaml: its _BASE_ leads back to it"),
         ("VERSION: foo", "not a config|VERSION"),
         ("SOLVER: {MAX_ITER: null}", "SOLVER.MAX_ITER is null; it must be a int"),
         ("MODEL: {DEVICE: null}", "MODEL.DEVICE is null"),
@@ -76,6 +76,7 @@ def test_number_of_classes_comes_from_test_where_train_is_not_here(job):
         ("MODEL: {BACKBONE: {NAME: resnet}}", "build_focal_resnet_fpn_backbone"),
         ("MODEL: {DEVICE: gpu}", "auto, cpu, cuda"),
         ("SOLVER: {FOCAL: {OPTIMIZER: Adam}}", "SGD, AdamW"),
+        ("SOLVER: {FOCAL: {KEEP_CHECKPOINTS: -1}}", "SOLVER.FOCAL.KEEP_CHECKPOINTS is -1; it must be 0"),
         (
             "MODEL: {RETINANET: {NUM_CLASSES: many}}",
             "NUM_CLASSES is 'many'; it must be a number from 1, or auto",
@@ -141,6 +142,6 @@ def tf32():
 @pytest.mark.parametrize("value", [True, False])
 def test_tf32_is_set(value, tmp_path, tf32):
     cfg = load_config("", [*CPU, "OUTPUT_DIR", str(tmp_path), "MODEL.FOCAL.TF32", str(value)])
-    set_up_job(cfg, default_argument_parser().parse_args([]))
+    set_up_job(cfg, argument_parser().parse_args([]))
     assert torch.backends.cudnn.allow_tf32 == value
     assert torch.backends.cuda.matmul.allow_tf32 == value

@@ -17,6 +17,7 @@ from focal_d2.data.readers import read_coco
 from tests.conftest import REPOSITORY
 from tests.data import formats
 from tests.engine.runs import metrics, run_main
+from tests.engine.test_files import Evil
 from train_net import command_line
 
 
@@ -115,6 +116,92 @@ def test_resume_without_a_checkpoint_starts_anew(job, tmp_path, monkeypatch):
     args = ["--config-file", config, "--resume", "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()"]
     assert run_main(monkeypatch, *args) == 0
     assert (tmp_path / "out/model_final.pth").is_file()
+
+
+@pytest.fixture
+def small_output(job, tmp_path):
+    """OUTPUT_DIR is a file system with room for one checkpoint, 47 MB without an optimizer's state."""
+    out = tmp_path / "out"
+    out.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=80m", "tmpfs", str(out)]
+    if subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield out
+    subprocess.run(["umount", "--lazy", str(out)], check=True)
+
+
+WITHOUT_STATE = ["SOLVER.FOCAL.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.0, "DATASETS.TEST", "()"]
+
+
+def error_lines(capfd) -> list[str]:
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    return [x for x in captured.err.splitlines() if x.startswith("train_net.py: error: ")]
+
+
+def test_full_disk_stops_training_with_one_line_and_the_last_checkpoint_intact(
+    job, small_output, monkeypatch, capfd
+):
+    config, _ = job
+    args = ["--config-file", config, *WITHOUT_STATE, "SOLVER.FOCAL.KEEP_CHECKPOINTS", 1]
+    assert run_main(monkeypatch, *args) == 2
+    (line,) = error_lines(capfd)
+    last = f"{small_output}/model_0000003.pth"
+    assert f"cannot write {small_output}/model_0000007.pth: No space left on device, " in line
+    assert line.endswith(f"; --resume goes on from {last}")
+    assert not list(small_output.glob("*.tmp"))
+    # With room again, the run goes on from there.
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_output)], check=True)
+    assert run_main(monkeypatch, *args, "SOLVER.MAX_ITER", 5, "--resume") == 2  # flags come first
+    assert run_main(monkeypatch, "--resume", *args) == 0
+    assert "Starting training from iteration 4" in (small_output / "log.txt").read_text()
+    assert {p.name for p in small_output.glob("model*")} == {"model_0000007.pth", "model_final.pth"}
+
+
+def test_read_only_output_is_one_line(job, small_output, monkeypatch, capfd):
+    config, _ = job
+    subprocess.run(["mount", "-o", "remount,ro", str(small_output)], check=True)
+    assert run_main(monkeypatch, "--config-file", config) == 2
+    (line,) = error_lines(capfd)
+    assert f"OUTPUT_DIR {small_output}: " in line
+    assert "Read-only file system" in line
+
+
+def test_malicious_weights_run_nothing_unless_trusted(job, tmp_path, monkeypatch, capfd):
+    config, _ = job
+    planted, path = tmp_path / "planted", tmp_path / "a.pth"
+    torch.save({"model": {}, "more": Evil(planted)}, path)
+    args = ["--config-file", config, "--eval-only", "MODEL.WEIGHTS", path]
+    assert run_main(monkeypatch, *args) == 2
+    (line,) = error_lines(capfd)
+    assert f"cannot load weights {path}: it would import posix.mkdir; " in line
+    assert "--trust-files" in line
+    assert not planted.exists()
+    assert run_main(monkeypatch, "--trust-files", *args) == 2
+    (line,) = error_lines(capfd)
+    assert "they lack backbone" in line
+    assert planted.exists()
+
+
+def test_resume_passes_over_a_damaged_checkpoint(job, tmp_path, monkeypatch, capfd):
+    config, _ = job
+    args = ["--config-file", config, *WITHOUT_STATE, "SOLVER.CHECKPOINT_PERIOD", 2]
+    assert run_main(monkeypatch, *args, "SOLVER.MAX_ITER", 4) == 0
+    out = tmp_path / "out"
+    (out / "model_0000005.pth.tmp").write_bytes(b"half")
+    final, third = out / "model_final.pth", out / "model_0000003.pth"
+    final.write_bytes(final.read_bytes()[:-100])
+    content = torch.load(third)
+    del content["trainer"]["_trainer"]["optimizer"]["param_groups"][0]["params"]
+    torch.save(content, third)
+    capfd.readouterr()
+    assert run_main(monkeypatch, "--resume", *args, "SOLVER.MAX_ITER", 5) == 0
+    console = capfd.readouterr().out
+    assert "--resume: cannot load weights" in console
+    assert "model_final.pth: BadZipFile: File is not a zip file; trying model_0000003.pth" in console
+    assert "; trying model_0000001.pth" in console
+    assert "Starting training from iteration 2" in (out / "log.txt").read_text()
+    assert not list(out.glob("*.tmp"))
 
 
 def empty_all_images(data) -> None:

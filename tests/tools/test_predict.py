@@ -12,6 +12,7 @@ import yaml
 from detectron2.modeling import build_model
 
 from tests.conftest import REPOSITORY, make_cfg
+from tests.engine.test_files import Evil
 
 
 @pytest.fixture
@@ -85,3 +86,26 @@ def test_mistakes_give_one_line_and_status_2(job, tmp_path, monkeypatch, capsys,
     monkeypatch.chdir(tmp_path)
     assert predict(monkeypatch, job[0], "--output", "out", *arguments) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_files_that_run_code_are_refused_unless_trusted(job, tmp_path, monkeypatch, capsys):
+    config, data = job
+    plain = config.read_text()
+    arguments = ["--input", data.images, "--output", tmp_path / "out"]
+    planted = tmp_path / "planted"
+    config.write_text(plain.replace("SEED: 1", f"SEED: !!python/object/apply:os.system ['mkdir {planted}']"))
+    assert predict(monkeypatch, config, *arguments) == 2
+    assert "the tag !!python/object/apply:os.system is refused" in capsys.readouterr().err
+    assert not planted.exists()
+    assert predict(monkeypatch, config, "--trust-files", *arguments) == 0
+    assert planted.exists()
+
+    config.write_text(plain)
+    planted.rmdir()
+    weights = tmp_path / "model.pth"
+    torch.save({**torch.load(weights), "more": Evil(planted)}, weights)
+    assert predict(monkeypatch, config, *arguments) == 2
+    assert "it would import posix.mkdir" in capsys.readouterr().err
+    assert not planted.exists()
+    assert predict(monkeypatch, config, "--trust-files", *arguments) == 0
+    assert planted.exists()

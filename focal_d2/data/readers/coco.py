@@ -16,7 +16,15 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from focal_d2.data.readers.common import MOST_PIXELS, decode_text, listed, path_under, read_bytes, short
+from focal_d2.data.readers.common import (
+    MOST_PIXELS,
+    UNLESS_OUTSIDE,
+    decode_text,
+    listed,
+    path_under,
+    read_bytes,
+    short,
+)
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
@@ -67,13 +75,16 @@ _EXPECTED = {
 _DECODER = msgspec.json.Decoder(_Coco)
 
 
-def read_coco(annotations: str, images: str, classes: Sequence[str] | None = None) -> Table:
+def read_coco(
+    annotations: str, images: str, classes: Sequence[str] | None = None, *, outside: bool = False
+) -> Table:
     """Read a COCO file.
 
     Args:
         annotations: the json file.
         images: folder of the images.
         classes: K names of its categories in the order of labels; None: all categories, by their ids.
+        outside: images may lie outside their folder.
 
     Returns:
         Images in order of id, boxes in order of the file.
@@ -116,9 +127,10 @@ def read_coco(annotations: str, images: str, classes: Sequence[str] | None = Non
     set_aside: set[int] = set()
     for i in sorted(range(len(coco.images)), key=lambda i: coco.images[i].id):
         image = coco.images[i]
-        path = path_under(images, image.file_name)
+        path = path_under(images, image.file_name, outside=outside)
         if path is None:
-            note("images", i, f"has the file_name {short(image.file_name)}, not a path under {images}")
+            name = short(image.file_name)
+            note("images", i, f"has the file_name {name}, not a path under {images}{UNLESS_OUTSIDE}")
         elif image.height != int(image.height) or image.width != int(image.width):
             note("images", i, f"has the height and width {image.height}, {image.width}; not whole numbers")
         elif image.id not in places:

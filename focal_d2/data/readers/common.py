@@ -20,6 +20,8 @@ from focal_d2.errors import UserError
 _BOM = b"\xef\xbb\xbf"
 # Larger numbers are no pixels: they overflow where sizes are multiplied.
 MOST_PIXELS = 2**24
+# Ends the line that refuses an image for its place.
+UNLESS_OUTSIDE = " (coco, voc, csv: OUTSIDE: true lets names leave IMAGES)"
 
 
 class Box(NamedTuple):
@@ -79,13 +81,21 @@ def short(value: object) -> str:
     return " ".join(brief.repr(value).split())
 
 
-def path_under(root: str, name: str) -> str | None:
-    """Join an image's name to its folder; None if that leaves the folder or is no path."""
+def path_under(root: str, name: str, *, outside: bool = False) -> str | None:
+    """Join an image's name to its folder; None if that leaves the folder or is no path.
+
+    A link in the folder is followed: who put it there could have put the file there.
+
+    Args:
+        root: the folder.
+        name: of the image.
+        outside: it may leave the folder.
+    """
     if not name.strip() or "\0" in name:
         return None
     path = os.path.normpath(os.path.join(root, name))
     inside = os.path.join(os.path.abspath(root), "")
-    return path if os.path.abspath(path).startswith(inside) else None
+    return path if outside or os.path.abspath(path).startswith(inside) else None
 
 
 def list_files(root: str, suffixes: Sequence[str]) -> list[str]:
@@ -136,9 +146,10 @@ def class_names(classes: Sequence[object] | str) -> tuple[str, ...]:
     if isinstance(classes, str):
         source = classes
         classes = _yaml_names(classes) if classes.lower().endswith((".yaml", ".yml")) else read_list(classes)
-    names = tuple(str(name) for name in classes)
-    if not names or any(type(name) not in (str, int) or not str(name).strip() for name in classes):
+    # Types first: of aliases in YAML, the text of a list can be too long for any memory.
+    if not classes or any(type(name) not in (str, int) or not str(name).strip() for name in classes):
         raise UserError(f"{source}: class names are {short(classes)}; they must be texts, at least one")
+    names = tuple(str(name) for name in classes)
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
         raise UserError(f'{source}: the class name "{twice[0]}" stands there twice')
@@ -176,17 +187,20 @@ def corner_problem(corners: Sequence[float]) -> str | None:
 class Rows:
     """Images and boxes on their way into a `Table`, for formats that name classes by text."""
 
-    def __init__(self, root: str, classes: Sequence[str] | None, source: str) -> None:
+    def __init__(
+        self, root: str, classes: Sequence[str] | None, source: str, *, outside: bool = False
+    ) -> None:
         """Start with nothing.
 
         Args:
             root: folder of the images.
             classes: the class names, or None to take those that occur.
             source: the file or folder of the annotations, for messages.
+            outside: images may lie outside their folder.
         """
         if not os.path.isdir(root):
             raise UserError(f"IMAGES: {root}: no such folder")
-        self.root, self.classes, self.source = root, classes, source
+        self.root, self.classes, self.source, self.outside = root, classes, source, outside
         self.problems: list[str] = []
         self._known = frozenset(classes or ())
         self._images: dict[str, tuple[int, int]] = {}
@@ -207,9 +221,9 @@ class Rows:
         Returns:
             Its size, or None if it was set aside.
         """
-        path = path_under(self.root, name)
+        path = path_under(self.root, name, outside=self.outside)
         if path is None:
-            self.problem(item, f"the image {short(name)} is not a path under {self.root}")
+            self.problem(item, f"the image {short(name)} is not a path under {self.root}{UNLESS_OUTSIDE}")
             return None
         if path not in self._images:
             if size is None:
@@ -241,12 +255,12 @@ class Rows:
                 box.item, f'the class "{short(box.name)[1:-1]}" is not one of {listed(self.classes)}'
             )
         else:
-            path = path_under(self.root, name)
+            path = path_under(self.root, name, outside=self.outside)
             assert path is not None
             self._boxes[path].append(box)
 
     def __contains__(self, name: str) -> bool:
-        return path_under(self.root, name) in self._images
+        return path_under(self.root, name, outside=self.outside) in self._images
 
     def names(self) -> set[str]:
         """Return the classes of the boxes so far."""

@@ -16,7 +16,12 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def read_voc(
-    annotations: str, images: str, classes: Sequence[str] | None = None, chosen: Sequence[str] | None = None
+    annotations: str,
+    images: str,
+    classes: Sequence[str] | None = None,
+    chosen: Sequence[str] | None = None,
+    *,
+    outside: bool = False,
 ) -> Table:
     """Read a folder of VOC files.
 
@@ -28,11 +33,12 @@ def read_voc(
         images: folder of the images, which `filename` in each XML names.
         classes: K names in the order of labels; None: those that occur, sorted.
         chosen: names of XML files without ending, as in VOC's ImageSets/Main; None: all.
+        outside: images may lie outside their folder.
 
     Raises:
         UserError: naming the folder or file, if there is nothing to read.
     """
-    rows = Rows(images, classes, annotations)
+    rows = Rows(images, classes, annotations, outside=outside)
     names = list_files(annotations, (".xml",)) if chosen is None else [f"{name}.xml" for name in chosen]
     for name in names:
         try:
