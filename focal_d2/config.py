@@ -146,6 +146,8 @@ def add_focal_config(cfg: CfgNode) -> None:
     solver.ON_NONFINITE = "stop"
     # Of the checkpoints that SOLVER.CHECKPOINT_PERIOD writes, keep the newest so many; 0: all.
     solver.KEEP_CHECKPOINTS = 3
+    # Send figures and pictures to this project at Weights & Biases (pip install wandb); "": off.
+    solver.WANDB_PROJECT = ""
 
     test = cfg.TEST.FOCAL = CfgNode()
     # What counts AP: "hotcoco" or "pycocotools", the same numbers a hundred times slower.
@@ -153,6 +155,11 @@ def add_focal_config(cfg: CfgNode) -> None:
     # Limits on the detections of a class in an image, ascending: a recall is given at each, AP at the last.
     # []: 1, 10 and the higher of 100 and TEST.DETECTIONS_PER_IMAGE.
     test.MAX_DETS = []
+    # Save model_best.pth whenever an evaluation (TEST.EVAL_PERIOD) improves this metric of metrics.json:
+    # "bbox/AP", "bbox/AP50", …, with several test sets "NAME/bbox/AP"; "": off.
+    test.BEST_METRIC = ""
+    # End training after so many evaluations without improvement of BEST_METRIC; 0: off.
+    test.PATIENCE = 0
 
 
 def focal_config(cfg: CfgNode) -> CfgNode:

@@ -82,7 +82,7 @@ def test_every_key_has_a_reader_and_a_test(key):
         "": rf"\bfocal(_config\(cfg\))?{re.escape(rest)}\b",
         "INPUT.": rf"\binputs{re.escape(rest)}\b",
         "DATASETS.": r"\bcfg\.DATASETS\.FOCAL\b",
-        "SOLVER.": r"\bcfg\.SOLVER\.FOCAL\.OPTIMIZER\b",
+        "SOLVER.": rf"\bcfg\.SOLVER\.FOCAL{re.escape(rest)}\b",
         "TEST.": rf"\btest{re.escape(rest)}\b",
     }
     sources = [p for p in (REPOSITORY / "focal_d2").rglob("*.py") if p.name != "config.py"]

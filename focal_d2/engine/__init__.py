@@ -2,9 +2,10 @@
 
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.cli import add_trust_flag, argument_parser, check_writable, command_line, positive
+from focal_d2.engine.job import check_job, launch_job
 from focal_d2.engine.predictor import Detections, Predictor
 from focal_d2.engine.setup import building, load_config
-from focal_d2.engine.trainer import FocalTrainer, check_job, launch_job
+from focal_d2.engine.trainer import FocalTrainer
 
 __all__ = [
     "Detections",

@@ -73,11 +73,12 @@ class FocalCheckpointer(DetectionCheckpointer):
         self._source = ""
         self._must_be_whole = False
 
-    def save(self, name: str, **kwargs: Any) -> None:
+    def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
         """Write a checkpoint, name it in `last_checkpoint`, and delete those that are too old to be kept.
 
         Args:
             name: of the file in `save_dir`, without its ending.
+            tag: let it be the one that `last_checkpoint` names.
             kwargs: what else shall be in it.
 
         Raises:
@@ -92,7 +93,8 @@ class FocalCheckpointer(DetectionCheckpointer):
         self.logger.info(f"Saving checkpoint to {path}")
         try:
             write_aside(path, lambda file: torch.save(data, file))
-            self.tag_last_checkpoint(os.path.basename(path))
+            if tag:
+                self.tag_last_checkpoint(os.path.basename(path))
         except OSError as error:
             raise UserError(self._why_not_written(path, error)) from error
         self._delete_old(os.path.basename(path))

@@ -13,9 +13,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 class ProgressBar(HookBase):
     """A bar with loss and time left, for a terminal; log lines appear above it."""
 
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
     def before_train(self) -> None:
         """Draw the bar."""
-        self._stack = ExitStack()
         names = ("detectron2", "fvcore", "focal_d2")
         self._stack.enter_context(logging_redirect_tqdm([logging.getLogger(n) for n in names]))
         self._bar = self._stack.enter_context(

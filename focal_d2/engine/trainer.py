@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
 import sys
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +22,19 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from torch import distributed
 
-from focal_d2.config import check_choice, unread_keys
-from focal_d2.data import FocalDatasetMapper, check_datasets
-from focal_d2.data.loader import TrainingLoader, build_training_loader, check_sampler
+from focal_d2.config import check_choice
+from focal_d2.data import FocalDatasetMapper
+from focal_d2.data.loader import TrainingLoader, build_training_loader
 from focal_d2.data.seeding import kept_random_state, random_state, set_random_state
-from focal_d2.engine.alpha import resolve_alpha
-from focal_d2.engine.checkpoint import FocalCheckpointer, check_file
+from focal_d2.engine.best import Evaluation, TrainingEnded, check_best
+from focal_d2.engine.checkpoint import FocalCheckpointer
+from focal_d2.engine.failures import explain
 from focal_d2.engine.forensics import examine, save_step
+from focal_d2.engine.live import TrainingPictures
 from focal_d2.engine.loop import FocalLoop, MovingAverage, Stopped
 from focal_d2.engine.progress import ProgressBar
-from focal_d2.engine.ranks import StopRequest, check_backend, check_devices, peer_is_lost, start
-from focal_d2.engine.setup import building, load_config, resolve_seed, set_up_job
+from focal_d2.engine.ranks import StopRequest
+from focal_d2.engine.weights_and_biases import WeightsAndBiases
 from focal_d2.errors import UserError, user_message
 from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, format_results
 
@@ -63,6 +63,7 @@ class FocalTrainer(DefaultTrainer):
         super(DefaultTrainer, self).__init__()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_training(cfg)
+        check_best(cfg)
         self.cfg = cfg
         solver = cfg.SOLVER.FOCAL
         model = self.build_model(cfg)
@@ -169,13 +170,27 @@ class FocalTrainer(DefaultTrainer):
     def build_hooks(self) -> list[Any]:
         """Take detectron2's hooks; evaluate what checkpoints offer, and draw a bar on a terminal."""
         found = super().build_hooks()
+        test = self.cfg.TEST
         evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
-        found[evaluation] = Evaluation(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+        found[evaluation] = Evaluation(
+            test.EVAL_PERIOD,
+            self._evaluate,
+            self.checkpointer,
+            metric=test.FOCAL.BEST_METRIC,
+            patience=test.FOCAL.PATIENCE,
+        )
         # Before the main process writes a checkpoint.
         saving = next(
             (i for i, x in enumerate(found) if isinstance(x, hooks.PeriodicCheckpointer)), evaluation
         )
         found.insert(saving, RandomStates(self.cfg.SOLVER.CHECKPOINT_PERIOD))
+        if comm.is_main_process():
+            # Before the writers. detectron2's own models draw pictures themselves.
+            period, model = self.cfg.VIS_PERIOD, self._trainer.bare
+            if period > 0 and not hasattr(model, "vis_period"):
+                found.insert(-1, TrainingPictures(model, period=period, input_format=self.cfg.INPUT.FORMAT))
+            if self.cfg.SOLVER.FOCAL.WANDB_PROJECT:
+                found.insert(-1, WeightsAndBiases(self.cfg, project=self.cfg.SOLVER.FOCAL.WANDB_PROJECT))
         if _on_terminal():
             found.insert(-1, ProgressBar())
         return found
@@ -270,10 +285,18 @@ class FocalTrainer(DefaultTrainer):
         return changed
 
     def train(self) -> Any:
-        """Train; see `DefaultTrainer.train`. SIGTERM and Ctrl-C end it after a step and a checkpoint."""
+        """Train; see `DefaultTrainer.train`.
+
+        SIGTERM and Ctrl-C end it after a step and a checkpoint, `TEST.FOCAL.PATIENCE` as if it had been over.
+        """
         with StopRequest(_say_that_it_stops) as self._stop:
             try:
                 return super().train()
+            except TrainingEnded:
+                if not (self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process()):
+                    return None
+                verify_results(self.cfg, self._last_eval_results)
+                return self._last_eval_results
             except Stopped as stopped:
                 # The launcher ends those that are left when the first one ends: let the main one save.
                 comm.synchronize()
@@ -362,18 +385,6 @@ class FocalTrainer(DefaultTrainer):
                 group["lr"] /= 2
 
 
-class Evaluation(hooks.EvalHook):
-    """detectron2's hook, which also makes up for an evaluation that a run was stopped in."""
-
-    def before_train(self) -> None:
-        """Evaluate if that was due after the iteration of the checkpoint from which training goes on."""
-        start = self.trainer.start_iter
-        if start and self._period > 0 and start % self._period == 0 and start < self.trainer.max_iter:
-            self.trainer.storage.iter = start - 1
-            self._do_eval()
-            self.trainer.storage.iter = start
-
-
 class RandomStates(HookBase):
     """Collects all processes' generators for a checkpoint that is due."""
 
@@ -386,26 +397,6 @@ class RandomStates(HookBase):
         done = self.trainer.iter + 1
         if done % self._period == 0 or done >= self.trainer.max_iter:
             self.trainer._random_states = self.trainer.iter, comm.gather(random_state())
-
-
-def explain(error: Exception) -> str | None:
-    """Return one line for a failure of the machine rather than the program, or None."""
-    text = str(error)
-    if peer_is_lost(error):
-        return f"another process of this job ended, or hangs ({text.splitlines()[0][:100]})"
-    if "DataLoader worker" in text and "exited unexpectedly" in text:
-        return (
-            "a process that reads images was killed, most often because memory ran out: lower "
-            "DATALOADER.NUM_WORKERS or the size of the images"
-        )
-    if "DataLoader timed out" in text:
-        return f"{text.splitlines()[0]} (DATALOADER.FOCAL.TIMEOUT): the processes that read images hang"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return (
-            f"out of memory: {text.strip().splitlines()[-1] if text.strip() else 'the machine'}; "
-            "SOLVER.FOCAL.ACCUMULATE computes a batch in parts"
-        )
-    return None
 
 
 def _say_that_it_stops(number: int) -> None:
@@ -454,93 +445,3 @@ def check_training(cfg: CfgNode) -> None:
 
 def _on_terminal() -> bool:
     return comm.is_main_process() and sys.stdout.isatty()
-
-
-def launch_job(args: argparse.Namespace) -> None:
-    """Run the job on this machine's share of the processes; see `run`.
-
-    Args:
-        args: of `focal_d2.engine.argument_parser`.
-
-    Raises:
-        UserError: for anything the user can mend.
-    """
-    start(run, args)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Train, or evaluate with `--eval-only`, as one of the job's processes.
-
-    Args:
-        args: of `focal_d2.engine.argument_parser`.
-
-    Raises:
-        UserError: for anything the user can mend.
-    """
-    cfg = load_config(args.config_file, args.opts, trust_files=args.trust_files)
-    unread = unread_keys(cfg)
-    try:
-        check_datasets(cfg, training=not args.eval_only)
-    except UserError as error:
-        # Often it is the key that was not read that should have prevented this.
-        raise UserError("; ".join([str(error), *unread])) from error
-    check_backend(torch.device(cfg.MODEL.DEVICE).type)
-    cfg = resolve_seed(cfg, resume=args.resume)
-    set_up_job(cfg, args)
-    if comm.is_main_process():
-        for line in unread:
-            logger.warning(line)
-    if args.eval_only:
-        with building("model"):
-            model = FocalTrainer.build_model(cfg)
-        checkpointer = FocalCheckpointer(model, cfg.OUTPUT_DIR, partial=False, trust_files=args.trust_files)
-        if not (cfg.MODEL.WEIGHTS or (args.resume and checkpointer.has_checkpoint())):
-            where = f" (--resume finds none in {cfg.OUTPUT_DIR})" if args.resume else ""
-            raise UserError(f"--eval-only needs a checkpoint: add MODEL.WEIGHTS FILE{where}")
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = FocalTrainer.test(cfg, model)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return
-    with building("trainer"):
-        trainer = FocalTrainer(resolve_alpha(cfg))
-    trainer.checkpointer.trust_files = args.trust_files
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
-
-
-def check_job(config_file: str, overrides: Sequence[str] = (), *, num_gpus: int = 1) -> str:
-    """Check what `launch_job` can be told before it reads images: config, datasets, model, schedule, weights.
-
-    Args:
-        config_file: path of the YAML file.
-        overrides: KEY VALUE pairs; SEED and OUTPUT_DIR are not among them.
-        num_gpus: on this machine.
-
-    Returns:
-        The whole config as YAML, but for OUTPUT_DIR and SEED: what makes two runs comparable.
-
-    Raises:
-        UserError: for anything the user can mend.
-    """
-    for key in ("SEED", "OUTPUT_DIR"):
-        if key in overrides[::2]:
-            raise UserError(f"{key} is set for each run; it can't be an override")
-    check_devices(num_gpus, 1)
-    cfg = load_config(config_file, overrides)
-    check_datasets(cfg, training=True)
-    comparable = cfg.clone()
-    comparable.defrost()
-    comparable.OUTPUT_DIR, comparable.SEED = "", -1
-    cfg = resolve_alpha(cfg).clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"  # where building leaves no context and no memory behind
-    with building("trainer"):
-        check_training(cfg)
-        model = build_model(cfg)
-        optimizer = FocalTrainer.build_optimizer(cfg, model)
-        FocalTrainer.build_lr_scheduler(cfg, optimizer)
-        FocalDatasetMapper(cfg, is_train=True)
-        check_sampler(cfg)
-    check_file(cfg.MODEL.WEIGHTS)
-    return str(comparable.dump())

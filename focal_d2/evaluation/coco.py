@@ -181,6 +181,21 @@ def detection_limits(limits: int | Sequence[int] | None) -> tuple[int, ...]:
     return tuple(limits)
 
 
+def metric_names(limits: int | Sequence[int] | None, classes: Sequence[str]) -> list[str]:
+    """List what `FocalCOCOEvaluator` gives under "bbox".
+
+    Args:
+        limits: its max_dets_per_image.
+        classes: names; a single one has no AP of its own.
+    """
+    of_classes = classes if len(classes) > 1 else ()
+    return [
+        *("AP", "AP50", "AP75", "APs", "APm", "APl"),
+        *(f"AP-{name}" for name in of_classes),
+        *(f"AR@{limit}" for limit in detection_limits(limits)),
+    ]
+
+
 def _read(name: str) -> COCO:
     """Ground truth as pycocotools' object, every annotation with "area" and "iscrowd"."""
     json_file = MetadataCatalog.get(name).get("json_file")

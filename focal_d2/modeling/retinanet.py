@@ -29,6 +29,7 @@ from focal_d2.config import check_choice, focal_config, loss_parameters
 from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import AnchorCache, Anchors
 from focal_d2.modeling.candidates import find_candidates
+from focal_d2.modeling.figures import put_figures
 from focal_d2.modeling.folding import fold_norms
 from focal_d2.modeling.head import FocalRetinaNetHead
 from focal_d2.modeling.losses import (
@@ -123,6 +124,7 @@ class FocalRetinaNet(DenseDetector):
         if channels_last:
             self.to(memory_format=torch.channels_last)
         shapes = backbone.output_shape()
+        self.level_names = [name.capitalize() for name in head_in_features]
         self._strides = [shapes[name].stride for name in head_in_features]
         if fold_frozen_norms:
             fold_norms(self.backbone)
@@ -277,21 +279,20 @@ class FocalRetinaNet(DenseDetector):
             if has_event_storage():
                 per_image = targets.num_positives() / len(targets.labels)
                 get_event_storage().put_scalar("num_pos_anchors", per_image)
+            batch = DenseBatch(
+                logits=logits,
+                num_logits=self.cls_loss.num_logits,
+                labels=targets.labels,
+                positive=targets.positive,
+                image=positives.image,
+                anchor=positives.anchor,
+                gt_boxes=positives.gt_boxes,
+                deltas=deltas,
+                anchors=anchors.boxes,
+                decode=self.box2box_transform.apply_deltas,
+            )
             losses = {
-                "loss_cls": self.cls_loss(
-                    DenseBatch(
-                        logits=logits,
-                        num_logits=self.cls_loss.num_logits,
-                        labels=targets.labels,
-                        positive=targets.positive,
-                        image=positives.image,
-                        anchor=positives.anchor,
-                        gt_boxes=positives.gt_boxes,
-                        deltas=deltas,
-                        anchors=anchors.boxes,
-                        decode=self.box2box_transform.apply_deltas,
-                    )
-                ),
+                "loss_cls": self.cls_loss(batch),
                 "loss_box_reg": self.box_loss(
                     gather_deltas(deltas, positives.image, positives.anchor),
                     anchors.boxes[positives.anchor],
@@ -303,6 +304,7 @@ class FocalRetinaNet(DenseDetector):
                 losses["loss_cls"] = losses["loss_cls"] / normalizer
             if self.box_loss.divided_by_positives:
                 losses["loss_box_reg"] = losses["loss_box_reg"] / normalizer
+            put_figures(self.cls_loss, batch, losses["loss_cls"], levels=self.level_names)
             return losses
 
     def label_anchors(

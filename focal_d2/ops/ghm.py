@@ -50,11 +50,21 @@ def harmonise(
     Returns:
         GD(g) (eq. 6), of the norms' shape, above 0.
     """
-    bins = len(histogram)
-    current = gradient_histogram(norms, counts, bins=bins)
+    current = gradient_histogram(norms, counts, bins=len(histogram))
     if pool is not None:
         current = pool(current)
     histogram.mul_(momentum).add_(current, alpha=1 - momentum)
+    return gradient_density(norms, histogram)
+
+
+def gradient_density(norms: Tensor, histogram: Tensor) -> Tensor:
+    """Return the density GD(g) (eq. 6) of norms in [0, 1], of their shape and above 0.
+
+    Args:
+        norms: any shape.
+        histogram: (M,) examples a bin.
+    """
+    bins = len(histogram)
     density = histogram[_bin_of(norms, bins)] * bins
     # A bin in which only ignored examples lie may be empty.
     return density.clamp(min=torch.finfo(density.dtype).tiny)

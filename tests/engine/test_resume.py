@@ -17,8 +17,8 @@ import yaml
 
 from focal_d2 import UserError
 from focal_d2.engine import FocalTrainer, load_config
+from focal_d2.engine.failures import explain
 from focal_d2.engine.loop import FocalLoop, MovingAverage
-from focal_d2.engine.trainer import explain
 from tests.conftest import REPOSITORY
 from tests.engine.runs import metrics, run_main
 

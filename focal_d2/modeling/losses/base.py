@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from focal_d2.config import check_choice
 from focal_d2.errors import UserError
 from focal_d2.ops import paired_iou
-from focal_d2.ops.common import divide
+from focal_d2.ops.common import compare, divide
 
 
 class DenseBatch(NamedTuple):
@@ -41,6 +41,24 @@ class DenseBatch(NamedTuple):
             # detectron2's permute_to_N_HWA_K fails for N = 0.
             anchors = x.unflatten(1, (-1, self.num_logits)).permute(0, 3, 4, 1, 2).flatten(1, 3)
             yield anchors, self.labels[:, start:stop]
+
+    def of_image(self, index: int) -> DenseBatch:
+        """Return one image as a batch of its own."""
+        own = self.image == index
+        image = slice(index, index + 1)
+        return self._replace(
+            logits=[x[image] for x in self.logits],
+            labels=self.labels[image],
+            positive=self.positive[image],
+            image=torch.zeros_like(self.image[own]),
+            anchor=self.anchor[own],
+            gt_boxes=self.gt_boxes[own],
+            deltas=[x[image] for x in self.deltas],
+        )
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Cut values of all anchors (N, R, ...) into those of each level, L × (N, H·W·A, ...)."""
+        return [values[:, start:stop] for _, start, stop in level_ranges(self.logits, self.num_logits)]
 
     def all_logits(self) -> Tensor:
         """Return all levels' logits, (N, R, C)."""
@@ -128,6 +146,25 @@ class ClassificationLoss(nn.Module):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the K classes' probabilities (..., K) of logits (..., C)."""
         return logits.sigmoid()
+
+    def correctness(self, batch: DenseBatch) -> Iterator[Tensor]:
+        """Yield how right the model is about each example: 1 - |y - p|, level by level, (N, r, E).
+
+        The examples are pairs of anchor and class, E = K, with target y: 1 for an anchor's class, else 0.
+        This is the paper's p_t (eq. 2). A loss with other examples (E = 1: anchors) or targets overrides it.
+        """
+        for logits, labels in batch.levels():
+            x, is_class, _ = compare(logits, labels, num_classes=self.num_classes, num_logits=self.num_logits)
+            probs = self.probabilities(x)
+            yield torch.where(is_class[..., : self.num_classes], probs, 1 - probs)
+
+    def example_losses(self, batch: DenseBatch) -> Iterator[Tensor] | None:
+        """Yield what each example of `correctness` adds to the loss, level by level, (N, r, E).
+
+        Read after `forward` for figures, without gradient: it must not change the loss's buffers. A factor
+        that all examples share may be left out. None: the loss can't say.
+        """
+        return None
 
     def least_logit(self, score: float) -> float | None:
         """Return a logit that every score above `score` (in [0, 1]) exceeds, however it is rounded.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from focal_d2.ops import (
     softmax_focal_loss,
     varifocal_loss,
 )
-from focal_d2.ops.common import check_at_least_0, check_in_0_1, check_quality_beta, check_weight
+from focal_d2.ops.common import check_at_least_0, check_in_0_1, check_quality_beta, check_weight, compare
 
 _NO_WEIGHTING = -1.0
 
@@ -32,8 +33,13 @@ class _Elementwise(ClassificationLoss):
         """Return the sum over all anchors that are not ignored."""
         return torch.stack([self.term(logits, labels) for logits, labels in batch.levels()]).sum()
 
-    def term(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum over (N, r, C) logits with (N, r) labels."""
+    def example_losses(self, batch: DenseBatch) -> Iterator[Tensor]:
+        """Yield each example's term."""
+        for logits, labels in batch.levels():
+            yield self.term(logits, labels, reduction="none")
+
+    def term(self, logits: Tensor, labels: Tensor, *, reduction: str = "sum") -> Tensor:
+        """Return the sum over (N, r, C) logits with (N, r) labels, or each example's part (N, r, E)."""
         raise NotImplementedError
 
 
@@ -87,10 +93,15 @@ class _SigmoidFocal(_AlphaBalanced):
             batch.logits, batch.labels, num_classes=self.num_classes, alpha=self.alpha, gamma=self.gamma
         )
 
-    def term(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def term(self, logits: Tensor, labels: Tensor, *, reduction: str = "sum") -> Tensor:
         """See `focal_d2.ops.sigmoid_focal_loss`."""
         return sigmoid_focal_loss(
-            logits, labels, num_classes=self.num_classes, alpha=self.alpha, gamma=self.gamma
+            logits,
+            labels,
+            num_classes=self.num_classes,
+            alpha=self.alpha,
+            gamma=self.gamma,
+            reduction=reduction,
         )
 
 
@@ -132,7 +143,7 @@ class FocalStarLoss(_AlphaBalanced):
         self.gamma = gamma
         self.beta = beta
 
-    def term(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def term(self, logits: Tensor, labels: Tensor, *, reduction: str = "sum") -> Tensor:
         """See `focal_d2.ops.sigmoid_focal_star_loss`."""
         return sigmoid_focal_star_loss(
             logits,
@@ -141,6 +152,7 @@ class FocalStarLoss(_AlphaBalanced):
             alpha=self.alpha,
             gamma=self.gamma,
             beta=self.beta,
+            reduction=reduction,
         )
 
 
@@ -170,11 +182,23 @@ class SoftmaxFocalLoss(_Elementwise):
         bias[-1] = math.log(self.num_classes * (1 - prior) / prior)
         return bias
 
-    def term(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def correctness(self, batch: DenseBatch) -> Iterator[Tensor]:
+        """Yield the probability of each anchor's class, background's included: E = 1."""
+        for logits, labels in batch.levels():
+            own = torch.where(labels < 0, self.num_classes, labels).unsqueeze(-1)
+            yield logits.float().softmax(-1).gather(-1, own)
+
+    def term(self, logits: Tensor, labels: Tensor, *, reduction: str = "sum") -> Tensor:
         """See `focal_d2.ops.softmax_focal_loss`."""
-        return softmax_focal_loss(
-            logits, labels, num_classes=self.num_classes, alpha=self.alpha, gamma=self.gamma
+        loss = softmax_focal_loss(
+            logits,
+            labels,
+            num_classes=self.num_classes,
+            alpha=self.alpha,
+            gamma=self.gamma,
+            reduction=reduction,
         )
+        return loss.unsqueeze(-1) if reduction == "none" else loss
 
 
 @register_loss("softmax_ce")
@@ -200,8 +224,28 @@ class FixedWeights(_SigmoidFocal):
         return self.total * super().forward(batch)
 
 
+class _Quality(ClassificationLoss):
+    """The positives' target is the IoU of the predicted box."""
+
+    def correctness(self, batch: DenseBatch) -> Iterator[Tensor]:
+        """Yield 1 - |y - p|, the target y of an anchor's class being its box's quality."""
+        for (logits, labels), quality in zip(batch.levels(), batch.split(batch.quality()), strict=True):
+            x, is_class, _ = compare(logits, labels, num_classes=self.num_classes, num_logits=self.num_logits)
+            target = torch.where(is_class, quality.unsqueeze(-1), 0.0)
+            yield 1 - (target - x.sigmoid()).abs()
+
+    def example_losses(self, batch: DenseBatch) -> Iterator[Tensor]:
+        """Yield each pair's term."""
+        for (logits, labels), quality in zip(batch.levels(), batch.split(batch.quality()), strict=True):
+            yield self.term(logits, labels, quality, reduction="none")
+
+    def term(self, logits: Tensor, labels: Tensor, quality: Tensor, *, reduction: str = "sum") -> Tensor:
+        """Return the sum over (N, r, K) logits with (N, r) labels and qualities, or each pair's part."""
+        raise NotImplementedError
+
+
 @register_loss("quality_focal")
-class QualityFocalLoss(ClassificationLoss):
+class QualityFocalLoss(_Quality):
     """Quality focal loss: the positives' target is the IoU of the predicted box (arXiv 2006.04388)."""
 
     has_fused = True
@@ -217,13 +261,17 @@ class QualityFocalLoss(ClassificationLoss):
             return dense_quality_focal_loss(
                 batch.logits, batch.labels, batch.quality(), num_classes=self.num_classes, beta=self.beta
             )
+        return self.term(batch.all_logits(), batch.labels, batch.quality())
+
+    def term(self, logits: Tensor, labels: Tensor, quality: Tensor, *, reduction: str = "sum") -> Tensor:
+        """See `focal_d2.ops.quality_focal_loss`."""
         return quality_focal_loss(
-            batch.all_logits(), batch.labels, batch.quality(), num_classes=self.num_classes, beta=self.beta
+            logits, labels, quality, num_classes=self.num_classes, beta=self.beta, reduction=reduction
         )
 
 
 @register_loss("varifocal")
-class VarifocalLoss(ClassificationLoss):
+class VarifocalLoss(_Quality):
     """Varifocal loss: positives weigh as much as the IoU of the predicted box (arXiv 2008.13367)."""
 
     has_fused = True
@@ -246,11 +294,16 @@ class VarifocalLoss(ClassificationLoss):
                 alpha=self.alpha,
                 gamma=self.gamma,
             )
+        return self.term(batch.all_logits(), batch.labels, batch.quality())
+
+    def term(self, logits: Tensor, labels: Tensor, quality: Tensor, *, reduction: str = "sum") -> Tensor:
+        """See `focal_d2.ops.varifocal_loss`."""
         return varifocal_loss(
-            batch.all_logits(),
-            batch.labels,
-            batch.quality(),
+            logits,
+            labels,
+            quality,
             num_classes=self.num_classes,
             alpha=self.alpha,
             gamma=self.gamma,
+            reduction=reduction,
         )

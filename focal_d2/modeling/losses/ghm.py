@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from detectron2.utils import comm
 from torch import Tensor
@@ -10,7 +12,7 @@ from focal_d2.modeling.losses.base import ClassificationLoss, DenseBatch, regist
 from focal_d2.modeling.ranks import sum_over_ranks
 from focal_d2.ops import sigmoid_focal_loss
 from focal_d2.ops.common import compare
-from focal_d2.ops.ghm import harmonise
+from focal_d2.ops.ghm import gradient_density, harmonise
 
 
 @register_loss("ghm")
@@ -36,13 +38,26 @@ class GradientHarmonisedLoss(ClassificationLoss):
         """Return Σ CE / GD(g) over all anchors that are not ignored and all classes (eq. 8)."""
         logits = batch.all_logits()
         with torch.no_grad():
-            x, is_class, counts = compare(
-                logits, batch.labels, num_classes=self.num_classes, num_logits=self.num_classes
-            )
-            norms = (x.sigmoid() - is_class.to(x.dtype)).abs()
-            density = harmonise(norms, counts.expand_as(norms), self.histogram, self.momentum, sum_over_ranks)
-        loss = sigmoid_focal_loss(
-            logits, batch.labels, num_classes=self.num_classes, alpha=-1.0, gamma=0.0, reduction="none"
-        )
+            norms, counts = self._norms(logits, batch.labels)
+            density = harmonise(norms, counts, self.histogram, self.momentum, sum_over_ranks)
         # The sum over all processes; their gradients are averaged.
-        return (loss / density).sum() * comm.get_world_size()
+        return (self._cross_entropy(logits, batch.labels) / density).sum() * comm.get_world_size()
+
+    def example_losses(self, batch: DenseBatch) -> Iterator[Tensor]:
+        """Yield each pair's part, with the densities that `forward` left in the histogram."""
+        for logits, labels in batch.levels():
+            norms, _ = self._norms(logits, labels)
+            yield self._cross_entropy(logits, labels) / gradient_density(norms, self.histogram)
+
+    def _norms(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient norms g = |p - y| (N, r, K), and bool (N, r, K): the pair takes part."""
+        x, is_class, counts = compare(
+            logits, labels, num_classes=self.num_classes, num_logits=self.num_classes
+        )
+        norms = (x.sigmoid() - is_class.to(x.dtype)).abs()
+        return norms, counts.expand_as(norms)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return sigmoid_focal_loss(
+            logits, labels, num_classes=self.num_classes, alpha=-1.0, gamma=0.0, reduction="none"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -14,22 +15,37 @@ from focal_d2.ops.common import check_at_least_0
 from focal_d2.ops.mining import hard_negatives, suppress
 
 
+def _cross_entropy(batch: DenseBatch) -> Tensor:
+    """Cross entropy of each pair of anchor and class, (N, R, K)."""
+    return sigmoid_focal_loss(
+        batch.all_logits(),
+        batch.labels,
+        num_classes=batch.num_logits,
+        alpha=-1.0,
+        gamma=0.0,
+        reduction="none",
+    )
+
+
 class _Mining(ClassificationLoss):
     """Cross entropy over the examples that `choose` marks, image by image."""
 
     def forward(self, batch: DenseBatch) -> Tensor:
         """Return the sum over the chosen examples of all images."""
-        loss = sigmoid_focal_loss(
-            batch.all_logits(),
-            batch.labels,
-            num_classes=self.num_classes,
-            alpha=-1.0,
-            gamma=0.0,
-            reduction="none",
-        ).sum(-1)  # (N, R)
-        with torch.no_grad():
-            chosen = [self.choose(image, row, batch) for image, row in enumerate(loss)]
-        return torch.where(torch.stack(chosen), loss, 0.0).sum() if chosen else loss.sum()
+        loss = _cross_entropy(batch).sum(-1)  # (N, R)
+        return torch.where(self._chosen(loss, batch), loss, 0.0).sum()
+
+    def example_losses(self, batch: DenseBatch) -> Iterator[Tensor]:
+        """Yield each pair's cross entropy, 0 where its anchor is not chosen."""
+        pairs = _cross_entropy(batch)
+        chosen = self._chosen(pairs.sum(-1), batch)
+        yield from batch.split(torch.where(chosen.unsqueeze(-1), pairs, 0.0))
+
+    @torch.no_grad()
+    def _chosen(self, loss: Tensor, batch: DenseBatch) -> Tensor:
+        """Mark the examples (N, R) bool."""
+        chosen = [self.choose(image, row, batch) for image, row in enumerate(loss)]
+        return torch.stack(chosen) if chosen else torch.zeros_like(loss, dtype=torch.bool)
 
     def choose(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
         """Mark the examples (R,) bool of an image with losses (R,)."""

@@ -1,0 +1,117 @@
+"""A job from its command line: train, or evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+
+import torch
+from detectron2.evaluation import verify_results
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+
+from focal_d2.config import unread_keys
+from focal_d2.data import FocalDatasetMapper, check_datasets
+from focal_d2.data.loader import check_sampler
+from focal_d2.engine.alpha import resolve_alpha
+from focal_d2.engine.best import check_best
+from focal_d2.engine.checkpoint import FocalCheckpointer, check_file
+from focal_d2.engine.ranks import check_backend, check_devices, start
+from focal_d2.engine.setup import building, load_config, resolve_seed, set_up_job
+from focal_d2.engine.trainer import FocalTrainer, check_training
+from focal_d2.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def launch_job(args: argparse.Namespace) -> None:
+    """Run the job on this machine's share of the processes; see `run`.
+
+    Args:
+        args: of `focal_d2.engine.argument_parser`.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    start(run, args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, or evaluate with `--eval-only`, as one of the job's processes.
+
+    Args:
+        args: of `focal_d2.engine.argument_parser`.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    cfg = load_config(args.config_file, args.opts, trust_files=args.trust_files)
+    unread = unread_keys(cfg)
+    try:
+        check_datasets(cfg, training=not args.eval_only)
+    except UserError as error:
+        # Often it is the key that was not read that should have prevented this.
+        raise UserError("; ".join([str(error), *unread])) from error
+    check_backend(torch.device(cfg.MODEL.DEVICE).type)
+    cfg = resolve_seed(cfg, resume=args.resume)
+    set_up_job(cfg, args)
+    if comm.is_main_process():
+        for line in unread:
+            logger.warning(line)
+    if args.eval_only:
+        with building("model"):
+            model = FocalTrainer.build_model(cfg)
+        checkpointer = FocalCheckpointer(model, cfg.OUTPUT_DIR, partial=False, trust_files=args.trust_files)
+        if not (cfg.MODEL.WEIGHTS or (args.resume and checkpointer.has_checkpoint())):
+            where = f" (--resume finds none in {cfg.OUTPUT_DIR})" if args.resume else ""
+            raise UserError(f"--eval-only needs a checkpoint: add MODEL.WEIGHTS FILE{where}")
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = FocalTrainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return
+    with building("trainer"):
+        trainer = FocalTrainer(resolve_alpha(cfg))
+    trainer.checkpointer.trust_files = args.trust_files
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+def check_job(config_file: str, overrides: Sequence[str] = (), *, num_gpus: int = 1) -> str:
+    """Check what `launch_job` can be told before it reads images: config, datasets, model, schedule, weights.
+
+    Args:
+        config_file: path of the YAML file.
+        overrides: KEY VALUE pairs; SEED and OUTPUT_DIR are not among them.
+        num_gpus: on this machine.
+
+    Returns:
+        The whole config as YAML, but for OUTPUT_DIR and SEED: what makes two runs comparable.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    for key in ("SEED", "OUTPUT_DIR"):
+        if key in overrides[::2]:
+            raise UserError(f"{key} is set for each run; it can't be an override")
+    check_devices(num_gpus, 1)
+    cfg = load_config(config_file, overrides)
+    check_datasets(cfg, training=True)
+    check_best(cfg)
+    comparable = cfg.clone()
+    comparable.defrost()
+    comparable.OUTPUT_DIR, comparable.SEED = "", -1
+    cfg = resolve_alpha(cfg).clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"  # where building leaves no context and no memory behind
+    with building("trainer"):
+        check_training(cfg)
+        check_best(cfg)
+        model = build_model(cfg)
+        optimizer = FocalTrainer.build_optimizer(cfg, model)
+        FocalTrainer.build_lr_scheduler(cfg, optimizer)
+        FocalDatasetMapper(cfg, is_train=True)
+        check_sampler(cfg)
+    check_file(cfg.MODEL.WEIGHTS)
+    return str(comparable.dump())
