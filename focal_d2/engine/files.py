@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -121,10 +123,19 @@ def read_pickle(path: str, *, trusted: bool) -> Any:
     with open(path, "rb") as file:
         if trusted:
             return pickle.load(file, encoding="latin1")
-        data = _ArrayUnpickler(file, encoding="latin1").load()
+        content = file.read()
+    _check_lengths(content)
+    data = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
     if not isinstance(data, dict):
         return data
     return {k: _with_arrays(v) if isinstance(v, dict) else _array_of(v) for k, v in data.items()}
+
+
+def _check_lengths(content: bytes) -> None:
+    """Walk through a pickle: the unpickler believes its lengths and places, and makes room for them."""
+    for operation, argument, _ in pickletools.genops(io.BytesIO(content)):
+        if operation.name.endswith("PUT") and isinstance(argument, int) and argument > len(content):
+            raise ValueError(f"the place {argument} in a file of {len(content)} bytes")
 
 
 def _with_arrays(data: dict[Any, Any]) -> dict[Any, Any]:

@@ -152,11 +152,11 @@ def test_read_pickle_takes_older_spellings_of_numpy(tmp_path):
 
 
 def test_read_pickle_takes_python_2s_texts(tmp_path):
-    # What Python 2 wrote for {"a": np.array([1.5], "<f4")}: raw bytes are a str.
+    # What Python 2 wrote for {"a": np.array([1.5], "<f4")} with protocol 2: raw bytes are a str.
     text = (
-        b"(dp0\nS'a'\np1\ncnumpy.core.multiarray\n_reconstruct\np2\n(cnumpy\nndarray\np3\n(I0\ntp4\nS'b'\np5\ntp6\n"
-        b"Rp7\n(I1\n(I1\ntp8\ncnumpy\ndtype\np9\n(S'f4'\np10\nI0\nI1\ntp11\nRp12\n(I3\nS'<'\np13\nNNNI-1\nI-1\nI0\n"
-        b"tp14\nbI00\nS'\\x00\\x00\\xc0?'\np15\ntp16\nbs."
+        b"\x80\x02}U\x01acnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85U\x01b\x87R"
+        b"(K\x01K\x01\x85cnumpy\ndtype\nU\x02f4K\0K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+        b"\x89U\x04\0\0\xc0?tbs."
     )
     path = tmp_path / "a.pkl"
     path.write_bytes(text)
@@ -199,6 +199,25 @@ def test_read_pickle_gives_no_hold_on_our_own_code(tmp_path):
         path.write_bytes(data)
         with pytest.raises((AttributeError, ValueError)):
             read_pickle(str(path), trusted=False)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"}r\xff\xff\xff\x7f.",  # the memo's place 2^31
+        b"}p99999999999\n.",
+        b"\x80\x05\x96\xff\xff\xff\xff\x0f\0\0\0abc.",  # a bytearray of 64 GiB
+        b"\x80\x04\x8e\xff\xff\xff\xff\x0f\0\0\0abc.",  # bytes
+        b"\x80\x04\x95\xff\xff\xff\xff\x0f\0\0\0}.",  # a frame
+    ],
+)
+def test_read_pickle_makes_no_room_for_what_is_not_there(tmp_path, data):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises((ValueError, pickle.UnpicklingError), match="place|expected|truncated|exhausted"):
+        read_pickle(str(path), trusted=False)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 
 @pytest.fixture
