@@ -27,6 +27,7 @@ def quiet() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode gets escapes
     warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     # detectron2's trainer logs a traceback of whatever stops it before it lets it through.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_user_error)
 

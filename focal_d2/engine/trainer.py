@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import weakref
@@ -345,8 +346,14 @@ class FocalTrainer(DefaultTrainer):
         if comm.get_world_size() > 1:
             for buffer in self.offered.buffers():  # batch norm's differ
                 distributed.broadcast(buffer, 0)
-        with kept_random_state():
-            self._last_eval_results = self.test(self.cfg, self.offered)
+        try:
+            with kept_random_state():
+                self._last_eval_results = self.test(self.cfg, self.offered)
+        except Exception as error:
+            # The iteration is complete: the schedule's hook has run.
+            self._trainer.stepping = False
+            last = self.iter if self.iter < self.max_iter else -1  # at the end all is saved
+            self._keep(error, last)
         return self._last_eval_results
 
     def _not_finite(
@@ -410,9 +417,14 @@ def _set_aside(folder: Path) -> None:
     numbers = (int(x.name[8:]) for x in folder.glob("earlier_*") if x.name[8:].isdecimal())
     earlier = folder / f"earlier_{max(numbers, default=0) + 1}"
     earlier.mkdir()
-    for path in [folder / "last_checkpoint", folder / "metrics.json", *folder.glob("model_*.pth")]:
+    for path in [folder / "last_checkpoint", *folder.glob("model_*.pth")]:
         if path.exists():
             path.rename(earlier / path.name)
+    figures = folder / "metrics.json"
+    if figures.exists():
+        # The new run has it open already, to append.
+        shutil.copy(figures, earlier)
+        os.truncate(figures, 0)
     logger.warning(
         f"checkpoints of an earlier run in {folder} are now in {earlier}; --resume would go on with them"
     )

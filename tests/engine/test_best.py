@@ -14,7 +14,7 @@ from detectron2.utils.events import get_event_storage
 
 from focal_d2 import UserError
 from focal_d2.engine import FocalTrainer, check_job, load_config
-from focal_d2.engine.best import BestModel, TrainingEnded, check_best
+from focal_d2.engine.best import Evaluation, TrainingEnded, check_best
 from focal_d2.evaluation import FocalCOCOEvaluator, metric_names
 from tests.conftest import make_cfg
 
@@ -46,8 +46,8 @@ def train(job, tmp_path, monkeypatch):
     return run
 
 
-def hook_of(trainer) -> BestModel:
-    return next(h for h in trainer._hooks if isinstance(h, BestModel))
+def hook_of(trainer) -> Evaluation:
+    return next(h for h in trainer._hooks if isinstance(h, Evaluation))
 
 
 def checkpoint(path: Path):
@@ -123,7 +123,7 @@ def test_resumed_training_ends_as_an_uninterrupted_one(train, tmp_path, die_at, 
     for name in ("best", "final"):
         ours, theirs = (checkpoint(tmp_path / x / f"model_{name}.pth") for x in ("out", "whole"))
         assert ours["iteration"] == theirs["iteration"]
-        assert ours["trainer"]["hooks"]["BestModel"] == theirs["trainer"]["hooks"]["BestModel"]
+        assert ours["trainer"]["hooks"]["Evaluation"] == theirs["trainer"]["hooks"]["Evaluation"]
 
 
 def test_an_evaluation_that_was_missed_is_made_up_for_under_its_iteration(train, tmp_path):
@@ -182,10 +182,10 @@ def test_check_best_knows_the_names_that_evaluation_gives(job):
     check_best(cfg)
 
 
-def test_off_means_detectron2s_own_hook(job, tmp_path):
+def test_off_by_default(job, tmp_path):
     tmp_path.joinpath("out").mkdir()
     cfg = load_config(str(job[0]))
-    assert not any(isinstance(h, BestModel) for h in FocalTrainer(cfg)._hooks)
+    assert hook_of(FocalTrainer(cfg))._metric == ""
     assert (make_cfg().TEST.FOCAL.BEST_METRIC, make_cfg().TEST.FOCAL.PATIENCE) == ("", 0)
 
 
@@ -210,7 +210,7 @@ def _run_process(folder: Path) -> None:
         loop._last_eval_results = {"bbox": {"AP": next(falling)}} if comm.is_main_process() else {}
         return loop._last_eval_results
 
-    hook = BestModel(2, evaluate, saved, metric="bbox/AP", patience=2)
+    hook = Evaluation(2, evaluate, saved, metric="bbox/AP", patience=2)
     loop.register_hooks([hook])
     try:
         loop.train(0, 20)

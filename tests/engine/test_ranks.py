@@ -28,9 +28,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @pytest.fixture
-def command(job) -> list[str]:
+def command(small_job) -> list[str]:
     """A job without batch norm, whose statistics would be of a process's images only."""
-    config, _ = job
+    config = small_job
     content = yaml.safe_load(config.read_text())
     content["MODEL"]["RESNETS"]["NORM"] = content["MODEL"]["FPN"]["NORM"] = "GN"
     content["SOLVER"].update(IMS_PER_BATCH=4, MAX_ITER=10, CHECKPOINT_PERIOD=2, FOCAL={"OPTIMIZER": "SGD"})
