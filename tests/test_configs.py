@@ -82,7 +82,8 @@ def test_every_key_has_a_reader_and_a_test(key):
         "": rf"\bfocal(_config\(cfg\))?{re.escape(rest)}\b",
         "INPUT.": rf"\binputs{re.escape(rest)}\b",
         "DATASETS.": r"\bcfg\.DATASETS\.FOCAL\b",
-        "SOLVER.": rf"\bcfg\.SOLVER\.FOCAL{re.escape(rest)}\b",
+        "DATALOADER.": rf"\bcfg\.DATALOADER\.FOCAL{re.escape(rest)}\b",
+        "SOLVER.": rf"\b(cfg\.SOLVER\.FOCAL|solver){re.escape(rest)}\b",
         "TEST.": rf"\btest{re.escape(rest)}\b",
     }
     sources = [p for p in (REPOSITORY / "focal_d2").rglob("*.py") if p.name != "config.py"]

@@ -1,14 +1,19 @@
-"""Failures of the machine, told in a line."""
+"""Failures, told in a line."""
 
 from __future__ import annotations
+
+import multiprocessing
 
 import torch
 
 from focal_d2.engine.ranks import peer_is_lost
+from focal_d2.errors import user_message
 
 
-def explain(error: Exception) -> str | None:
-    """Return one line for a failure of the machine rather than the program, or None."""
+def tell(error: Exception) -> str | None:
+    """Return one line for a user's mistake or a failure of the machine; None for one of the program."""
+    if (message := user_message(error)) is not None:
+        return message
     text = str(error)
     if peer_is_lost(error):
         return f"another process of this job ended, or hangs ({text.splitlines()[0][:100]})"
@@ -25,3 +30,11 @@ def explain(error: Exception) -> str | None:
             "SOLVER.FOCAL.ACCUMULATE computes a batch in parts"
         )
     return None
+
+
+def end_hung_workers(error: Exception) -> None:
+    """Kill the processes that read images if they hang: this one would wait for them at its end."""
+    if "DataLoader timed out" in str(error):
+        for process in multiprocessing.active_children():
+            if process.daemon:
+                process.kill()

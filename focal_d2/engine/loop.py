@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from focal_d2.engine.failures import tell
 from focal_d2.engine.forensics import Step
 from focal_d2.engine.ranks import any_rank
 from focal_d2.errors import UserError
@@ -112,7 +113,7 @@ class FocalLoop(SimpleTrainer):
             self._skip(not finite, data, values)
             return
         self.steps_skipped = 0
-        if comm.is_main_process():
+        if comm.is_main_process() and math.isfinite(gradient_norm):
             get_event_storage().put_scalar("gradient_norm", gradient_norm)
         self._write_metrics(losses, seconds)
         self.stepping = True
@@ -130,10 +131,9 @@ class FocalLoop(SimpleTrainer):
         stop, failed = any_rank(self.stopping(), failure is not None)
         if stop:
             raise Stopped("stopped")
-        if failure is not None:
-            raise failure
         if failed:
-            raise DataFailed("another process could not read its data: see its line")
+            lines = comm.all_gather(failure and (tell(failure) or f"{type(failure).__name__}: {failure}"))
+            raise failure or DataFailed(next(line for line in lines if line))
         return data, time.perf_counter() - start
 
     @property

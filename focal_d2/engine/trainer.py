@@ -29,14 +29,14 @@ from focal_d2.data.loader import TrainingLoader, build_training_loader
 from focal_d2.data.seeding import kept_random_state, random_state, set_random_state
 from focal_d2.engine.best import Evaluation, TrainingEnded, check_best
 from focal_d2.engine.checkpoint import FocalCheckpointer
-from focal_d2.engine.failures import explain
+from focal_d2.engine.failures import end_hung_workers, tell
 from focal_d2.engine.forensics import examine, save_step
 from focal_d2.engine.live import TrainingPictures
 from focal_d2.engine.loop import FocalLoop, MovingAverage, Stopped
 from focal_d2.engine.progress import ProgressBar
 from focal_d2.engine.ranks import StopRequest
 from focal_d2.engine.weights_and_biases import WeightsAndBiases
-from focal_d2.errors import UserError, user_message
+from focal_d2.errors import UserError
 from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, format_results
 
 logger = logging.getLogger(__name__)
@@ -319,6 +319,7 @@ class FocalTrainer(DefaultTrainer):
             super().run_step()
         except Exception as error:
             self._trainer.undo()
+            end_hung_workers(error)
             self._keep(error, last=self.iter - 1)
 
     def _keep(self, error: Exception, last: int) -> None:
@@ -326,7 +327,7 @@ class FocalTrainer(DefaultTrainer):
         stopped = isinstance(error, Stopped)
         if stopped:
             self._random_states = last, comm.gather(random_state())
-        message, kept = user_message(error) or explain(error), ""
+        message, kept = tell(error), ""
         if last >= self.start_iter and not self._trainer.stepping:
             self.iter = last  # hooks take it for the last complete one
             name = f"model_{last:07d}"

@@ -64,7 +64,7 @@ def measure(
     ignored, images, *parts = sums.tolist()
     figures = {"num_ignored_anchors": _share(ignored, images)}
     for name, part in zip(levels, parts, strict=False):
-        figures[f"loss_cls/{name}"] = part / processes
+        figures[f"level/{name}"] = part / processes
     weights = []
     for name, start in (("positive", len(levels)), ("negative", len(levels) + 5)):
         count, easy, hard, weight, weight_of_hard = parts[start : start + 5]

@@ -6,6 +6,7 @@ of the batch. Boxes are XYXY in absolute pixels. Labels are int64: [0, K) a clas
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -44,6 +45,8 @@ from focal_d2.modeling.losses import (
 )
 from focal_d2.modeling.targets import AnchorTargets, build_matcher, label_anchors
 from focal_d2.ops.detect import best_boxes
+
+logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
@@ -364,9 +367,21 @@ _AUTOCAST_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 def _autocast_type(cfg: CfgNode) -> torch.dtype | None:
     focal = focal_config(cfg)
-    name = check_choice("MODEL.FOCAL.AMP.DTYPE", focal.AMP.DTYPE, tuple(_AUTOCAST_TYPES))
+    name = check_choice("MODEL.FOCAL.AMP.DTYPE", focal.AMP.DTYPE, ("auto", *_AUTOCAST_TYPES))
     if not focal.AMP.ENABLED:
         return None
-    if name == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+    on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+    if name == "float16" and on_cpu:
         raise UserError("MODEL.FOCAL.AMP.DTYPE is float16, which needs a GPU; on a CPU use bfloat16")
-    return _AUTOCAST_TYPES[name]
+    if on_cpu and not _cpu_has_bfloat16():
+        what = "computing in float32" if name == "auto" else "convolutions take some 30 times as long"
+        logger.warning(f"MODEL.FOCAL.AMP.DTYPE is {name}, but this CPU does not know bfloat16: {what}")
+        if name == "auto":
+            return None
+    return _AUTOCAST_TYPES["bfloat16" if name == "auto" else name]
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16; True where PyTorch can't tell."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return not capabilities or any(has for name, has in capabilities.items() if "bf16" in name)

@@ -10,17 +10,18 @@ from detectron2.utils.logger import setup_logger
 
 @pytest.fixture
 def small_job(job) -> Path:
-    """A job whose checkpoints are small: several are written in a test."""
+    """A job with a small network and small checkpoints: several are written in a test."""
     config, _ = job
     content = yaml.safe_load(config.read_text())
     content["MODEL"]["RESNETS"] = {
         "DEPTH": 50,
-        "STEM_OUT_CHANNELS": 32,
-        "WIDTH_PER_GROUP": 32,
-        "RES2_OUT_CHANNELS": 32,
+        "STEM_OUT_CHANNELS": 8,
+        "WIDTH_PER_GROUP": 8,
+        "RES2_OUT_CHANNELS": 16,
         "NORM": "BN",
     }
-    content["MODEL"]["FPN"]["OUT_CHANNELS"] = 64
+    content["MODEL"]["FPN"]["OUT_CHANNELS"] = 32
+    content["MODEL"]["RETINANET"]["NORM"] = ""
     config.write_text(yaml.safe_dump(content))
     return config
 

@@ -38,7 +38,7 @@ def test_training_is_the_same_bit_by_bit_with_figures_and_pictures(job, tmp_path
 
     lines = [json.loads(x) for x in (tmp_path / "watched/metrics.json").read_text().splitlines()]
     (line,) = (x for x in lines if x["iteration"] == 19)
-    names = {f"loss_cls/P{n}" for n in range(3, 8)} | {"lr", "num_pos_anchors", "num_ignored_anchors"}
+    names = {f"level/P{n}" for n in range(3, 8)} | {"lr", "num_pos_anchors", "num_ignored_anchors"}
     assert names | {"loss_cls", "examples/positive_hard", "weight/negative_hard"} <= line.keys()
     events = EventAccumulator(str(tmp_path / "watched"), size_guidance={"images": 0}).Reload()
     assert names <= set(events.Tags()["scalars"])

@@ -32,7 +32,11 @@ def command(small_job) -> list[str]:
     """A job without batch norm, whose statistics would be of a process's images only."""
     config = small_job
     content = yaml.safe_load(config.read_text())
-    content["MODEL"]["RESNETS"]["NORM"] = content["MODEL"]["FPN"]["NORM"] = "GN"
+    # Group norm has 32 groups.
+    content["MODEL"]["RESNETS"].update(
+        STEM_OUT_CHANNELS=32, WIDTH_PER_GROUP=32, RES2_OUT_CHANNELS=32, NORM="GN"
+    )
+    content["MODEL"]["FPN"]["NORM"] = "GN"
     content["SOLVER"].update(IMS_PER_BATCH=4, MAX_ITER=10, CHECKPOINT_PERIOD=2, FOCAL={"OPTIMIZER": "SGD"})
     config.write_text(yaml.safe_dump(content))
     return [str(REPOSITORY / "train_net.py"), "--config-file", str(config)]

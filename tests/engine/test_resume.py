@@ -17,7 +17,7 @@ import yaml
 
 from focal_d2 import UserError
 from focal_d2.engine import FocalTrainer, load_config
-from focal_d2.engine.failures import explain
+from focal_d2.engine.failures import tell
 from focal_d2.engine.loop import FocalLoop, MovingAverage
 from tests.conftest import REPOSITORY
 from tests.engine.runs import metrics, run_main
@@ -249,7 +249,7 @@ def test_a_batch_in_parts_is_the_same_step(small_job, tmp_path, monkeypatch):
     config = small_job
     content = yaml.safe_load(config.read_text())
     content["SOLVER"].update(IMS_PER_BATCH=4, MAX_ITER=3, FOCAL={"OPTIMIZER": "SGD"})
-    content["MODEL"]["RESNETS"]["NORM"] = content["MODEL"]["FPN"]["NORM"] = "GN"
+    content["MODEL"]["RESNETS"]["NORM"] = content["MODEL"]["FPN"]["NORM"] = "FrozenBN"  # batch norm differs
     config.write_text(yaml.safe_dump(content))
     for parts in (1, 2, 4):
         overrides = [
@@ -268,6 +268,19 @@ def test_a_batch_in_parts_is_the_same_step(small_job, tmp_path, monkeypatch):
     first, last = (metrics(tmp_path / str(n))[-1] for n in (1, 4))
     for name in ("loss_cls", "loss_box_reg", "gradient_norm"):
         assert last[name] == pytest.approx(first[name], rel=1e-4)
+
+
+def test_the_moving_average_starts_from_the_weights_that_are_loaded(small_job, tmp_path, monkeypatch):
+    run = ["--config-file", small_job, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()"]
+    assert run_main(monkeypatch, *run, "OUTPUT_DIR", tmp_path / "start") == 0
+    weights = ["MODEL.WEIGHTS", tmp_path / "start/model_final.pth", "SEED", 5]
+    for decay in (0.0, 0.9):
+        overrides = [*weights, "SOLVER.FOCAL.EMA", decay, "OUTPUT_DIR", tmp_path / str(decay)]
+        assert run_main(monkeypatch, *run, *overrides) == 0
+    # The first update takes the weights over.
+    plain, averaged = (saved(tmp_path / x / "model_final.pth") for x in ("0.0", "0.9"))
+    assert differences(plain["model"], averaged["model"]) == []
+    assert differences(plain["model"], averaged["trainer"]["_trainer"]["model"]) == []
 
 
 def test_moving_average_by_hand():
@@ -335,6 +348,6 @@ def test_bad_values_are_refused(small_job, key, value, expected):
         FocalTrainer(load_config(str(small_job), [key, value]))
 
 
-def test_other_errors_are_not_explained_away():
-    assert explain(RuntimeError("shape mismatch")) is None
-    assert "out of memory: 3 GiB" in str(explain(torch.OutOfMemoryError("CUDA\n3 GiB")))
+def test_other_errors_are_not_told_away():
+    assert tell(RuntimeError("shape mismatch")) is None
+    assert "out of memory: 3 GiB" in str(tell(torch.OutOfMemoryError("CUDA\n3 GiB")))

@@ -57,7 +57,7 @@ def test_a_run_gets_figures_and_pictures_by_iteration_and_goes_on_when_resumed(w
     assert steps == sorted(set(steps)) == [7, 15, 19, 20, 21]
     rows = dict(run.rows)
     assert rows[7] == rows[15] == {"ground_truth_and_detections": ("image", (64, 136, 3))}
-    assert {"total_loss", "loss_cls/P3", "lr"} <= rows[19].keys()
+    assert {"total_loss", "level/P3", "lr"} <= rows[19].keys()
     assert "bbox/AP" in rows[21]
     assert run.exit_codes == [0]
 

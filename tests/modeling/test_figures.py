@@ -57,8 +57,8 @@ def test_measure_counts_easy_and_hard_by_hand():
     assert figures["weight/positive"] == pytest.approx(sum(positive) / sum(positive + negative), rel=1e-5)
     # The third positive stands on the second level, with its 12 anchors.
     second = (positive[2] + 35 * -math.log(0.99)) / 2
-    assert figures["loss_cls/P4"] == pytest.approx(second, rel=1e-5)
-    assert figures["loss_cls/P3"] == pytest.approx(sum(positive + negative) / 2 - second, rel=1e-5)
+    assert figures["level/P4"] == pytest.approx(second, rel=1e-5)
+    assert figures["level/P3"] == pytest.approx(sum(positive + negative) / 2 - second, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,8 +75,8 @@ def test_example_losses_add_up_to_the_loss(name):
     assert shapes == [x.shape for x in loss.correctness(images[0])]
     assert all(torch.equal(v, buffers[k]) for k, v in loss.named_buffers())
     figures = measure(loss, batch, torch.tensor(3.0), levels=LEVELS)
-    assert figures["loss_cls/P3"] + figures["loss_cls/P4"] == pytest.approx(3.0)
-    assert figures["loss_cls/P3"] / 3 == pytest.approx(
+    assert figures["level/P3"] + figures["level/P4"] == pytest.approx(3.0)
+    assert figures["level/P3"] / 3 == pytest.approx(
         sum(first for first, _ in sums) / sum(map(sum, sums)), rel=1e-5
     )
 
@@ -119,7 +119,7 @@ def test_measure_leaves_undefined_what_is_not_there(images, label):
     figures = measure(loss, batch, loss(batch), levels=LEVELS)
     assert math.isnan(figures["examples/positive_easy"])
     assert math.isnan(figures["weight/positive"]) == (label == IGNORE_LABEL or images == 0)
-    assert math.isfinite(figures["loss_cls/P3"])
+    assert math.isfinite(figures["level/P3"])
 
 
 def test_a_loss_that_knows_no_examples_has_shares_but_no_levels():
@@ -130,8 +130,8 @@ def test_a_loss_that_knows_no_examples_has_shares_but_no_levels():
     loss = Own(num_classes=K)
     figures = measure(loss, make_batch(loss), torch.tensor(1.0), levels=LEVELS)
     assert {k for k, v in figures.items() if math.isnan(v)} == {
-        "loss_cls/P3",
-        "loss_cls/P4",
+        "level/P3",
+        "level/P4",
         "weight/positive",
         "weight/positive_hard",
         "weight/negative_hard",
@@ -162,8 +162,8 @@ def test_figures_come_when_writers_look_and_change_nothing(name):
         names = set(storage.latest()) - {"num_pos_anchors"}
         if iteration == PERIOD - 2:
             assert not names
-    assert {"loss_cls/P3", "loss_cls/P7", "examples/negative_easy", "num_ignored_anchors"} <= names
-    levels = [v for k, (v, _) in storage.latest().items() if k.startswith("loss_cls/")]
+    assert {"level/P3", "level/P7", "examples/negative_easy", "num_ignored_anchors"} <= names
+    levels = [v for k, (v, _) in storage.latest().items() if k.startswith("level/")]
     assert sum(levels) == pytest.approx(losses["loss_cls"].item())
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
@@ -185,7 +185,7 @@ def test_processes_share_their_figures(tmp_path, monkeypatch):
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["figures"] == second["figures"]
     assert first["loss"] != second["loss"]
-    levels = sum(first["figures"][f"loss_cls/{name}"] for name in LEVELS)
+    levels = sum(first["figures"][f"level/{name}"] for name in LEVELS)
     assert levels == pytest.approx((first["loss"] + second["loss"]) / 2)
     positives = first["positives"] + second["positives"]
     hard = first["figures"]["examples/positive_hard"] * positives

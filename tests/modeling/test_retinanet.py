@@ -232,8 +232,25 @@ def test_empty_images_train_without_nan():
 def test_float16_on_a_cpu_and_unknown_types_are_refused():
     with pytest.raises(UserError, match="float16, which needs a GPU"):
         build_model(make_cfg(MODEL__FOCAL__AMP__ENABLED=True, MODEL__FOCAL__AMP__DTYPE="float16"))
-    with pytest.raises(UserError, match='DTYPE is "half"; legal values: bfloat16, float16'):
+    with pytest.raises(UserError, match='DTYPE is "half"; legal values: auto, bfloat16, float16'):
         build_model(make_cfg(MODEL__FOCAL__AMP__DTYPE="half"))
+
+
+@pytest.mark.parametrize(
+    "capabilities, dtype, expected, warning",
+    [
+        ({"avx2": True, "avx512_bf16": False}, "auto", None, "computing in float32"),
+        ({"avx2": True, "avx512_bf16": False}, "bfloat16", torch.bfloat16, "some 30 times as long"),
+        ({"avx512_bf16": True}, "auto", torch.bfloat16, None),
+        ({}, "auto", torch.bfloat16, None),
+    ],
+)
+def test_bfloat16_on_a_cpu_that_does_not_know_it(monkeypatch, caplog, capabilities, dtype, expected, warning):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
+    model = build_model(make_cfg(MODEL__FOCAL__AMP__ENABLED=True, MODEL__FOCAL__AMP__DTYPE=dtype))
+    assert model.amp == expected
+    found = [x.getMessage() for x in caplog.records if "does not know bfloat16" in x.getMessage()]
+    assert (warning is None and not found) or warning in found[0]
 
 
 def test_compile_takes_backbone_and_head(monkeypatch):
