@@ -130,7 +130,7 @@ def add_focal_config(cfg: CfgNode) -> None:
     cfg.DATASETS.FOCAL = []
 
     loader = cfg.DATALOADER.FOCAL = CfgNode()
-    # Seconds that training waits for a batch before it takes its workers for hung; 0: for ever.
+    # Seconds that training waits for a batch before it takes reading for hung; 0: for ever.
     loader.TIMEOUT = 600.0
 
     solver = cfg.SOLVER.FOCAL = CfgNode()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import multiprocessing
 import signal
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -310,17 +314,16 @@ class TrainingLoader:
             samples: what is drawn from.
             batches: which samples an iteration takes.
             workers: number of processes that map samples; 0: none but this one.
-            timeout: seconds without a batch after which a worker counts as hung; 0: for ever.
+            timeout: seconds without a batch after which reading counts as hung; 0: for ever.
             data: a number that tells one list of records from another.
         """
-        self.samples, self.batches, self.data = samples, batches, data
+        self.samples, self.batches, self.timeout, self.data = samples, batches, timeout, data
         self._loader = DataLoader(
             samples,
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=_as_it_is,
             worker_init_fn=_start_worker,
-            timeout=timeout if workers else 0,
             # Of its own, or making an iterator would draw from the generator of all.
             generator=torch.Generator(),
         )
@@ -340,15 +343,63 @@ class TrainingLoader:
         self.batches.start = images // self.batches.images
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield this rank's samples, batch by batch."""
-        before = signal.getsignal(signal.SIGCHLD)
+        """Yield this rank's samples, batch by batch.
+
+        Raises:
+            HungError: if a batch takes too long; only in the main thread.
+            WorkerLostError: if a worker was killed.
+        """
+        before, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
         try:
             batches = iter(self._loader)
         finally:
             # PyTorch lets the death of a worker raise wherever the program is, even half-way through an
             # optimizer's step; the iterator finds out as well.
             _restore(signal.SIGCHLD, before)
-        return batches
+        workers = set(multiprocessing.active_children()) - others
+        while True:
+            try:
+                # PyTorch's own timeout does not watch over the hand-over of a sample that is ready.
+                with _deadline(self.timeout):
+                    batch = next(batches)
+            except Exception as error:
+                # Whose worker dies while it hands over a sample sees one of several errors.
+                if isinstance(error, HungError) or all(x.is_alive() for x in workers):
+                    raise
+                raise WorkerLostError(
+                    "a process that reads images was killed, most often because memory ran out: lower "
+                    "DATALOADER.NUM_WORKERS or the size of the images"
+                ) from error
+            yield batch
+
+
+class HungError(UserError):
+    """No batch came in time."""
+
+
+class WorkerLostError(UserError):
+    """A process that reads images is gone."""
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    def end(*_: object) -> None:
+        raise HungError(
+            f"no batch came in {seconds:g} seconds (DATALOADER.FOCAL.TIMEOUT): reading images hangs"
+        )
+
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, start = signal.signal(signal.SIGALRM, end), time.monotonic()
+    others, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        # Whoever else has set the alarm gets it.
+        left = max(others - (time.monotonic() - start), 1e-3) if others else 0
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left)
 
 
 def _restore(number: signal.Signals, handler: Any) -> None:

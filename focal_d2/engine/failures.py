@@ -6,6 +6,7 @@ import multiprocessing
 
 import torch
 
+from focal_d2.data.loader import HungError
 from focal_d2.engine.ranks import peer_is_lost
 from focal_d2.errors import user_message
 
@@ -17,13 +18,6 @@ def tell(error: Exception) -> str | None:
     text = str(error)
     if peer_is_lost(error):
         return f"another process of this job ended, or hangs ({text.splitlines()[0][:100]})"
-    if "DataLoader worker" in text and "exited unexpectedly" in text:
-        return (
-            "a process that reads images was killed, most often because memory ran out: lower "
-            "DATALOADER.NUM_WORKERS or the size of the images"
-        )
-    if "DataLoader timed out" in text:
-        return f"{text.splitlines()[0]} (DATALOADER.FOCAL.TIMEOUT): the processes that read images hang"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return (
             f"out of memory: {text.strip().splitlines()[-1] if text.strip() else 'the machine'}; "
@@ -34,7 +28,7 @@ def tell(error: Exception) -> str | None:
 
 def end_hung_workers(error: Exception) -> None:
     """Kill the processes that read images if they hang: this one would wait for them at its end."""
-    if "DataLoader timed out" in str(error):
+    if isinstance(error, HungError):
         for process in multiprocessing.active_children():
             if process.daemon:
                 process.kill()

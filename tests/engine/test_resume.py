@@ -190,7 +190,7 @@ def test_an_evaluation_in_which_the_run_was_stopped_is_made_up_for(small_job, tm
     with monkeypatch.context() as patch:
         patch.setattr(FocalTrainer, "test", fail)
         assert run_main(patch, *run) == 2
-    assert run_main(monkeypatch, *run, "--resume") == 0
+    assert run_main(monkeypatch, "--resume", *run) == 0
     evaluated = [
         {m["iteration"]: m["bbox/AP"] for m in metrics(tmp_path / folder) if "bbox/AP" in m}
         for folder in ("whole", "out")
@@ -227,7 +227,7 @@ def freeze_workers(data, iteration: int):
         (spoil_images, 0, "cannot read image"),
         (spoil_images, 1, "cannot read image"),
         (kill_workers, 1, "a process that reads images was killed, most often because memory ran out"),
-        (freeze_workers, 1, "DataLoader timed out after 3.0 seconds (DATALOADER.FOCAL.TIMEOUT)"),
+        (freeze_workers, 1, "no batch came in 3 seconds (DATALOADER.FOCAL.TIMEOUT): reading images hangs"),
     ],
 )
 def test_lost_data_lose_no_iteration(small_job, job, tmp_path, monkeypatch, capfd, act, workers, expected):
