@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -363,8 +364,9 @@ class TrainingLoader:
                 with _deadline(self.timeout):
                     batch = next(batches)
             except Exception as error:
-                # Whose worker dies while it hands over a sample sees one of several errors.
-                if isinstance(error, HungError) or all(x.is_alive() for x in workers):
+                # Whose worker dies while it hands over a sample sees one of several errors, perhaps before
+                # the worker is quite dead.
+                if isinstance(error, HungError) or not wait([x.sentinel for x in workers], timeout=1):
                     raise
                 raise WorkerLostError(
                     "a process that reads images was killed, most often because memory ran out: lower "
