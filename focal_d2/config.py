@@ -1,7 +1,7 @@
 """Every key of focal_d2's own, with its default. detectron2's keys keep their meaning and defaults.
 
-Keys under MODEL act in any detectron2 project. Those under INPUT, DATASETS, SOLVER and TEST, and MODEL.DEVICE
-"auto", are read by focal_d2's trainer and tools.
+Keys under MODEL act in any detectron2 project. Those under INPUT, DATASETS, DATALOADER, SOLVER and TEST, and
+MODEL.DEVICE "auto", are read by focal_d2's trainer and tools.
 """
 
 from __future__ import annotations

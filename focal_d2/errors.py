@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 _PREFIX = "UserError: "
 
 
@@ -12,9 +14,11 @@ class UserError(ValueError):
 def user_message(error: BaseException) -> str | None:
     """Find the user's line in `error`, or None if it is a fault of the program.
 
-    Data loader workers and spawned ranks re-raise with a formatted traceback as the message; its last
-    line then carries the original error.
+    A disk that is full or read-only is the user's as well. Data loader workers and spawned ranks re-raise
+    with a formatted traceback as the message; its last line then carries the original error.
     """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return f"{error.filename or 'output'}: {error.strerror}"
     text = str(error).strip()
     last = text.rsplit("\n", 1)[-1]
     if _PREFIX in last and "\n" in text:

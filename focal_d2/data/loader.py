@@ -11,7 +11,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -300,28 +299,40 @@ class SeededSamples(Dataset[dict[str, Any]]):
         """Map the record of (number of the draw, place in the list)."""
         draw, image = key
         with seeded(self.seed, draw):
-            return self.mapper(copy(self.records[image]))
+            return self.mapper(self.records[image])
 
 
 class TrainingLoader:
     """Batches without end, from the iteration that `start_at` sets."""
 
     def __init__(
-        self, samples: SeededSamples, batches: TrainingBatches, *, workers: int, timeout: float, data: int
+        self,
+        samples: SeededSamples,
+        build_sampler: Callable[[int], Any],
+        *,
+        images: int,
+        wide: np.ndarray | None,
+        workers: int,
+        timeout: float,
+        data: int,
     ) -> None:
         """Compose the loader.
 
         Args:
             samples: what is drawn from.
-            batches: which samples an iteration takes.
+            build_sampler: from a seed to detectron2's sampler, or one of its kind.
+            images: see `TrainingBatches`.
+            wide: see `TrainingBatches`.
             workers: number of processes that map samples; 0: none but this one.
             timeout: seconds without a batch after which reading counts as hung; 0: for ever.
             data: a number that tells one list of records from another.
         """
-        self.samples, self.batches, self.timeout, self.data = samples, batches, timeout, data
+        self.samples, self.timeout, self.data = samples, timeout, data
+        self._build_sampler = build_sampler
+        self.batches = TrainingBatches(build_sampler(samples.seed), images=images, wide=wide)
         self._loader = DataLoader(
             samples,
-            batch_sampler=batches,
+            batch_sampler=self.batches,
             num_workers=workers,
             collate_fn=_as_it_is,
             worker_init_fn=_start_worker,
@@ -339,6 +350,11 @@ class TrainingLoader:
         """Images of a batch, over all ranks."""
         return self.batches.images
 
+    def seed_with(self, seed: int) -> None:
+        """Draw as with another seed, from the next iterator on."""
+        self.samples.seed = seed
+        self.batches.sampler = self._build_sampler(seed)
+
     def start_at(self, images: int) -> None:
         """Let the next iterator begin after so many images."""
         self.batches.start = images // self.batches.images
@@ -350,13 +366,9 @@ class TrainingLoader:
             HungError: if a batch takes too long; only in the main thread.
             WorkerLostError: if a worker was killed.
         """
-        before, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
-        try:
-            batches = iter(self._loader)
-        finally:
-            # PyTorch lets the death of a worker raise wherever the program is, even half-way through an
-            # optimizer's step; the iterator finds out as well.
-            _restore(signal.SIGCHLD, before)
+        others = set(multiprocessing.active_children())
+        batches = iter(self._loader)
+        _let_no_death_raise()
         workers = set(multiprocessing.active_children()) - others
         while True:
             try:
@@ -404,9 +416,15 @@ def _deadline(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, left)
 
 
-def _restore(number: signal.Signals, handler: Any) -> None:
-    if handler is not None and signal.getsignal(number) is not handler:
-        signal.signal(number, handler)
+def _let_no_death_raise() -> None:
+    """Take back PyTorch's handler of SIGCHLD.
+
+    With it, the death of a worker raises wherever the program is, even half-way through an optimizer's step.
+    Whoever waits for a batch finds out as well.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    if getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _as_it_is(samples: list[Any]) -> list[Any]:
@@ -446,7 +464,9 @@ def build_training_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Any:
         wide = np.array([x["width"] > x["height"] for x in records])
     return TrainingLoader(
         SeededSamples(records, mapper, seed=seed),
-        TrainingBatches(build_sampler(cfg, records, seed=seed), images=cfg.SOLVER.IMS_PER_BATCH, wide=wide),
+        lambda seed: build_sampler(cfg, records, seed=seed),
+        images=cfg.SOLVER.IMS_PER_BATCH,
+        wide=wide,
         workers=cfg.DATALOADER.NUM_WORKERS,
         timeout=cfg.DATALOADER.FOCAL.TIMEOUT,
         data=zlib.crc32("\n".join(str(x["file_name"]) for x in records).encode(errors="replace")),

@@ -33,8 +33,8 @@ class Evaluation(EvalHook):
     model_best.pth as the checkpoint to resume from, and counts nothing.
 
     Every process keeps the same state, from the main process's results. A checkpoint of the same iteration
-    is written before the evaluation, so that a failing one costs no training; who resumes from it evaluates
-    first.
+    is written before the evaluation where one is due, and after an evaluation that failed; who resumes from
+    it evaluates first.
     """
 
     def __init__(
@@ -115,8 +115,10 @@ class Evaluation(EvalHook):
         raise TrainingEnded
 
     def after_train(self) -> None:
-        """Evaluate, unless this model has been."""
-        if self._evaluated < self.trainer.iter:
+        """Evaluate, unless this model has been, or training failed."""
+        # detectron2 counts one iteration too many where there was none left to do.
+        self.trainer.iter = self.trainer.storage.iter = min(self.trainer.iter, self.trainer.max_iter)
+        if self._evaluated < self.trainer.iter and not self.trainer.failed:
             super().after_train()
 
     @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import io
 import logging
 import os
@@ -28,6 +27,7 @@ def quiet() -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode gets escapes
     warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+    logging.raiseExceptions = False  # a log file on a full disk; what else can't be written is told
     # detectron2's trainer logs a traceback of whatever stops it before it lets it through.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_user_error)
 
@@ -49,8 +49,6 @@ def command_line() -> Iterator[None]:
         raise SystemExit(0) from None
     except Exception as error:
         message = user_message(error)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            message = f"{error.filename or 'output'}: {error.strerror}"
         if message is None:
             raise
         print(f"{program}: error: {message}", file=sys.stderr)

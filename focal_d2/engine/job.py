@@ -17,8 +17,8 @@ from focal_d2.data.loader import check_sampler
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.best import check_best
 from focal_d2.engine.checkpoint import FocalCheckpointer, check_file
-from focal_d2.engine.ranks import check_backend, check_devices, start
-from focal_d2.engine.setup import building, load_config, resolve_seed, set_up_job
+from focal_d2.engine.ranks import check_backend, check_devices, restarted_by_torchrun, start
+from focal_d2.engine.setup import building, load_config, set_up_job
 from focal_d2.engine.trainer import FocalTrainer, check_training
 from focal_d2.errors import UserError
 
@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
         # Often it is the key that was not read that should have prevented this.
         raise UserError("; ".join([str(error), *unread])) from error
     check_backend(torch.device(cfg.MODEL.DEVICE).type)
-    cfg = resolve_seed(cfg, resume=args.resume)
+    if not args.eval_only:
+        args.resume = args.resume or restarted_by_torchrun(cfg.OUTPUT_DIR)
     set_up_job(cfg, args)
     if comm.is_main_process():
         for line in unread:

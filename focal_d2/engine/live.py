@@ -36,6 +36,7 @@ class TrainingPictures(HookBase):
         self._period = period
         self._format = input_format
         self._example: dict[str, Any] | None = None
+        self._handle: Any = None
 
     def before_train(self) -> None:
         """Look at what the model is given."""
@@ -55,7 +56,8 @@ class TrainingPictures(HookBase):
 
     def after_train(self) -> None:
         """Let go of the model."""
-        self._handle.remove()
+        if self._handle is not None:  # else an earlier hook failed before training began
+            self._handle.remove()
 
 
 @torch.no_grad()

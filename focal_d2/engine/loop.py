@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from focal_d2.data.seeding import random_state, set_random_state
 from focal_d2.engine.failures import tell
 from focal_d2.engine.forensics import Step
 from focal_d2.engine.ranks import any_rank
@@ -56,7 +57,7 @@ class FocalLoop(SimpleTrainer):
         scale_loss: bool,
         average: MovingAverage | None,
         stopping: Callable[[], bool],
-        on_not_finite: Callable[[bool, list[dict[str, Any]], dict[str, float], float | None], None],
+        on_not_finite: Callable[[bool, list[list[dict[str, Any]]], dict[str, float], float | None], None],
     ) -> None:
         """Compose the step.
 
@@ -69,8 +70,8 @@ class FocalLoop(SimpleTrainer):
             average: of the model, updated after each step; None: there is none.
             stopping: whether this process was asked to stop.
             on_not_finite: called where the loss or gradient of any process is not finite, with the model as
-                it was before the step: whether it is this process's, its batch, its losses, and what they
-                were divided by.
+                it was before the step: whether it is this process's, its batch in parts, its losses, and what
+                those of a part were divided by.
         """
         super().__init__(model, data_loader, optimizer)
         self.bare = model.module if isinstance(model, DistributedDataParallel) else model
@@ -82,7 +83,9 @@ class FocalLoop(SimpleTrainer):
         self.steps: deque[Step] = deque(maxlen=_HISTORY)
         self.steps_skipped = 0  # in a row
         self.stepping = False  # whether the state is between two iterations' and can't be kept
-        self._buffers: list[tuple[Tensor, Tensor]] | None = None
+        self._buffers: list[Tensor] = []
+        self._kept: list[Tensor] = []  # their values, before the iteration's batch
+        self._random: dict[str, Any] = {}  # and the generators'
         self._begun = False  # whether the model has seen the iteration's batch
 
     def run_step(self) -> None:
@@ -102,8 +105,8 @@ class FocalLoop(SimpleTrainer):
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self.bare.parameters() if p.grad is not None], foreach=True
         )
-        values = {name: x.item() for name, x in losses.items()}
-        gradient_norm = norm.item()
+        *numbers, gradient_norm = torch.stack([*losses.values(), norm]).tolist()
+        values = dict(zip(losses, numbers, strict=True))
         self.steps.append(Step(self.iter, self.optimizer.param_groups[0]["lr"], values, gradient_norm))
         # Scaled gradients may overflow: the scaler then skips the step and takes a smaller scale.
         finite = all(map(math.isfinite, values.values()))
@@ -117,9 +120,10 @@ class FocalLoop(SimpleTrainer):
             get_event_storage().put_scalar("gradient_norm", gradient_norm)
         self._write_metrics(losses, seconds)
         self.stepping = True
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.average is not None:
+        if self.average is not None and self.scaler.get_scale() >= scale:  # else the step was left out
             self.average.update_parameters(self.bare)
 
     def _fetch(self) -> tuple[list[dict[str, Any]], float]:
@@ -145,7 +149,7 @@ class FocalLoop(SimpleTrainer):
     def _backward(self, data: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Add up the gradients of the mean of the parts' losses; return that mean."""
         normalizer = self.normalizer
-        parts = [data[i :: self.parts] for i in range(min(self.parts, len(data)))]
+        parts = self._in_parts(data)
         held: AbstractContextManager[Any] = nullcontext()
         if len(parts) > 1 and normalizer is not None:
             count: Any = self.bare.count_positives
@@ -161,6 +165,9 @@ class FocalLoop(SimpleTrainer):
                     total[name] = total.get(name, 0) + x.detach() / len(parts)
         return total
 
+    def _in_parts(self, data: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        return [data[i :: self.parts] for i in range(min(self.parts, len(data)))]
+
     def _alone(self, *, until_last: bool) -> AbstractContextManager[Any]:
         """Exchange gradients with the other processes after the last part only."""
         if until_last and isinstance(self.model, DistributedDataParallel):
@@ -171,10 +178,8 @@ class FocalLoop(SimpleTrainer):
         self.undo()
         if self.scaler.is_enabled():
             self.scaler.update()
-        # Of the whole batch, where its parts were divided by a share.
-        parts = min(self.parts, len(data))
-        divisor = None if self.normalizer is None else float(self.normalizer.last) * parts
-        self.on_not_finite(own, data, losses, divisor)
+        divisor = None if self.normalizer is None else float(self.normalizer.last)
+        self.on_not_finite(own, self._in_parts(data), losses, divisor)
         self.steps_skipped += 1
         if self.steps_skipped == _SKIPS:
             raise UserError(
@@ -183,18 +188,22 @@ class FocalLoop(SimpleTrainer):
             )
 
     def _keep_buffers(self) -> None:
-        if self._buffers is None:
-            self._buffers = [(x, torch.empty_like(x)) for x in self.bare.buffers()]
-        for buffer, kept in self._buffers:
-            kept.copy_(buffer)
+        if not self._buffers:
+            self._buffers = list(self.bare.buffers())
+            self._kept = [torch.empty_like(x) for x in self._buffers]
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
+        self._random = random_state()  # a model may draw
         self._begun = True
 
     def undo(self) -> None:
-        """Put the model's buffers back to where they were before this iteration's batch."""
-        with torch.no_grad():
-            for buffer, kept in (self._buffers or ()) if self._begun else ():
-                buffer.copy_(kept)
+        """Put buffers and generators back to where they were before this iteration's batch."""
         self.optimizer.zero_grad()
+        if self._begun:
+            set_random_state(self._random)
+            with torch.no_grad():
+                for buffer, kept in zip(self._buffers, self._kept, strict=True):
+                    buffer.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on, but for the model and the position in the data."""
@@ -213,8 +222,11 @@ class FocalLoop(SimpleTrainer):
         self.steps_skipped = state.get("skipped", 0)
         if state.get("grad_scaler"):
             self.scaler.load_state_dict(state["grad_scaler"])
+        if "model" in state:  # else what the checkpoint offers is what was trained
+            self.bare.load_state_dict(state["model"])
+        elif self.average is not None:
+            self.bare.load_state_dict(self.average.module.state_dict())
         if self.average is not None:
-            self.bare.load_state_dict(state.get("model", self.average.module.state_dict()))
             self.average.n_averaged.fill_(state.get("averaged", 0))
 
 

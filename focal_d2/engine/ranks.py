@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,11 +26,13 @@ from torch import distributed
 from torch.multiprocessing import ProcessExitedException
 
 from focal_d2.engine.cli import quiet
+from focal_d2.engine.files import write_aside
 from focal_d2.errors import UserError, user_message
 
 # Signals closer together than this are one: a terminal and a launcher may both pass one on.
 _SAME_SIGNAL = 0.5  # seconds
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGENTS = "torchrun.json"  # in OUTPUT_DIR
 
 
 class StopRequest:
@@ -38,6 +44,7 @@ class StopRequest:
     def __init__(self, on_first: Callable[[int], None]) -> None:
         """Take what to do when the first signal comes."""
         self.number: int | None = None
+        self._process = os.getpid()
         self._on_first = on_first
         self._time = 0.0
 
@@ -52,6 +59,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A process forked off, to read images: Ctrl-C reaches all of a terminal's, and is for the first.
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         now = time.monotonic()
         if self.number is not None:
             if now - self._time > _SAME_SIGNAL:
@@ -158,10 +170,48 @@ def _run_under_torchrun(run: Callable[[argparse.Namespace], None], args: argpars
         torch.cuda.set_device(local)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     comm.create_local_process_group(ranks)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        args.resume = True
     run(args)
     distributed.destroy_process_group()
+
+
+def restarted_by_torchrun(folder: str) -> bool:
+    """Whether torchrun started this job before, and it got as far as `remember_torchrun`.
+
+    Each of torchrun's agents counts restarts by itself, and those for which another machine was the reason
+    not at all. So the first process writes down whose children they are: if one of those agents is still
+    here, it is the same job.
+
+    Args:
+        folder: OUTPUT_DIR.
+    """
+    if not distributed.is_torchelastic_launched():
+        return False
+    before: list[Any] = []
+    path = os.path.join(folder, _AGENTS)
+    if comm.is_main_process() and os.path.isfile(path):
+        with open(path) as file, suppress(ValueError):
+            before = json.load(file)
+    (before, *_) = comm.all_gather(before)
+    return any(agent in before for agent in _agents())
+
+
+def remember_torchrun(folder: str) -> None:
+    """Write down which agents' job this is, once what an earlier job left in `folder` is out of the way."""
+    if distributed.is_torchelastic_launched():
+        content = json.dumps(_agents()).encode()
+        if comm.is_main_process():
+            write_aside(os.path.join(folder, _AGENTS), lambda file: file.write(content))
+
+
+def _agents() -> list[list[str]]:
+    return comm.all_gather([os.environ["TORCHELASTIC_RUN_ID"], *_parent()])
+
+
+def _parent() -> list[str]:
+    """Tell the parent process from all others, on other machines and at other times."""
+    pid = os.getppid()
+    started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return [socket.gethostname(), str(pid), started]
 
 
 def _launch(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
@@ -195,8 +245,10 @@ def _run_in_child(run: Callable[[argparse.Namespace], None], args: argparse.Name
     quiet()
     try:
         run(args)
-    except UserError as error:
+    except Exception as error:
+        if (message := user_message(error)) is None:
+            raise
         # The parent shows the last line of what a child raises.
-        raise UserError(user_message(error)) from None
+        raise UserError(message) from None
     distributed.destroy_process_group()
     sys.stdout.flush()

@@ -162,31 +162,6 @@ def resolve_device(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.ENABLED = amp.ENABLED and amp.DTYPE == "float16" and device.type == "cuda"
 
 
-def resolve_seed(cfg: CfgNode, *, resume: bool) -> CfgNode:
-    """Replace a negative `SEED` by a drawn one, for a run must be able to go on with it.
-
-    Args:
-        cfg: full config.
-        resume: whether to take the seed of the run whose config is in OUTPUT_DIR, if there is one.
-
-    Returns:
-        The config itself if it has a seed, else a copy with one, frozen.
-    """
-    if cfg.SEED >= 0:
-        return cfg
-    seed = comm.shared_random_seed()
-    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    if resume and os.path.isfile(path):
-        with open(path) as file:
-            before = (yaml.safe_load(file) or {}).get("SEED")
-        seed = before if isinstance(before, int) and before >= 0 else seed
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SEED = seed
-    cfg.freeze()
-    return cfg
-
-
 def set_up_job(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Do what detectron2's `default_setup` does, but keep its pages of config off the console.
 

@@ -8,6 +8,8 @@ import shutil
 import signal
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from focal_d2.engine.forensics import examine, save_step
 from focal_d2.engine.live import TrainingPictures
 from focal_d2.engine.loop import FocalLoop, MovingAverage, Stopped
 from focal_d2.engine.progress import ProgressBar
-from focal_d2.engine.ranks import StopRequest
+from focal_d2.engine.ranks import StopRequest, remember_torchrun
 from focal_d2.engine.weights_and_biases import WeightsAndBiases
 from focal_d2.errors import UserError
 from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, format_results
@@ -67,21 +69,23 @@ class FocalTrainer(DefaultTrainer):
         check_best(cfg)
         self.cfg = cfg
         solver = cfg.SOLVER.FOCAL
-        model = self.build_model(cfg)
-        self.average = MovingAverage(model, decay=solver.EMA) if solver.EMA else None
-        optimizer = self.build_optimizer(cfg, model)
+        bare = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, bare)
         loader = self.build_train_loader(cfg)
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+        model = create_ddp_model(
+            bare, broadcast_buffers=False, device_ids=None if on_cpu else [comm.get_local_rank()]
+        )
+        # After that, which gives all processes the first one's weights.
+        self.average = MovingAverage(bare, decay=solver.EMA) if solver.EMA else None
         self._trainer = FocalLoop(
-            create_ddp_model(
-                model, broadcast_buffers=False, device_ids=None if on_cpu else [comm.get_local_rank()]
-            ),
+            model,
             loader,
             optimizer,
             parts=solver.ACCUMULATE,
             scale_loss=cfg.SOLVER.AMP.ENABLED,
             average=self.average,
-            stopping=lambda: self._stop is not None and self._stop.number is not None,
+            stopping=self._stopping,
             on_not_finite=self._not_finite,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -93,9 +97,11 @@ class FocalTrainer(DefaultTrainer):
             trainer=weakref.proxy(self),
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.failed = False  # whether training ended before its end
         self._images_before = 0  # drawn before start_iter
         self._random_states: tuple[int, list[Any]] = (-1, [])  # of all processes, after an iteration
         self._stop: StopRequest | None = None
+        self._reports = 0  # on steps that were not finite
         self.register_hooks(self.build_hooks())
 
     @property
@@ -208,14 +214,13 @@ class FocalTrainer(DefaultTrainer):
 
         What an earlier run left in OUTPUT_DIR is moved into a folder there when a new run begins.
         """
-        resumes = resume and self.checkpointer.has_checkpoint()
-        super().resume_or_load(resume)
-        if resumes:
-            return
-        if self.average is not None:
+        resumes = comm.all_gather(resume and self.checkpointer.has_checkpoint())[0]
+        super().resume_or_load(resumes)
+        if not resumes and self.average is not None:
             self._trainer.bare.load_state_dict(self.average.module.state_dict())
-        if comm.is_main_process() and self.checkpointer.has_checkpoint():
+        if not resumes and comm.is_main_process() and self.checkpointer.has_checkpoint():
             _set_aside(Path(self.cfg.OUTPUT_DIR))
+        remember_torchrun(self.cfg.OUTPUT_DIR)
         comm.synchronize()
 
     def state_dict(self) -> dict[str, Any]:
@@ -247,9 +252,15 @@ class FocalTrainer(DefaultTrainer):
                 f"--resume: the checkpoint in {self.cfg.OUTPUT_DIR} was written with another optimizer than "
                 f"SOLVER.FOCAL.OPTIMIZER {name}"
             )
+        before, now = state_dict.get("processes", 1), comm.get_world_size()
+        if before != now and self.cfg.SOLVER.REFERENCE_WORLD_SIZE:
+            raise UserError(
+                f"--resume: {before} processes wrote the checkpoint in {self.cfg.OUTPUT_DIR}, not {now}; "
+                "SOLVER.REFERENCE_WORLD_SIZE made another schedule for them: take as many, or set it to 0 "
+                "and the schedule as it was"
+            )
         super().load_state_dict(state_dict)
         differences = self._go_on_with_data(state_dict.get("data"))
-        before, now = state_dict.get("processes", 1), comm.get_world_size()
         states = state_dict.get("random", [])
         if before != now:
             differences.append(
@@ -274,6 +285,8 @@ class FocalTrainer(DefaultTrainer):
             self._images_before = (self.iter + 1) * loader.images
             loader.start_at(self._images_before)
             return ["the checkpoint does not say which images were drawn"]
+        if self.cfg.SEED < 0:
+            loader.seed_with(saved["seed"])
         self._images_before = saved["images"]
         loader.start_at(self._images_before)
         changed = []
@@ -328,7 +341,8 @@ class FocalTrainer(DefaultTrainer):
         if stopped:
             self._random_states = last, comm.gather(random_state())
         message, kept = tell(error), ""
-        if last >= self.start_iter and not self._trainer.stepping:
+        self.failed = True
+        if last >= self.start_iter and not self._trainer.stepping and comm.is_main_process():
             self.iter = last  # hooks take it for the last complete one
             name = f"model_{last:07d}"
             try:
@@ -337,7 +351,7 @@ class FocalTrainer(DefaultTrainer):
             except UserError as not_saved:
                 kept = f"; {not_saved}"
         if stopped:
-            raise Stopped(f"stopped before iteration {last + 1}{kept}") from error
+            raise Stopped(f"stopped by a signal{kept}") from error
         if message is None:
             raise error
         raise UserError(f"{message}{kept}") from error
@@ -348,7 +362,7 @@ class FocalTrainer(DefaultTrainer):
             for buffer in self.offered.buffers():  # batch norm's differ
                 distributed.broadcast(buffer, 0)
         try:
-            with kept_random_state():
+            with kept_random_state(), self._stopping_between_batches():
                 self._last_eval_results = self.test(self.cfg, self.offered)
         except Exception as error:
             # The iteration is complete: the schedule's hook has run.
@@ -357,31 +371,35 @@ class FocalTrainer(DefaultTrainer):
             self._keep(error, last)
         return self._last_eval_results
 
+    @contextmanager
+    def _stopping_between_batches(self) -> Iterator[None]:
+        """Let a signal end an evaluation, which --resume makes up for; several processes finish it."""
+
+        def look(*_: object) -> None:
+            if comm.get_world_size() == 1 and self._stopping():
+                raise Stopped("stopped")
+
+        handle = self.offered.register_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _stopping(self) -> bool:
+        return self._stop is not None and self._stop.number is not None
+
     def _not_finite(
-        self, own: bool, batch: list[dict[str, Any]], losses: dict[str, float], divisor: float | None
+        self,
+        own: bool,
+        parts: list[list[dict[str, Any]]],
+        losses: dict[str, float],
+        divisor: float | None,
     ) -> None:
-        policy, steps = self.cfg.SOLVER.FOCAL.ON_NONFINITE, list(self._trainer.steps)
-        folder, line = Path(self.cfg.OUTPUT_DIR), ""
+        policy = self.cfg.SOLVER.FOCAL.ON_NONFINITE
         # All processes, since a model may exchange figures in the middle.
-        report = examine(self._trainer.bare, batch, steps=steps, normalizer=divisor)
-        if own:
-            line = report.verdict
-            if policy == "stop" or len(list(folder.glob("nonfinite_*"))) < _MOST_REPORTS:
-                written = save_step(
-                    folder,
-                    cfg=self.cfg,
-                    model=self._trainer.bare,
-                    batch=batch,
-                    losses=losses,
-                    steps=steps,
-                    normalizer=divisor,
-                    iteration=self.iter,
-                    rank=comm.get_rank(),
-                    report=report,
-                )
-                line += f" ({written}/report.txt; tools/replay.py {written} repeats the step)"
+        found, line = self._examine(parts, losses, divisor, save=own)
         # After gradients were exchanged all are bad; the cause is where the step repeats.
-        _, line = max(comm.all_gather((bool(line and (report.bad_terms or report.gradient)), line)))
+        _, line = max(comm.all_gather((own and found, line if own else "")))
         what = f"the loss or gradient became infinite or NaN at iteration {self.iter}: {line}"
         if policy == "stop":
             raise UserError(what)
@@ -391,6 +409,41 @@ class FocalTrainer(DefaultTrainer):
             self.scheduler.base_lrs = [x / 2 for x in self.scheduler.base_lrs]
             for group in self.optimizer.param_groups:
                 group["lr"] /= 2
+
+    def _examine(
+        self,
+        parts: list[list[dict[str, Any]]],
+        losses: dict[str, float],
+        divisor: float | None,
+        *,
+        save: bool,
+    ) -> tuple[bool, str]:
+        """Report on this process's batch: whether the step failed again, and a line about it."""
+        model, steps = self._trainer.bare, list(self._trainer.steps)
+        try:
+            reports = [examine(model, part, steps=steps, normalizer=divisor) for part in parts]
+            bad = [bool(report.bad_terms or report.gradient) for report in reports]
+            which = bad.index(True) if any(bad) else 0
+            report = reports[which]
+            if not save or self._reports >= _MOST_REPORTS:
+                return any(bad), report.verdict
+            self._reports += 1
+            written = save_step(
+                self.cfg.OUTPUT_DIR,
+                cfg=self.cfg,
+                model=model,
+                batch=parts[which],
+                losses=losses if len(parts) == 1 else report.losses,
+                steps=steps,
+                normalizer=divisor,
+                iteration=self.iter,
+                rank=comm.get_rank(),
+                report=report,
+            )
+        except (RuntimeError, MemoryError, OSError) as error:  # no room, in memory or on the disk
+            return False, f"its cause could not be examined ({type(error).__name__}: {error})"
+        repeat = f"{written}/report.txt; tools/replay.py {written} repeats the step"
+        return any(bad), f"{report.verdict} ({repeat})"
 
 
 class RandomStates(HookBase):
@@ -410,7 +463,8 @@ class RandomStates(HookBase):
 def _say_that_it_stops(number: int) -> None:
     if comm.is_main_process():
         name = signal.Signals(number).name
-        print(f"{name}: this iteration ends, then a checkpoint; once more stops at once", file=sys.stderr)
+        # Not print: the signal may come while that very stream is written to.
+        os.write(2, f"{name}: this iteration ends, then a checkpoint; once more stops at once\n".encode())
 
 
 def _set_aside(folder: Path) -> None:
@@ -447,6 +501,8 @@ def check_training(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the number of "
             f"processes, {comm.get_world_size()}"
         )
+    if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
+        raise UserError(f"SOLVER.CHECKPOINT_PERIOD is {cfg.SOLVER.CHECKPOINT_PERIOD}; it must be at least 1")
     if not 1 <= solver.ACCUMULATE <= images:
         raise UserError(
             f"SOLVER.FOCAL.ACCUMULATE is {solver.ACCUMULATE}; it must be within 1 and the {images} images "

@@ -28,6 +28,7 @@ from focal_d2.engine.forensics.report import (
 )
 from focal_d2.modeling import FocalRetinaNet
 from focal_d2.modeling.losses import DenseBatch
+from focal_d2.modeling.ranks import alone
 
 # Beyond what 16-bit images hold.
 _LARGEST_PIXEL = 65536.0
@@ -65,10 +66,12 @@ def examine(
         places = []
         if isinstance(model, FocalRetinaNet) and trace.dense is not None:
             instances = [sample["instances"] for sample in batch]
-            if any(not x.isfinite() for x in trace.losses.values()):
-                places = find_loss_places(model, trace.dense, names, instances)
-            else:
-                places = find_gradient_places(model, trace.dense, trace.output_gradients, names, instances)
+            with alone():  # each process looks for its own
+                if any(not x.isfinite() for x in trace.losses.values()):
+                    places = find_loss_places(model, trace.dense, names, instances)
+                else:
+                    gradients = trace.output_gradients
+                    places = find_gradient_places(model, trace.dense, gradients, names, instances)
     return Report(
         losses={name: float(x) for name, x in trace.losses.items()},
         normalizer=normalizer,
@@ -110,7 +113,7 @@ def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:
-    return {name: x for name, x in vars(module).items() if isinstance(x, (bool, int, float))}
+    return {name: x for name, x in vars(module).items() if isinstance(x, (bool, int, float, Tensor))}
 
 
 @dataclass

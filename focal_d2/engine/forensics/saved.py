@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from focal_d2.config import add_focal_config
+from focal_d2.engine.files import read_torch, write_aside
 from focal_d2.engine.forensics.examination import examine
 from focal_d2.engine.forensics.report import Report, Step
 from focal_d2.engine.setup import building, resolve_device
@@ -101,13 +100,13 @@ def save_step(
         "random": torch.get_rng_state(),
         "cuda_random": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
-    buffer = io.BytesIO()  # to a file on a full disk torch.save fails without saying why
-    torch.save(content, buffer)
-    _write(target / f"step_rank{rank}.pth", buffer.getvalue())
+    write_aside(str(target / f"step_rank{rank}.pth"), lambda file: torch.save(content, file))
     own = f"_rank{rank}" if rank else ""
-    _write(target / f"report{own}.json", json.dumps(report.as_dict(), indent=1, allow_nan=False).encode())
+    facts = json.dumps(report.as_dict(), indent=1, allow_nan=False).encode()
+    write_aside(str(target / f"report{own}.json"), lambda file: file.write(facts))
     heading = f"Iteration {iteration} was not finite (rank {rank}).\n\n"
-    _write(target / f"report{own}.txt", (heading + report.text()).encode())
+    page = (heading + report.text()).encode()
+    write_aside(str(target / f"report{own}.txt"), lambda file: file.write(page))
     return target
 
 
@@ -140,18 +139,6 @@ def _plain_step(step: Step) -> list[Any]:
     return [int(step.iteration), float(step.learning_rate), losses, float(step.gradient_norm)]
 
 
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)  # left by a disk that is full
-
-
 def load_step(folder: str | Path) -> SavedStep:
     """Read what `save_step` wrote; of several ranks' steps, the first whose losses are not finite.
 
@@ -169,7 +156,7 @@ def load_step(folder: str | Path) -> SavedStep:
 
 def _load(file: Path) -> SavedStep:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = read_torch(str(file), trusted=False)
     except Exception as error:
         # A damaged file fails in whatever way its bytes bring about. PyTorch's further lines advise to load
         # it unsafely.
