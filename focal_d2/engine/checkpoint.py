@@ -27,6 +27,7 @@ _BLOCK = re.compile(r"(^|\.)res[2-5]\.\d+\.")
 # A checkpoint of the schedule, by the number of its last iteration.
 _NUMBERED = re.compile(r"model_(\d+)\.pth")
 _LAST = "last_checkpoint"
+_UNNUMBERED = ("model_final.pth", "model_best.pth")
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,8 @@ class FocalCheckpointer(DetectionCheckpointer):
 
     def has_checkpoint(self) -> bool:
         """Say whether there is a run to resume: its `last_checkpoint`, or a checkpoint that it could name."""
-        return os.path.exists(os.path.join(self.save_dir, _LAST)) or bool(self._numbered())
+        names = (_LAST, *_UNNUMBERED)
+        return any(os.path.exists(os.path.join(self.save_dir, x)) for x in names) or bool(self._numbered())
 
     def get_checkpoint_file(self) -> str:
         """Return the file that `last_checkpoint` names, or "" if it names none of this folder."""
@@ -177,7 +179,7 @@ class FocalCheckpointer(DetectionCheckpointer):
         if last:
             return [last, *paths], []
         # What ends a run has no number; it may be of an earlier run, and comes last.
-        paths += glob.glob(os.path.join(glob.escape(self.save_dir), "model_final.pth"))
+        paths += filter(os.path.isfile, (os.path.join(self.save_dir, x) for x in _UNNUMBERED))
         last = os.path.join(self.save_dir, _LAST)
         return paths, [f"{last} is missing or names no checkpoint of this folder"]
 

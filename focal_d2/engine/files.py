@@ -21,6 +21,8 @@ from focal_d2.engine.cli import UNLESS_TRUSTED
 
 ASIDE = ".tmp"  # ends the name of a file that is not whole yet
 _ZIP = b"PK\x03\x04"
+_MOST_TUPLES = 30_000  # a tensor takes four
+_MOST_TEXT = 16  # bytes from texts, as a multiple of the file's
 _DTYPE = re.compile(r"[biufc]\d{1,2}")
 
 
@@ -83,6 +85,8 @@ def read_torch(path: str, *, trusted: bool) -> Any:
         Exception: of many types, if it is damaged or something else.
     """
     _check_sums(path)
+    if not trusted:
+        _check_nesting(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of what then fails, or is fine
@@ -106,6 +110,20 @@ def _check_sums(path: str) -> None:
         raise ValueError(f"damaged: the checksum of {damaged} in it is wrong")
 
 
+def _check_nesting(path: str) -> None:
+    """Walk through the pickles of a PyTorch file: tuples in tuples without end would overflow the stack."""
+    with open(path, "rb") as file:
+        if file.read(len(_ZIP)) == _ZIP:
+            with zipfile.ZipFile(path) as archive:
+                for name in archive.namelist():
+                    if name.endswith(".pkl"):
+                        _check_operations(archive.read(name))
+            return
+        file.seek(0)
+        for _ in range(4):  # of the older format: number, version, system, content
+            _check_operations(file)
+
+
 def read_pickle(path: str, *, trusted: bool) -> Any:
     """Read a pickle of NumPy arrays in plain containers, such as detectron2's model zoo has.
 
@@ -124,18 +142,24 @@ def read_pickle(path: str, *, trusted: bool) -> Any:
         if trusted:
             return pickle.load(file, encoding="latin1")
         content = file.read()
-    _check_lengths(content)
-    data = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+    _check_operations(content)
+    data = _ArrayUnpickler(content).load()
     if not isinstance(data, dict):
         return data
     return {k: _with_arrays(v) if isinstance(v, dict) else _array_of(v) for k, v in data.items()}
 
 
-def _check_lengths(content: bytes) -> None:
+def _check_operations(content: bytes | IO[bytes]) -> None:
     """Walk through a pickle: the unpickler believes its lengths and places, and makes room for them."""
-    for operation, argument, _ in pickletools.genops(io.BytesIO(content)):
-        if operation.name.endswith("PUT") and isinstance(argument, int) and argument > len(content):
-            raise ValueError(f"the place {argument} in a file of {len(content)} bytes")
+    stream = io.BytesIO(content) if isinstance(content, bytes) else content
+    tuples = 0
+    for number, (operation, argument, _) in enumerate(pickletools.genops(stream)):
+        # A place is taken by an operation.
+        if operation.name.endswith("PUT") and isinstance(argument, int) and argument > number:
+            raise ValueError(f"the place {argument} after {number} operations")
+        tuples += operation.name.startswith("TUPLE")
+        if tuples > _MOST_TUPLES:
+            raise ValueError(f"more than {_MOST_TUPLES:,} tuples, which no weights need")
 
 
 def _with_arrays(data: dict[Any, Any]) -> dict[Any, Any]:
@@ -151,6 +175,11 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     NumPy's own reconstruction is not called: a dtype's state can make it take bytes for addresses.
     """
+
+    def __init__(self, content: bytes) -> None:
+        """Take the pickle."""
+        super().__init__(io.BytesIO(content), encoding="latin1")
+        self._room = _MOST_TEXT * len(content)
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a class or function: one of ours."""
@@ -174,6 +203,9 @@ class _ArrayUnpickler(pickle.Unpickler):
         # How Python 3 writes bytes for Python 2; and none at all, below.
         if encoding != "latin1":
             raise ValueError(f"bytes in the encoding {encoding!r}")
+        self._room -= len(text)
+        if self._room < 0:
+            raise ValueError("the same text is made bytes of again and again")
         return text.encode("latin1")
 
     def _no_bytes(self) -> bytes:

@@ -181,7 +181,7 @@ class FocalLoop(SimpleTrainer):
         divisor = None if self.normalizer is None else float(self.normalizer.last)
         self.on_not_finite(own, self._in_parts(data), losses, divisor)
         self.steps_skipped += 1
-        if self.steps_skipped == _SKIPS:
+        if self.steps_skipped >= _SKIPS:
             raise UserError(
                 f"{_SKIPS} steps in a row were skipped because their loss or gradient was not finite: see "
                 "the reports"
@@ -218,6 +218,7 @@ class FocalLoop(SimpleTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave; of detectron2's own trainer, what that keeps."""
+        _fit(state["optimizer"], self.optimizer)
         super().load_state_dict(state)
         self.steps_skipped = state.get("skipped", 0)
         if state.get("grad_scaler"):
@@ -228,6 +229,24 @@ class FocalLoop(SimpleTrainer):
             self.bare.load_state_dict(self.average.module.state_dict())
         if self.average is not None:
             self.average.n_averaged.fill_(state.get("averaged", 0))
+
+
+def _fit(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Bring an optimizer's state into its parameters' shapes, which PyTorch's fused steps take on trust.
+
+    Raises:
+        ValueError: if it is of other parameters.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in state["param_groups"] for i in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        own = state["state"].get(number, {})
+        for name, x in own.items():
+            if not isinstance(x, Tensor) or (name == "step" and x.dim() == 0):
+                continue
+            if x.shape != parameter.shape or not x.is_floating_point():
+                raise ValueError(f"the optimizer's {name} has the shape {tuple(x.shape)}")
+            own[name] = torch.empty_like(parameter, dtype=x.dtype, device=x.device).copy_(x)
 
 
 class MovingAverage(AveragedModel):

@@ -38,16 +38,16 @@ from focal_d2.engine.loop import FocalLoop, MovingAverage, Stopped
 from focal_d2.engine.progress import ProgressBar
 from focal_d2.engine.ranks import StopRequest, remember_torchrun
 from focal_d2.engine.weights_and_biases import WeightsAndBiases
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, user_message
 from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, format_results
 
 logger = logging.getLogger(__name__)
 
 
-# What each optimizer's parameter groups have and the other's have not.
-_OWN_SETTING = {"SGD": "momentum", "AdamW": "betas"}
 # Steps that were not finite and are saved, of a training that skips them: each holds the model.
 _MOST_REPORTS = 5
+# More images than any training draws: to go on after so many would take an hour of counting.
+_MOST_DRAWS = 10**9
 
 
 class FocalTrainer(DefaultTrainer):
@@ -216,6 +216,11 @@ class FocalTrainer(DefaultTrainer):
         """
         resumes = comm.all_gather(resume and self.checkpointer.has_checkpoint())[0]
         super().resume_or_load(resumes)
+        if resumes and self.start_iter >= self.max_iter:
+            logger.warning(
+                f"--resume: {self.start_iter} iterations are done and SOLVER.MAX_ITER is {self.max_iter}: "
+                "nothing is left to train"
+            )
         if not resumes and self.average is not None:
             self._trainer.bare.load_state_dict(self.average.module.state_dict())
         if not resumes and comm.is_main_process() and self.checkpointer.has_checkpoint():
@@ -247,7 +252,9 @@ class FocalTrainer(DefaultTrainer):
                 and fail at the first step.
         """
         name = self.cfg.SOLVER.FOCAL.OPTIMIZER
-        if _OWN_SETTING[name] not in state_dict["_trainer"]["optimizer"]["param_groups"][0]:
+        # Another version of PyTorch may have more settings, or fewer; another optimizer has both.
+        ours, theirs = (x[0].keys() for x in (self.optimizer.param_groups, _groups(state_dict)))
+        if ours - theirs and theirs - ours:
             raise UserError(
                 f"--resume: the checkpoint in {self.cfg.OUTPUT_DIR} was written with another optimizer than "
                 f"SOLVER.FOCAL.OPTIMIZER {name}"
@@ -259,6 +266,7 @@ class FocalTrainer(DefaultTrainer):
                 "SOLVER.REFERENCE_WORLD_SIZE made another schedule for them: take as many, or set it to 0 "
                 "and the schedule as it was"
             )
+        self._check_schedule(state_dict)
         super().load_state_dict(state_dict)
         differences = self._go_on_with_data(state_dict.get("data"))
         states = state_dict.get("random", [])
@@ -276,6 +284,22 @@ class FocalTrainer(DefaultTrainer):
                 f"--resume goes on, but not to the bit as without a stop: {'; '.join(differences)}"
             )
 
+    def _check_schedule(self, state: dict[str, Any]) -> None:
+        """Check what detectron2 takes over as it is.
+
+        Raises:
+            ValueError: if a damaged or hostile file does not hold the numbers that belong there.
+        """
+        iteration = state["iteration"]
+        if not isinstance(iteration, int) or not 0 <= iteration < _MOST_DRAWS:
+            raise ValueError(f"iteration {iteration!r}")
+        ours = vars(self.scheduler)
+        for name, value in state.get("hooks", {}).get("LRScheduler", {}).items():
+            if name not in ours or type(value) is not type(ours[name]):
+                raise ValueError(f"the schedule's {name} {value!r}"[:100])
+            if isinstance(value, list) and not all(isinstance(x, (int, float)) for x in value):
+                raise ValueError(f"the schedule's {name} {value!r}"[:100])
+
     def _go_on_with_data(self, saved: dict[str, int] | None) -> list[str]:
         """Let the data go on where they were; return what differs."""
         loader = self.data_loader
@@ -285,6 +309,10 @@ class FocalTrainer(DefaultTrainer):
             self._images_before = (self.iter + 1) * loader.images
             loader.start_at(self._images_before)
             return ["the checkpoint does not say which images were drawn"]
+        if any(type(x) is not int or not 0 <= x < 2**63 for x in saved.values()):
+            raise ValueError(f"the place in the data {saved}"[:200])
+        if saved["images"] > _MOST_DRAWS:
+            raise ValueError(f"{saved['images']} images drawn")
         if self.cfg.SEED < 0:
             loader.seed_with(saved["seed"])
         self._images_before = saved["images"]
@@ -311,6 +339,12 @@ class FocalTrainer(DefaultTrainer):
                     return None
                 verify_results(self.cfg, self._last_eval_results)
                 return self._last_eval_results
+            except OSError as error:
+                if (message := user_message(error)) is None:
+                    raise
+                good = self.checkpointer.get_checkpoint_file()
+                rest = f"; --resume goes on from {good}" if good else ""
+                raise UserError(f"in OUTPUT_DIR {self.cfg.OUTPUT_DIR}: {message}{rest}") from error
             except Stopped as stopped:
                 # The launcher ends those that are left when the first one ends: let the main one save.
                 comm.synchronize()
@@ -321,6 +355,12 @@ class FocalTrainer(DefaultTrainer):
         """Mark the state as complete: all of the last iteration is done."""
         self._trainer.stepping = False
         super().before_step()
+
+    def after_step(self) -> None:
+        """See `TrainerBase.after_step`; if it fails, nothing is evaluated any more."""
+        failed, self.failed = self.failed, True
+        super().after_step()
+        self.failed = failed
 
     def run_step(self) -> None:
         """Make a step, or keep what is done.
@@ -424,10 +464,13 @@ class FocalTrainer(DefaultTrainer):
             reports = [examine(model, part, steps=steps, normalizer=divisor) for part in parts]
             bad = [bool(report.bad_terms or report.gradient) for report in reports]
             which = bad.index(True) if any(bad) else 0
-            report = reports[which]
-            if not save or self._reports >= _MOST_REPORTS:
-                return any(bad), report.verdict
-            self._reports += 1
+        except (RuntimeError, MemoryError) as error:  # no room for it
+            return False, f"its cause could not be examined ({type(error).__name__}: {error})"
+        report = reports[which]
+        if not save or self._reports >= _MOST_REPORTS:
+            return any(bad), report.verdict
+        self._reports += 1
+        try:
             written = save_step(
                 self.cfg.OUTPUT_DIR,
                 cfg=self.cfg,
@@ -440,8 +483,8 @@ class FocalTrainer(DefaultTrainer):
                 rank=comm.get_rank(),
                 report=report,
             )
-        except (RuntimeError, MemoryError, OSError) as error:  # no room, in memory or on the disk
-            return False, f"its cause could not be examined ({type(error).__name__}: {error})"
+        except OSError as error:
+            return any(bad), f"{report.verdict} (the report could not be written: {error})"
         repeat = f"{written}/report.txt; tools/replay.py {written} repeats the step"
         return any(bad), f"{report.verdict} ({repeat})"
 
@@ -458,6 +501,10 @@ class RandomStates(HookBase):
         done = self.trainer.iter + 1
         if done % self._period == 0 or done >= self.trainer.max_iter:
             self.trainer._random_states = self.trainer.iter, comm.gather(random_state())
+
+
+def _groups(state: dict[str, Any]) -> list[dict[str, Any]]:
+    return state["_trainer"]["optimizer"]["param_groups"]
 
 
 def _say_that_it_stops(number: int) -> None:

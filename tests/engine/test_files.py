@@ -244,3 +244,24 @@ def test_write_aside_on_a_full_disk(small_disk):
     assert list(small_disk.iterdir()) == [path]
     write_aside(str(path), lambda file: torch.save(torch.ones(10**5), file))
     assert torch.load(path).sum() == 10**5
+
+
+def test_tuples_without_end_are_refused(tmp_path):
+    """Hashing them would overflow the stack."""
+    content = b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"K\x01s."
+    (tmp_path / "deep.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match="more than 30,000 tuples"):
+        read_pickle(str(tmp_path / "deep.pkl"), trusted=False)
+    with zipfile.ZipFile(tmp_path / "deep.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+    with pytest.raises(ValueError, match="more than 30,000 tuples"):
+        read_torch(str(tmp_path / "deep.pth"), trusted=False)
+
+
+def test_a_text_that_is_repeated_without_end_is_refused(tmp_path):
+    encode = b"c_codecs\nencode\n"
+    text = b"X" + (1000).to_bytes(4, "little") + b"a" * 1000 + b"q\x00" + b"X\x06\x00\x00\x00latin1q\x01"
+    once = encode + b"h\x00h\x01\x86R"
+    (tmp_path / "bomb.pkl").write_bytes(b"\x80\x02]" + text + b"0" * 0 + b"00(" + once * 1000 + b"e.")
+    with pytest.raises(ValueError, match="made bytes of again and again"):
+        read_pickle(str(tmp_path / "bomb.pkl"), trusted=False)

@@ -387,6 +387,8 @@ def test_skipping_without_end_is_given_up(small_job, monkeypatch, capfd):
     run = ["--config-file", small_job, "SOLVER.FOCAL.ON_NONFINITE", "skip", "SOLVER.MAX_ITER", 50]
     assert run_main(monkeypatch, *run) == 2
     assert "10 steps in a row were skipped" in capfd.readouterr().err
+    assert run_main(monkeypatch, "--resume", *run) == 2
+    assert "10 steps in a row were skipped" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -447,6 +449,61 @@ def test_scaled_losses_train_the_same(small_job, tmp_path, monkeypatch):
     assert overflown["trainer"]["_trainer"]["grad_scaler"]["scale"] == 512.0
     assert differences(plain["model"], overflown["model"]) != []
     assert all(x.isfinite().all() for x in overflown["model"].values())
+
+
+SPOILT = {
+    "optimizer": lambda s: s["_trainer"]["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+    "expanded": lambda s: s["_trainer"]["optimizer"]["state"][0].update(
+        exp_avg=torch.zeros(1).expand(10**6, 10**6)
+    ),
+    "images": lambda s: s["data"].update(images=10**15),
+    "rate": lambda s: s["hooks"]["LRScheduler"].update(base_lrs="x"),
+    "method": lambda s: s["hooks"]["LRScheduler"].update(get_lr=1.0),
+    "iteration": lambda s: s.update(iteration=-100),
+    "generators": lambda s: s["random"][0].update(torch=torch.zeros(4, dtype=torch.uint8)),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT.keys())
+def test_a_checkpoint_whose_state_can_not_be_is_passed_over(small_job, tmp_path, monkeypatch, capfd, spoil):
+    run = ["--config-file", small_job, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()"]
+    assert run_main(monkeypatch, *run, "SOLVER.MAX_ITER", 4) == 0
+    path = tmp_path / "out/model_final.pth"
+    content = saved(path)
+    spoil(content["trainer"])
+    torch.save(content, path)
+    capfd.readouterr()
+    assert run_main(monkeypatch, "--resume", *run, "SOLVER.MAX_ITER", 5) == 0
+    output = capfd.readouterr().out
+    assert "model_final.pth" in output.partition("WARNING")[2]
+    assert "trying model_0000003.pth" in output
+    assert saved(path)["iteration"] == 4
+
+
+def test_a_run_of_which_only_the_end_is_left_goes_on(small_job, tmp_path, monkeypatch, caplog):
+    run = ["--config-file", small_job, "DATASETS.TEST", "()", "SOLVER.MAX_ITER"]
+    assert run_main(monkeypatch, *run, 2) == 0
+    (tmp_path / "out/last_checkpoint").unlink()
+    assert run_main(monkeypatch, "--resume", *run, 3) == 0
+    assert saved(tmp_path / "out/model_final.pth")["iteration"] == 2
+    assert not (tmp_path / "out/earlier_1").exists()
+    assert run_main(monkeypatch, "--resume", *run, 1) == 0
+    assert "3 iterations are done and SOLVER.MAX_ITER is 1: nothing is left to train" in caplog.text
+
+
+def test_an_optimizer_of_ones_own_resumes(small_job, tmp_path):
+    class Trainer(FocalTrainer):
+        @classmethod
+        def build_optimizer(cls, cfg, model):
+            return torch.optim.Adagrad(model.parameters(), lr=cfg.SOLVER.BASE_LR)
+
+    for resume, last in ((False, 2), (True, 3)):
+        overrides = ["SOLVER.MAX_ITER", str(last), "DATASETS.TEST", "()", "SOLVER.FOCAL.OPTIMIZER", "SGD"]
+        (tmp_path / "out").mkdir(exist_ok=True)
+        trainer = Trainer(load_config(str(small_job), overrides))
+        trainer.resume_or_load(resume)
+        trainer.train()
+    assert trainer.start_iter == 2
 
 
 def test_other_errors_are_not_told_away():
