@@ -45,6 +45,8 @@ _NEEDED_KEYS = {
     "WeightedCategoryTrainingSampler": ("DATASETS", "TRAIN_REPEAT_FACTOR"),
 }
 _MOST_CLASSES_LOGGED = 5
+# More images than any training draws: to go on after so many would take an hour of counting.
+_MOST_DRAWS = 10**9
 
 
 class ClassBalancedSampler(Sampler[int]):
@@ -350,14 +352,41 @@ class TrainingLoader:
         """Images of a batch, over all ranks."""
         return self.batches.images
 
-    def seed_with(self, seed: int) -> None:
-        """Draw as with another seed, from the next iterator on."""
-        self.samples.seed = seed
-        self.batches.sampler = self._build_sampler(seed)
-
     def start_at(self, images: int) -> None:
         """Let the next iterator begin after so many images."""
         self.batches.start = images // self.batches.images
+
+    def place(self, images: int) -> dict[str, int]:
+        """Return what `go_on` needs after so many images."""
+        return {"images": images, "batch": self.images, "seed": self.seed, "records": self.data}
+
+    def go_on(self, place: dict[str, int], *, take_seed: bool) -> list[str]:
+        """Begin the next iterator at a place.
+
+        Args:
+            place: of `place`.
+            take_seed: draw as from its seed, not from this loader's.
+
+        Returns:
+            What differs, so that other images follow.
+
+        Raises:
+            ValueError: if it is no place.
+        """
+        if any(type(x) is not int for x in place.values()) or not 0 <= place["images"] <= _MOST_DRAWS:
+            raise ValueError(f"the place in the data {place}"[:200])
+        if take_seed:
+            self.samples.seed = place["seed"]
+            self.batches.sampler = self._build_sampler(place["seed"])
+        self.start_at(place["images"])
+        changed = []
+        if place["seed"] != self.seed:
+            changed.append(f"SEED {self.seed} instead of {place['seed']}")
+        if place["batch"] != self.images:
+            changed.append(f"SOLVER.IMS_PER_BATCH {self.images} instead of {place['batch']}")
+        if place["records"] != self.data:
+            changed.append("other images in DATASETS.TRAIN")
+        return changed
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Yield this rank's samples, batch by batch.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import sys
 import weakref
@@ -37,6 +36,7 @@ from focal_d2.engine.live import TrainingPictures
 from focal_d2.engine.loop import FocalLoop, MovingAverage, Stopped
 from focal_d2.engine.progress import ProgressBar
 from focal_d2.engine.ranks import StopRequest, remember_torchrun
+from focal_d2.engine.resume import check_state, set_aside
 from focal_d2.engine.weights_and_biases import WeightsAndBiases
 from focal_d2.errors import UserError, user_message
 from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, format_results
@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 # Steps that were not finite and are saved, of a training that skips them: each holds the model.
 _MOST_REPORTS = 5
-# More images than any training draws: to go on after so many would take an hour of counting.
-_MOST_DRAWS = 10**9
 
 
 class FocalTrainer(DefaultTrainer):
@@ -224,7 +222,7 @@ class FocalTrainer(DefaultTrainer):
         if not resumes and self.average is not None:
             self._trainer.bare.load_state_dict(self.average.module.state_dict())
         if not resumes and comm.is_main_process() and self.checkpointer.has_checkpoint():
-            _set_aside(Path(self.cfg.OUTPUT_DIR))
+            set_aside(Path(self.cfg.OUTPUT_DIR))
         remember_torchrun(self.cfg.OUTPUT_DIR)
         comm.synchronize()
 
@@ -233,12 +231,8 @@ class FocalTrainer(DefaultTrainer):
         state = super().state_dict()
         loader = self.data_loader
         if isinstance(loader, TrainingLoader):
-            state["data"] = {
-                "images": self._images_before + (self.iter + 1 - self.start_iter) * loader.images,
-                "batch": loader.images,
-                "seed": loader.seed,
-                "records": loader.data,
-            }
+            drawn = (self.iter + 1 - self.start_iter) * loader.images
+            state["data"] = loader.place(self._images_before + drawn)
         iteration, states = self._random_states
         state["random"] = states if iteration == self.iter else [random_state()]
         state["processes"] = comm.get_world_size()
@@ -248,27 +242,13 @@ class FocalTrainer(DefaultTrainer):
         """Resume, and say what is not exact; see detectron2's `DefaultTrainer`.
 
         Raises:
-            UserError: if the checkpoint was written with another optimizer. PyTorch would take its state
-                and fail at the first step.
+            UserError: if the checkpoint was written for another optimizer or schedule.
+            ValueError: if it is damaged.
         """
-        name = self.cfg.SOLVER.FOCAL.OPTIMIZER
-        # Another version of PyTorch may have more settings, or fewer; another optimizer has both.
-        ours, theirs = (x[0].keys() for x in (self.optimizer.param_groups, _groups(state_dict)))
-        if ours - theirs and theirs - ours:
-            raise UserError(
-                f"--resume: the checkpoint in {self.cfg.OUTPUT_DIR} was written with another optimizer than "
-                f"SOLVER.FOCAL.OPTIMIZER {name}"
-            )
-        before, now = state_dict.get("processes", 1), comm.get_world_size()
-        if before != now and self.cfg.SOLVER.REFERENCE_WORLD_SIZE:
-            raise UserError(
-                f"--resume: {before} processes wrote the checkpoint in {self.cfg.OUTPUT_DIR}, not {now}; "
-                "SOLVER.REFERENCE_WORLD_SIZE made another schedule for them: take as many, or set it to 0 "
-                "and the schedule as it was"
-            )
-        self._check_schedule(state_dict)
+        check_state(state_dict, cfg=self.cfg, optimizer=self.optimizer, schedule=vars(self.scheduler))
         super().load_state_dict(state_dict)
         differences = self._go_on_with_data(state_dict.get("data"))
+        before, now = state_dict.get("processes", 1), comm.get_world_size()
         states = state_dict.get("random", [])
         if before != now:
             differences.append(
@@ -284,47 +264,17 @@ class FocalTrainer(DefaultTrainer):
                 f"--resume goes on, but not to the bit as without a stop: {'; '.join(differences)}"
             )
 
-    def _check_schedule(self, state: dict[str, Any]) -> None:
-        """Check what detectron2 takes over as it is.
-
-        Raises:
-            ValueError: if a damaged or hostile file does not hold the numbers that belong there.
-        """
-        iteration = state["iteration"]
-        if not isinstance(iteration, int) or not 0 <= iteration < _MOST_DRAWS:
-            raise ValueError(f"iteration {iteration!r}")
-        ours = vars(self.scheduler)
-        for name, value in state.get("hooks", {}).get("LRScheduler", {}).items():
-            if name not in ours or type(value) is not type(ours[name]):
-                raise ValueError(f"the schedule's {name} {value!r}"[:100])
-            if isinstance(value, list) and not all(isinstance(x, (int, float)) for x in value):
-                raise ValueError(f"the schedule's {name} {value!r}"[:100])
-
-    def _go_on_with_data(self, saved: dict[str, int] | None) -> list[str]:
+    def _go_on_with_data(self, place: dict[str, int] | None) -> list[str]:
         """Let the data go on where they were; return what differs."""
         loader = self.data_loader
         if not isinstance(loader, TrainingLoader):
             return ["the data, no list of records, start anew"]
-        if saved is None:
+        if place is None:
             self._images_before = (self.iter + 1) * loader.images
             loader.start_at(self._images_before)
             return ["the checkpoint does not say which images were drawn"]
-        if any(type(x) is not int or not 0 <= x < 2**63 for x in saved.values()):
-            raise ValueError(f"the place in the data {saved}"[:200])
-        if saved["images"] > _MOST_DRAWS:
-            raise ValueError(f"{saved['images']} images drawn")
-        if self.cfg.SEED < 0:
-            loader.seed_with(saved["seed"])
-        self._images_before = saved["images"]
-        loader.start_at(self._images_before)
-        changed = []
-        if saved["seed"] != loader.seed:
-            changed.append(f"SEED {loader.seed} instead of {saved['seed']}")
-        if saved["batch"] != loader.images:
-            changed.append(f"SOLVER.IMS_PER_BATCH {loader.images} instead of {saved['batch']}")
-        if saved["records"] != loader.data:
-            changed.append("other images in DATASETS.TRAIN")
-        return changed
+        self._images_before = place["images"]
+        return loader.go_on(place, take_seed=self.cfg.SEED < 0)
 
     def train(self) -> Any:
         """Train; see `DefaultTrainer.train`.
@@ -503,33 +453,11 @@ class RandomStates(HookBase):
             self.trainer._random_states = self.trainer.iter, comm.gather(random_state())
 
 
-def _groups(state: dict[str, Any]) -> list[dict[str, Any]]:
-    return state["_trainer"]["optimizer"]["param_groups"]
-
-
 def _say_that_it_stops(number: int) -> None:
     if comm.is_main_process():
         name = signal.Signals(number).name
         # Not print: the signal may come while that very stream is written to.
         os.write(2, f"{name}: this iteration ends, then a checkpoint; once more stops at once\n".encode())
-
-
-def _set_aside(folder: Path) -> None:
-    """Move an earlier run's checkpoints and figures away, lest they be taken for the new run's."""
-    numbers = (int(x.name[8:]) for x in folder.glob("earlier_*") if x.name[8:].isdecimal())
-    earlier = folder / f"earlier_{max(numbers, default=0) + 1}"
-    earlier.mkdir()
-    for path in [folder / "last_checkpoint", *folder.glob("model_*.pth")]:
-        if path.exists():
-            path.rename(earlier / path.name)
-    figures = folder / "metrics.json"
-    if figures.exists():
-        # The new run has it open already, to append.
-        shutil.copy(figures, earlier)
-        os.truncate(figures, 0)
-    logger.warning(
-        f"checkpoints of an earlier run in {folder} are now in {earlier}; --resume would go on with them"
-    )
 
 
 def check_training(cfg: CfgNode) -> None:
