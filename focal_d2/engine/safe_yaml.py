@@ -132,10 +132,10 @@ def _parse(path: str) -> dict[str, Any]:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         reasons = [" ".join(x.split()) for x in (error.context, error.problem) if x]
         raise UserError(f"{path}{line}: {': '.join(reasons)}") from error
-    except (RecursionError, ValueError, OverflowError) as error:
+    except (RuntimeError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
-        # Too many levels, or a date or number that Python can't hold.
+        # Too many levels, a date or number that Python can't hold, or an address that leads nowhere.
         raise UserError(f"{path}: not a config: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a config; it must be nested lines of KEY: value")
