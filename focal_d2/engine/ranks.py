@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing import ProcessExitedException
 
 from focal_d2.engine.cli import quiet
@@ -32,6 +34,7 @@ from focal_d2.errors import UserError, user_message
 # Signals closer together than this are one: a terminal and a launcher may both pass one on.
 _SAME_SIGNAL = 0.5  # seconds
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STARTING = 600.0  # seconds that processes wait for each other
 _AGENTS = "torchrun.json"  # in OUTPUT_DIR
 
 
@@ -168,10 +171,42 @@ def _run_under_torchrun(run: Callable[[argparse.Namespace], None], args: argpars
                 f"--nproc-per-node {ranks}: PyTorch finds {torch.cuda.device_count()} CUDA devices"
             )
         torch.cuda.set_device(local)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, rank, world = next(rendezvous("env://"))
+    if world > 1:
+        store = _without_the_dead(store, rank, world)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
     comm.create_local_process_group(ranks)
     run(args)
     distributed.destroy_process_group()
+
+
+def _without_the_dead(store: Any, rank: int, world: int) -> Any:
+    """Return a part of torchrun's store that is this start's alone.
+
+    torchrun keeps its store when it restarts processes, and with it the addresses of those that ended, which
+    PyTorch would connect to. So the first process makes a name, and gives it to whoever asks in its own.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"focal_d2/ask/{rank}", own)
+        store.wait([f"focal_d2/answer/{own}"])
+        name = store.get(f"focal_d2/answer/{own}").decode()
+        store.set(f"focal_d2/heard/{name}/{rank}", "")
+        return distributed.PrefixStore(name, store)
+    waiting, end = set(range(1, world)), time.monotonic() + _STARTING
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"focal_d2/heard/{own}/{other}"]):
+                waiting.remove(other)
+            elif store.check([f"focal_d2/ask/{other}"]):
+                # Perhaps of a dead one, whose name nobody waits for; the living one overwrites it.
+                asker = store.get(f"focal_d2/ask/{other}").decode()
+                store.set(f"focal_d2/answer/{asker}", own)
+        if time.monotonic() > end:
+            raise UserError(f"{len(waiting)} of {world} processes did not start in {_STARTING:g} seconds")
+        time.sleep(0.02)
+    return distributed.PrefixStore(own, store)
 
 
 def restarted_by_torchrun(folder: str) -> bool:
