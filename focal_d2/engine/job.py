@@ -108,7 +108,6 @@ def check_job(config_file: str, overrides: Sequence[str] = (), *, num_gpus: int 
     cfg.MODEL.DEVICE = "cpu"  # where building leaves no context and no memory behind
     with building("trainer"):
         check_training(cfg)
-        check_best(cfg)
         model = build_model(cfg)
         optimizer = FocalTrainer.build_optimizer(cfg, model)
         FocalTrainer.build_lr_scheduler(cfg, optimizer)

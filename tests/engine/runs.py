@@ -1,10 +1,15 @@
-"""`train_net.py`, run in the test's process."""
+"""`train_net.py`, run in the test's process, and small disks."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from train_net import command_line, main
 
@@ -22,3 +27,15 @@ def run_main(monkeypatch, *argv: object) -> int:
 
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[Path]:
+    """Make a folder that is a file system of its own, of a size as mount writes it."""
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    # Lazily: a job's log files may still be open.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

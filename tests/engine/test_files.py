@@ -7,7 +7,6 @@ import errno
 import os
 import pickle
 import resource
-import subprocess
 import zipfile
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from focal_d2.engine.files import ForbiddenImportError, read_pickle, read_torch, write_aside
+from tests.engine.runs import mounted
 
 
 class Evil:
@@ -223,13 +223,8 @@ def test_read_pickle_makes_no_room_for_what_is_not_there(tmp_path, data):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of a megabyte."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "small", "1m") as folder:
+        yield folder
 
 
 def test_write_aside_on_a_full_disk(small_disk):

@@ -16,7 +16,7 @@ import yaml
 from focal_d2.data.readers import read_coco
 from tests.conftest import REPOSITORY
 from tests.data import formats
-from tests.engine.runs import metrics, run_main
+from tests.engine.runs import metrics, mounted, run_main
 from tests.engine.test_files import Evil
 from train_net import command_line
 
@@ -121,13 +121,8 @@ def test_resume_without_a_checkpoint_starts_anew(job, tmp_path, monkeypatch):
 @pytest.fixture
 def small_output(job, tmp_path):
     """OUTPUT_DIR is a file system with room for one checkpoint, 47 MB without an optimizer's state."""
-    out = tmp_path / "out"
-    out.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=80m", "tmpfs", str(out)]
-    if subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield out
-    subprocess.run(["umount", "--lazy", str(out)], check=True)
+    with mounted(tmp_path / "out", "80m") as out:
+        yield out
 
 
 WITHOUT_STATE = ["SOLVER.FOCAL.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.0, "DATASETS.TEST", "()"]
