@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 
 _PREFIX = "UserError: "
+# Ends the line that refuses a file: the flag is that of focal_d2.engine.add_trust_flag.
+UNLESS_TRUSTED = " (unless you trust the file: --trust-files of train_net.py and tools/predict.py)"
 
 
 class UserError(ValueError):

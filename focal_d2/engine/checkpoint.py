@@ -15,8 +15,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
-from focal_d2.engine.files import ASIDE, ForbiddenImportError, read_pickle, read_torch, write_aside
 from focal_d2.errors import UserError
+from focal_d2.storage.files import ASIDE, ForbiddenImportError, read_pickle, read_torch, write_aside
 
 # What the losses remember: not in detectron2's checkpoints, and each loss has its own.
 _OURS = ("loss_normalizer.", "cls_loss.", "box_loss.")

@@ -16,9 +16,6 @@ from detectron2.engine import default_argument_parser
 
 from focal_d2.errors import UserError, user_message
 
-# Ends the line that refuses a file, so it must name a flag that add_trust_flag gives.
-UNLESS_TRUSTED = " (unless you trust the file: --trust-files of train_net.py and tools/predict.py)"
-
 
 def quiet() -> None:
     """Keep from a process's output what its reader can't mend."""

@@ -28,8 +28,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing import ProcessExitedException
 
 from focal_d2.engine.cli import quiet
-from focal_d2.engine.files import write_aside
 from focal_d2.errors import UserError, user_message
+from focal_d2.storage.files import write_aside
 
 # Signals closer together than this are one: a terminal and a launcher may both pass one on.
 _SAME_SIGNAL = 0.5  # seconds

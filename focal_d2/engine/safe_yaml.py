@@ -13,8 +13,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-from focal_d2.engine.cli import UNLESS_TRUSTED
-from focal_d2.errors import UserError
+from focal_d2.errors import UNLESS_TRUSTED, UserError
 
 # Far above any config, and low enough that a hostile file costs seconds and megabytes at most.
 LONGEST_FILE = 2**20  # bytes

@@ -17,11 +17,11 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from focal_d2.config import add_focal_config
-from focal_d2.engine.files import read_torch, write_aside
 from focal_d2.engine.forensics.examination import examine
 from focal_d2.engine.forensics.report import Report, Step
 from focal_d2.engine.setup import building, resolve_device
 from focal_d2.errors import UserError
+from focal_d2.storage.files import read_torch, write_aside
 
 _KEYS = {
     *("iteration", "rank", "learning_rate", "losses", "steps", "normalizer"),

@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from focal_d2.engine.cli import UNLESS_TRUSTED
+from focal_d2.errors import UNLESS_TRUSTED
 
 ASIDE = ".tmp"  # ends the name of a file that is not whole yet
 _ZIP = b"PK\x03\x04"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from focal_d2.engine.files import ForbiddenImportError, read_pickle, read_torch, write_aside
+from focal_d2.storage.files import ForbiddenImportError, read_pickle, read_torch, write_aside
 from tests.engine.runs import mounted
 
 

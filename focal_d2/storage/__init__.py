@@ -1,0 +1,1 @@
+"""What every room may use to read and write files: safely, and without running what they hold."""
