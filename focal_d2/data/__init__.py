@@ -2,6 +2,7 @@
 
 from focal_d2.data import digits, neon_trees
 from focal_d2.data.datasets import (
+    announce,
     check_annotations,
     check_datasets,
     check_files,
@@ -20,6 +21,7 @@ neon_trees.register()
 __all__ = [
     "FocalDatasetMapper",
     "Table",
+    "announce",
     "check_annotations",
     "check_datasets",
     "check_files",

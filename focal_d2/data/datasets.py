@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from focal_d2.data.readers import READERS
 from focal_d2.data.readers.common import class_names, listed, read_list
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # Keys of an entry of DATASETS.FOCAL, and those that some formats have besides.
 _KEYS = ("NAME", "FORMAT", "IMAGES", "ANNOTATIONS", "CLASSES")
@@ -93,8 +96,41 @@ def register_table(name: str, read: Callable[[], Table], **metadata: Any) -> Non
         read: returns its table; called whenever the dataset is asked for.
         **metadata: what else detectron2's catalog shall hold.
     """
-    DatasetCatalog.register(name, lambda: _whole_table(name).records())
-    MetadataCatalog.get(name).set(read_table=read, evaluator_type="coco", **metadata)
+    announce = functools.cache(functools.partial(_announce, name))
+
+    def records() -> list[dict[str, Any]]:
+        table = _whole_table(name)
+        announce()
+        return table.records()
+
+    DatasetCatalog.register(name, records)
+    MetadataCatalog.get(name).set(read_table=read, announce=announce, evaluator_type="coco", **metadata)
+
+
+def announce(name: str) -> None:
+    """Log what reading a dataset made of its annotations; once, and only of datasets with a table.
+
+    It is logged when the dataset's records are first asked for, too.
+
+    Args:
+        name: a registered dataset's.
+    """
+    log = MetadataCatalog.get(name).get("announce")
+    if log is not None:
+        log()
+
+
+def _announce(name: str) -> None:
+    table = load_table(name)
+    for note in table.notes:
+        logger.info(note)
+    dropped = np.flatnonzero(~table.has_area)
+    if dropped.size:
+        first = f"{table.file_names[table.image[dropped[0]]]}: {table.boxes[dropped[0]].tolist()}"
+        logger.warning(
+            f'dataset "{name}": {dropped.size} of {table.labels.size} boxes have no area and are left out of '
+            f"training and evaluation; the first (left, top, width, height): {first}"
+        )
 
 
 def load_table(name: str) -> Table:

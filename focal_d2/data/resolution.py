@@ -12,12 +12,10 @@ import numpy as np
 from detectron2.config import CfgNode
 
 from focal_d2.config import check_choice
-from focal_d2.data.table import Table
+from focal_d2.data.table import SHORTEST_SIDE, Table
 from focal_d2.errors import UserError
 
 _CROPS = ("absolute", "absolute_range", "relative", "relative_range")
-# detectron2 drops boxes whose sides, after clipping, are not longer.
-_SHORTEST_SIDE = 1e-5
 
 
 class NetworkInputs(NamedTuple):
@@ -50,7 +48,7 @@ def training_boxes(cfg: CfgNode, table: Table) -> TrainingBoxes:
     # Along each axis by the ratio of whole pixels, as images are resized.
     corners *= np.tile((sizes / table.sizes)[image, ::-1], 2)
     corners = corners.clip(0, np.tile(sizes[image, ::-1], 2))
-    kept = (corners[:, 2:] - corners[:, :2] > _SHORTEST_SIDE).all(axis=1)
+    kept = (corners[:, 2:] - corners[:, :2] > SHORTEST_SIDE).all(axis=1)
     return TrainingBoxes(rows[kept], image[kept], corners[kept], sizes)
 
 

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from detectron2.structures import BoxMode
 
+# Sides in pixels that are not longer are as good as none: detectron2 drops such boxes after clipping.
+SHORTEST_SIDE = 1e-5
+
 
 @dataclass(frozen=True)
 class Table:
@@ -23,9 +26,10 @@ class Table:
         image: (B,) int64, the place of a box's image; ascending.
         boxes: (B, 4) float64, left, top, width, height in pixels.
         labels: (B,) int64 in [0, K).
-        ignored: (B,) bool: crowds and difficult objects, which are neither background nor counted in AP.
+        ignored: (B,) bool: crowds, difficult objects and the like, neither background nor counted in AP.
         areas: (B,) float64 square pixels; COCO's own where a file has them (of the mask), else of the box.
         problems: a line for each item that could not be read; those items are in no column.
+        notes: lines for the log: what the reader decided that its user may not expect.
     """
 
     classes: tuple[str, ...]
@@ -39,9 +43,20 @@ class Table:
     ignored: np.ndarray
     areas: np.ndarray
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.file_names)
+
+    @property
+    def has_area(self) -> np.ndarray:
+        """(B,) bool: whether a box is of finite numbers and both sides are longer than `SHORTEST_SIDE`."""
+        return np.isfinite(self.boxes).all(axis=1) & (self.boxes[:, 2:] > SHORTEST_SIDE).all(axis=1)
+
+    @property
+    def objects(self) -> np.ndarray:
+        """(B,) bool: boxes that are trained on and counted in AP; they have an area and are not ignored."""
+        return self.has_area & ~self.ignored
 
     def by_name(self) -> Table:
         """Return the same with images in order of their files' names."""
@@ -62,11 +77,13 @@ class Table:
     def records(self) -> list[dict[str, Any]]:
         """Return the images in detectron2's dataset format, boxes as floats in `BoxMode.XYWH_ABS`.
 
-        Beside detectron2's keys an annotation has its "area".
+        Beside detectron2's keys an annotation has its "area". Boxes without area are left out: no detection
+        can match them.
         """
-        ends = np.searchsorted(self.image, np.arange(len(self)), side="right").tolist()
-        boxes, labels = self.boxes.tolist(), self.labels.tolist()
-        ignored, areas = self.ignored.astype(int).tolist(), self.areas.tolist()
+        kept = self.has_area
+        ends = np.searchsorted(self.image[kept], np.arange(len(self)), side="right").tolist()
+        boxes, labels = self.boxes[kept].tolist(), self.labels[kept].tolist()
+        ignored, areas = self.ignored[kept].astype(int).tolist(), self.areas[kept].tolist()
         records, start = [], 0
         for name, image_id, (height, width), end in zip(
             self.file_names, self.image_ids.tolist(), self.sizes.tolist(), ends, strict=True

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from focal_d2 import UserError
-from focal_d2.data import check_datasets, count_classes, ground_truth, load_table, register_datasets
+from focal_d2.data import (
+    announce,
+    check_datasets,
+    count_classes,
+    ground_truth,
+    load_table,
+    register_datasets,
+)
 from focal_d2.data.readers.common import class_names
 from tests.conftest import make_cfg
 from tests.data.test_table import RECORDS
@@ -118,6 +126,27 @@ def test_predictions_get_the_files_own_category_ids(coco_dataset):
     register_datasets([{**data.entry, "CLASSES": ["class1", "class0"]}])
     DatasetCatalog.get(data.name)
     assert MetadataCatalog.get(data.name).thing_dataset_id_to_contiguous_id == {2: 0, 1: 1}
+
+
+def test_what_reading_made_of_a_dataset_is_logged_once(coco_dataset, caplog):
+    data = coco_dataset(images=1)
+    content = json.loads(data.annotations.read_text())
+    content["annotations"][0]["ignore"] = 1
+    content["annotations"][1]["bbox"] = [5, 6, 0, 30]
+    data.annotations.write_text(json.dumps(content))
+    register_datasets([data.entry])
+    with caplog.at_level(logging.INFO, logger="focal_d2"):
+        for _ in range(2):
+            announce(data.name)
+            (record,) = DatasetCatalog.get(data.name)
+    assert [a["category_id"] for a in record["annotations"]] == [0, 2]
+    note, warning = caplog.messages
+    assert '1 of 3 annotations have "ignore": 1' in note
+    assert warning == (
+        f'dataset "{data.name}": 1 of 3 boxes have no area and are left out of training and evaluation; the '
+        f"first (left, top, width, height): {data.images / '0.png'}: [5.0, 6.0, 0.0, 30.0]"
+    )
+    announce("coco_2017_val")  # detectron2's own datasets have nothing to log
 
 
 def test_tables_of_other_datasets_come_from_their_records():

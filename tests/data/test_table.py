@@ -56,3 +56,15 @@ def test_by_name_moves_images_with_their_boxes():
     expected = Table.from_records(RECORDS, ["x", "y"])
     assert table.records() == expected.records()
     assert [r["file_name"] for r in table.records()] == ["a.png", "b.png"]
+
+
+def test_boxes_without_area_are_no_records():
+    boxes = [[0, 0, 5, 5], [1, 1, 0, 4], [1, 1, 4, 1e-9], [1, float("nan"), 4, 4], [2, 2, 3, 3]]
+    annotations = [{"bbox": box, "bbox_mode": XYWH, "category_id": k} for k, box in enumerate(boxes)]
+    annotations[4]["iscrowd"] = 1
+    records = [{**RECORDS[0], "annotations": annotations[:2]}, {**RECORDS[1], "annotations": annotations[2:]}]
+    table = Table.from_records(records, "abcde")
+    assert table.has_area.tolist() == [True, False, False, False, True]
+    assert table.objects.tolist() == [True, False, False, False, False]
+    kept = [[a["category_id"] for a in record["annotations"]] for record in table.records()]
+    assert kept == [[0], [4]]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -11,9 +13,12 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 
 from focal_d2.data import register_datasets
+from focal_d2.data.readers import read_coco
 from focal_d2.engine import FocalTrainer, load_config
 from focal_d2.errors import UserError
 from focal_d2.evaluation import FocalCOCOEvaluator, format_results
+from focal_d2.evaluation.backends import BACKENDS
+from tests.data import formats
 from tests.evaluation.scenes import random_scene
 from tests.evaluation.test_backends import pycocotools_alone
 
@@ -152,6 +157,62 @@ def test_analysis_is_written_with_the_evaluators_figures(tmp_path):
         numbers = sorted(c["id"] for c in content["categories"])
         assert [c["name"] for c in fast["per_class"]] == [f"class{n}" for n in numbers]
         assert fast["max_dets"] == [1, 10, 100]
+
+
+def evaluate_boxes(name, found, backend):
+    """AP of these boxes, (left, top, width, height) in each image."""
+    evaluator = FocalCOCOEvaluator(name, backend=backend)
+    evaluator.reset()
+    for record, boxes in zip(DatasetCatalog.get(name), found, strict=True):
+        annotations = [{"bbox": box, "category_id": 0} for box in boxes]
+        evaluator.process([record], [{"instances": instances_of(annotations)}])
+    return evaluator.evaluate()["bbox"]["AP"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ignore_counts_for_our_datasets_and_not_for_detectron2s(coco_dataset, backend):
+    """pycocotools overwrites "ignore" with "iscrowd"; recall of 1 of 2 boxes is AP 51 / 101."""
+    data = coco_dataset(images=1, classes=1)
+    content = json.loads(data.annotations.read_text())
+    content["annotations"] = [
+        {"id": i, "image_id": 0, "category_id": 1, "bbox": box, "area": 100, "iscrowd": 0, "ignore": ignore}
+        for i, (box, ignore) in enumerate([([4, 4, 10, 10], 0), ([30, 30, 10, 10], 1)], 1)
+    ]
+    data.annotations.write_text(json.dumps(content))
+    register_datasets([data.entry])
+    found = [[[4, 4, 10, 10]]]
+    assert evaluate_boxes(data.name, found, backend) == pytest.approx(100)
+    # The region is no false alarm either.
+    assert evaluate_boxes(data.name, [[*found[0], [30, 30, 10, 10]]], backend) == pytest.approx(100)
+    # As detectron2 registers a file; its own reader refuses the flag, its evaluator does not.
+    MetadataCatalog.get(data.name).set(json_file=str(data.annotations))
+    assert evaluate_boxes(data.name, found, backend) == pytest.approx(100 * 51 / 101)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("style", formats.STYLES)
+def test_boxes_without_area_do_not_count(coco_dataset, tmp_path, style, backend):
+    data = coco_dataset(images=1, classes=1)
+    table = read_coco(str(data.annotations), str(data.images))
+    # A second object of no width; VOC's format can write it, too, as xmax = xmin - 1.
+    columns = ("image", "labels", "ignored", "areas")
+    table = dataclasses.replace(
+        table,
+        boxes=np.array([*table.boxes, [5.0, 6.0, 0.0, 20.0]]),
+        **{name: np.repeat(getattr(table, name), 2) for name in columns},
+    )
+    entry = formats.write(style, tmp_path / style, table, data.images)
+    register_datasets([entry])
+    (box,) = [a["bbox"] for a in DatasetCatalog.get(entry["NAME"])[0]["annotations"]]
+    assert evaluate_boxes(entry["NAME"], [[box]], backend) == pytest.approx(100)
+
+
+def test_deepforests_empty_image_does_not_count(coco_dataset, tmp_path):
+    data = coco_dataset(images=2, classes=1)
+    (tmp_path / "boxes.csv").write_text("0.png,0,0,0,0,Tree\n1.png,5,6,25,40,Tree\n")
+    paths = {"IMAGES": str(data.images), "ANNOTATIONS": str(tmp_path / "boxes.csv")}
+    register_datasets([{"NAME": "deepforest", "FORMAT": "csv", **paths}])
+    assert evaluate_boxes("deepforest", [[], [[5, 6, 20, 34]]], "hotcoco") == pytest.approx(100)
 
 
 def test_max_dets_limit_ap_and_name_recall(tmp_path):

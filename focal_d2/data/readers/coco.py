@@ -46,6 +46,7 @@ class _Annotation(Struct, gc=False):
     bbox: tuple[float, float, float, float]
     area: float | None = None
     iscrowd: int | bool = 0
+    ignore: int | bool | float | None = None
 
 
 class _Category(Struct, gc=False):
@@ -71,6 +72,7 @@ _EXPECTED = {
     "bbox": "[x, y, width, height], numbers",
     "area": "a number",
     "iscrowd": "0 or 1",
+    "ignore": "0 or 1",
 }
 _DECODER = msgspec.json.Decoder(_Coco)
 
@@ -79,6 +81,9 @@ def read_coco(
     annotations: str, images: str, classes: Sequence[str] | None = None, *, outside: bool = False
 ) -> Table:
     """Read a COCO file.
+
+    Annotations with "ignore": 1, which converters of VOC files write for difficult objects, are ignored
+    regions as crowds are. pycocotools overwrites that flag.
 
     Args:
         annotations: the json file.
@@ -162,6 +167,14 @@ def read_coco(
     areas = np.array(given, dtype=np.float64)
     for i in np.flatnonzero((areas < 0) | np.isinf(areas)).tolist():
         note("annotations", i, f"has the area {areas[i]}; it must be {_EXPECTED['area']}, at least 0")
+    marked = np.array([bool(a.ignore) for a in coco.annotations], dtype=bool)
+    notes = []
+    if marked.any():
+        notes.append(
+            f'{annotations}: {marked.sum()} of {len(marked)} annotations have "ignore": 1: they are ignored '
+            "regions, neither trained on nor counted in AP"
+        )
+    crowds = np.array([bool(a.iscrowd) for a in coco.annotations], dtype=bool)
     return Table(
         classes=names,
         category_ids=category_ids,
@@ -171,9 +184,10 @@ def read_coco(
         image=owner[keep],
         boxes=boxes[keep],
         labels=labels[keep],
-        ignored=np.array([bool(a.iscrowd) for a in coco.annotations], dtype=bool)[keep],
+        ignored=(crowds | marked)[keep],
         areas=np.where(np.isfinite(areas), areas, boxes[:, 2] * boxes[:, 3])[keep],
         problems=problems,
+        notes=notes,
     )
 
 

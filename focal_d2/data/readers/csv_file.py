@@ -36,7 +36,8 @@ def read_csv(
     Columns, in any order under a header, or the first six in this order without one: image, xmin, ymin, xmax,
     ymax, label; besides, under a header, ignored (0 or 1) and the image's height and width. Other columns are
     left alone. Corners are edges in pixels from 0, the right and lower ones not included: xmax - xmin is the
-    width. An image without boxes has a line whose corners and label are empty.
+    width. An image without boxes has a line whose corners and label are empty, or whose corners are all 0, as
+    DeepForest writes it; the label of such a line does not count.
 
     Args:
         annotations: the file, UTF-8, separated by commas.
@@ -110,11 +111,13 @@ def _add(rows: Rows, columns: dict[str, int], fields: Sequence[str], item: str) 
     if not all(map(_is_number, corners)):
         rows.problem(item, f"the corners are {short(corners)}; they must be numbers, or all empty")
         return
+    left, top, right, bottom = map(float, corners)
+    if left == top == right == bottom == 0:
+        return
     ignored = _FLAGS.get(row.get("ignored", "").lower())
     if ignored is None:
         rows.problem(item, f"ignored is {short(row['ignored'])}; it must be 0 or 1")
         return
-    left, top, right, bottom = map(float, corners)
     box = Box((left, top, right - left, bottom - top), row["label"], ignored, item)
     rows.add_box(row["image"], box)
 

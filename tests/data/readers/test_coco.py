@@ -44,6 +44,23 @@ def test_areas_and_crowds_are_the_files(coco_dataset):
     assert table.ignored.tolist() == [True, False, False]
 
 
+def test_ignore_makes_ignored_regions(coco_dataset):
+    def change(coco):
+        for annotation, flag in zip(coco["annotations"], (1, 0, True, None, False, 1), strict=True):
+            annotation["ignore"] = flag
+        coco["annotations"][5]["iscrowd"] = 1
+
+    data = coco_dataset(images=2)
+    table = read_changed(data, change)
+    assert table.ignored.tolist() == [True, False, True, False, False, True]
+    assert [a["iscrowd"] for r in table.records() for a in r["annotations"]] == [1, 0, 1, 0, 0, 1]
+    (note,) = table.notes
+    assert '3 of 6 annotations have "ignore": 1: they are ignored regions' in note
+    assert not read_changed(data, lambda c: [a.pop("ignore") for a in c["annotations"]]).notes
+    table = read_changed(data, lambda c: c["annotations"][0].update(ignore="no"))
+    assert "has the ignore 'no'; it must be 0 or 1" in table.problems[0]
+
+
 def test_classes_set_the_order_and_may_be_absent_from_the_file(coco_dataset):
     table = read_changed(
         coco_dataset(images=1), lambda c: None, classes=["class2", "new", "class0", "class1"]

@@ -50,6 +50,14 @@ def test_sizes_and_ignored_of_the_file(read):
     )
 
 
+def test_corners_of_zeros_are_an_image_without_objects(read):
+    table = read("a.png,0,0,0,0,Tree\nb.png,1,2,10,4.5,Bush\nb.png,0.0,0.0,0,0,\n")
+    assert len(table) == 2
+    assert table.boxes.tolist() == [[1, 2, 9, 2.5]]
+    assert table.classes == ("Bush",)
+    assert not table.problems
+
+
 def test_numbers_for_classes_are_sorted_as_numbers(read):
     table = read("a.png,0,0,1,1,10\na.png,0,0,1,1,9\na.png,0,0,1,1,x\n")
     assert table.classes == ("9", "10", "x")
