@@ -18,16 +18,17 @@ from detectron2.utils.file_io import PathManager
 
 from focal_d2.config import check_choice
 from focal_d2.data.readers import READERS
-from focal_d2.data.readers.common import class_names, listed, read_list
+from focal_d2.data.readers.common import ImageFolder, class_names, listed, read_list
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 # Keys of an entry of DATASETS.FOCAL, and those that some formats have besides.
-_KEYS = ("NAME", "FORMAT", "IMAGES", "ANNOTATIONS", "CLASSES")
+_KEYS = ("NAME", "FORMAT", "IMAGES", "ANNOTATIONS", "CLASSES", "NAMES")
 _OWN_KEYS = {"coco": ("OUTSIDE",), "csv": ("OUTSIDE",), "voc": ("LIST", "OUTSIDE"), "yolo": ("LIST",)}
 _NEEDED = ("NAME", "IMAGES", "ANNOTATIONS")
+_NAMES = ("path", "basename")
 
 
 def register_datasets(entries: list[dict[str, Any]]) -> None:
@@ -37,9 +38,10 @@ def register_datasets(entries: list[dict[str, Any]]) -> None:
 
     Args:
         entries: each {NAME, FORMAT: coco (default), voc, yolo or csv, IMAGES: folder, ANNOTATIONS: file or
-            folder, CLASSES: names, or a file of them (default: of the data)}, voc and yolo also {LIST: file
-            of the images' names (default: all)}, all but yolo {OUTSIDE: whether images may lie outside
-            IMAGES (default: false)}.
+            folder, CLASSES: names, or a file of them (default: of the data), NAMES: path (default) or
+            basename, which takes the last part of the images' names}, voc and yolo also {LIST: file of the
+            images' names (default: all)}, all but yolo {OUTSIDE: whether images may lie outside IMAGES
+            (default: false)}.
 
     Raises:
         UserError: for a missing or unknown key, a value of the wrong type, or a name that detectron2 already
@@ -59,6 +61,7 @@ def register_datasets(entries: list[dict[str, Any]]) -> None:
                 raise UserError(f"{place}.OUTSIDE is {value!r}; it must be true or false")
             if key not in ("CLASSES", "OUTSIDE") and not (isinstance(value, str) and value.strip()):
                 raise UserError(f"{place}.{key} is {value!r}; it must be a text")
+        check_choice(f"{place}.NAMES", entry.get("NAMES", "path"), _NAMES)
         classes = entry.get("CLASSES")
         if not isinstance(classes, (str, list, tuple, type(None))):
             raise UserError(f"{place}.CLASSES is {classes!r}; it must be a list of names, or a file of them")
@@ -73,7 +76,13 @@ def register_datasets(entries: list[dict[str, Any]]) -> None:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
         read = functools.partial(_read_entry, style, dict(entry))
-        register_table(name, functools.cache(read), from_focal_yaml=True, source=entry["ANNOTATIONS"])
+        register_table(
+            name,
+            functools.cache(read),
+            from_focal_yaml=True,
+            source=entry["ANNOTATIONS"],
+            images=_images(entry),
+        )
 
 
 def _read_entry(style: str, entry: dict[str, Any]) -> Table:
@@ -82,10 +91,13 @@ def _read_entry(style: str, entry: dict[str, Any]) -> Table:
         options["classes"] = class_names(entry["CLASSES"])
     if "LIST" in entry:
         options["chosen"] = read_list(entry["LIST"])
-    if entry.get("OUTSIDE", False):
-        options["outside"] = True
     # By name in every format, so that the format makes no difference to what is drawn.
-    return READERS[style](entry["ANNOTATIONS"], entry["IMAGES"], **options).by_name()
+    return READERS[style](entry["ANNOTATIONS"], _images(entry), **options).by_name()
+
+
+def _images(entry: dict[str, Any]) -> ImageFolder:
+    by_last_part = entry.get("NAMES") == "basename"
+    return ImageFolder(entry["IMAGES"], outside=entry.get("OUTSIDE", False), basename=by_last_part)
 
 
 def register_table(name: str, read: Callable[[], Table], **metadata: Any) -> None:
@@ -266,7 +278,10 @@ def check_files(key: str, name: str) -> None:
         missing = [file_name for file_name in names if not os.path.isfile(file_name)]
         if missing:
             of_how_many = f"{len(missing)} of {len(names)} images are"
-            raise UserError(f'{key}: dataset "{name}": {of_how_many} missing; the first is {missing[0]}')
+            hint = MetadataCatalog.get(name).images.hint(missing[0])
+            raise UserError(
+                f'{key}: dataset "{name}": {of_how_many} missing; the first is {missing[0]}{hint}'
+            )
 
 
 def count_classes(cfg: CfgNode) -> int:

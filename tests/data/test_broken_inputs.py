@@ -343,13 +343,83 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
         r"images\[0\] \(id 99\).*not a path under",
     ),
     "coco: .. that stays": ("coco", image(0, file_name="x/../a.jpg"), None),
-    "coco: /": ("coco", image(0, file_name="/etc/passwd"), r"images\[0\].*'/etc/passwd', not a path under"),
+    "coco: /": ("coco", image(0, file_name="/etc/passwd"), r"images\[0\].*'/etc/passwd' is not a path under"),
     "coco: no name": ("coco", image(0, file_name=""), r"images\[0\].*not a path"),
     "coco: a name with a zero": ("coco", image(0, file_name="a\0.jpg"), r"images\[0\].*not a path"),
     "coco: spaces and Unicode": ("coco", rename_image("ein Bild – é 図.jpg", "coco"), None),
     "csv: spaces, Unicode, a comma": ("csv", rename_image("ein Bild, é 図.jpg", "csv"), None),
     "voc: spaces and Unicode": ("voc", rename_image("ein Bild é 図.jpg", "voc"), None),
     "yolo: spaces and Unicode": ("yolo", rename_image("im Wald/a é 図.jpg", "yolo"), None),
+    "coco: a name of Windows": (
+        "coco",
+        lambda b: rename_image("x/b.jpg", "coco")(b) or image(0, file_name="x\\b.jpg")(b),
+        None,
+    ),
+    "csv: a name of Windows": (
+        "csv",
+        lambda b: (
+            rename_image("x/b.jpg", "csv")(b)
+            or b.main.write_text(b.main.read_text().replace("x/b.jpg", "x\\b.jpg"))
+        ),
+        None,
+    ),
+    "coco: a path of another machine": (
+        "coco",
+        image(0, file_name="/content/data/a.jpg"),
+        r"'/content/data/a\.jpg' is not a path under .*NAMES: basename",
+    ),
+    "coco: a path of another machine, relative": (
+        "coco",
+        image(0, file_name="data/a.jpg"),
+        r"1 of 3 images are missing; .*data/a\.jpg; NAMES: basename",
+    ),
+    "csv: a path of another machine, relative": (
+        "csv",
+        line(2, "upload/a.jpg,4,5,14,17,cat,0"),
+        r"line 2: cannot read the image .*upload/a\.jpg: No such file.*; NAMES: basename",
+    ),
+    "coco: its last part": (
+        "coco",
+        lambda b: (
+            image(0, file_name="/content/data/a.jpg")(b)
+            or image(1, file_name="..\\..\\upload\\b.png")(b)
+            or b.entry.update(NAMES="basename")
+        ),
+        None,
+    ),
+    "csv: its last part": (
+        "csv",
+        lambda b: (
+            b.main.write_text(b.main.read_text().replace("a.jpg", "C:\\mine\\a.jpg"))
+            and b.entry.update(NAMES="basename")
+        ),
+        None,
+    ),
+    "voc: its last part": (
+        "voc",
+        lambda b: (
+            (
+                b.replace("a.xml", "a.jpg", "/home/me/a.jpg")
+                or (b.folder / "a.xml").replace(b.folder / "q.xml")
+            )
+            and b.entry.update(NAMES="basename")
+        ),
+        None,
+    ),
+    "coco: two last parts alike": (
+        "coco",
+        lambda b: image(1, file_name="/other/a.jpg")(b) or b.entry.update(NAMES="basename"),
+        r"images\[0\] \(id 99\) .*'a\.jpg' has the same last part as '/other/a\.jpg' \(NAMES: basename\)",
+    ),
+    "coco: two files have the last part": (
+        "coco",
+        lambda b: (
+            b.entry.update(NAMES="basename")
+            or (b.images / "x").mkdir()
+            or (b.images / "x/a.jpg").write_bytes(b"")
+        ),
+        r"images\[0\] .*'a\.jpg' means 2 files under .*images: a\.jpg, x/a\.jpg",
+    ),
     "coco: image is missing": (
         "coco",
         lambda b: (b.images / "b.png").unlink(),
@@ -432,10 +502,32 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
         lambda b: b.replace("a.xml", "<width>64<", "<width>wide<"),
         r"a\.xml: size has .*'wide'",
     ),
-    "voc: ..": (
+    "voc: .. in another file's name": (
         "voc",
-        lambda b: b.replace("a.xml", "a.jpg", "../../a.jpg"),
-        r"a\.xml: the image '\.\./\.\./a\.jpg' is not",
+        lambda b: (
+            b.replace("a.xml", "a.jpg", "../../a.jpg") or (b.folder / "a.xml").rename(b.folder / "q.xml")
+        ),
+        r"q\.xml: the image '\.\./\.\./a\.jpg' is not a path under .*NAMES: basename",
+    ),
+    "voc: ..": ("voc", lambda b: b.replace("a.xml", "a.jpg", "../../a.jpg"), None),
+    "voc: the image was renamed": ("voc", lambda b: b.replace("a.xml", "a.jpg", "old name.jpg"), None),
+    "voc: a name without ending": ("voc", lambda b: b.replace("a.xml", "a.jpg", "a"), None),
+    "voc: two images of the file's name": (
+        "voc",
+        lambda b: (
+            b.replace("a.xml", "a.jpg", "old.jpg")
+            or (b.images / "a.JPEG").write_bytes((b.images / "a.jpg").read_bytes())
+        ),
+        r"a\.xml: <filename> is 'old\.jpg', which is not there, and 2 images .*: a\.JPEG, a\.jpg",
+    ),
+    "voc: a name of Windows": (
+        "voc",
+        lambda b: (
+            b.replace("a.xml", "a.jpg", "x\\b.jpg")
+            or (b.images / "x").mkdir()
+            or (b.images / "a.jpg").rename(b.images / "x/b.jpg")
+        ),
+        None,
     ),
     "voc: two files, one image": ("voc", copy_xml, r"z\.xml: another file has the annotations of a\.jpg"),
     "voc: no files": (
@@ -627,7 +719,15 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     "voc: no filename": (
         "voc",
         lambda b: b.replace("a.xml", "<filename>a.jpg</filename>", ""),
-        r"a\.xml: no <filename> in <annotation>",
+        None,
+    ),
+    "voc: no filename, no image of the file's name": (
+        "voc",
+        lambda b: (
+            b.replace("a.xml", "<filename>a.jpg</filename>", "")
+            or (b.folder / "a.xml").rename(b.folder / "q.xml")
+        ),
+        r"q\.xml: no <filename> in <annotation> and no image q\.\*",
     ),
     "jpeg: a text": (
         "coco",
@@ -740,12 +840,12 @@ def test_images_outside_their_folder_need_leave(tmp_path, style, absolute):
     (broken.images / "a.jpg").rename(tmp_path / "elsewhere.jpg")
     file = {"coco": broken.main, "voc": broken.folder / "a.xml", "csv": broken.main}[style]
     file.write_text(file.read_text().replace("a.jpg", name))
-    with pytest.raises(UserError, match=r"elsewhere\.jpg', not a path|elsewhere\.jpg' is not a path"):
+    with pytest.raises(UserError, match=r"elsewhere\.jpg' is not a path"):
         read(broken)
     broken.entry["OUTSIDE"] = True
     assert sorted(len(sample["instances"]) for sample in read(broken)) == [0, 1, 2]
     broken.entry["OUTSIDE"] = False
-    with pytest.raises(UserError, match=r"\(coco, voc, csv: OUTSIDE: true lets names leave IMAGES\)"):
+    with pytest.raises(UserError, match=r"\(coco, voc, csv: OUTSIDE: true lets names leave IMAGES; NAMES"):
         read(broken)
 
 

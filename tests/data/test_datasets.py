@@ -46,6 +46,7 @@ def test_register_again_replaces(coco_dataset):
         ({"FORMAT": "xml"}, r'FORMAT is "xml"; legal values: coco, csv, voc, yolo'),
         ({"CLASSES": 3}, "CLASSES is 3; it must be a list of names, or a file"),
         ({"OUTSIDE": "yes"}, r"FOCAL\[0\].OUTSIDE is 'yes'; it must be true or false"),
+        ({"NAMES": "short"}, r'FOCAL\[0\].NAMES is "short"; legal values: path, basename'),
         ({"OUTSIDE": True, "FORMAT": "yolo"}, "has OUTSIDE; of format yolo it can have"),
     ],
 )

@@ -18,10 +18,9 @@ from msgspec import Meta, Struct
 
 from focal_d2.data.readers.common import (
     MOST_PIXELS,
-    UNLESS_OUTSIDE,
+    ImageFolder,
     decode_text,
     listed,
-    path_under,
     read_bytes,
     short,
 )
@@ -77,9 +76,7 @@ _EXPECTED = {
 _DECODER = msgspec.json.Decoder(_Coco)
 
 
-def read_coco(
-    annotations: str, images: str, classes: Sequence[str] | None = None, *, outside: bool = False
-) -> Table:
+def read_coco(annotations: str, images: ImageFolder | str, classes: Sequence[str] | None = None) -> Table:
     """Read a COCO file.
 
     Annotations with "ignore": 1, which converters of VOC files write for difficult objects, are ignored
@@ -89,7 +86,6 @@ def read_coco(
         annotations: the json file.
         images: folder of the images.
         classes: K names of its categories in the order of labels; None: all categories, by their ids.
-        outside: images may lie outside their folder.
 
     Returns:
         Images in order of id, boxes in order of the file.
@@ -97,6 +93,7 @@ def read_coco(
     Raises:
         UserError: naming the file, if it is not COCO's JSON or names no image or category.
     """
+    images = ImageFolder.of(images)
     data = read_bytes(annotations)
     problems: list[str] = []
     try:
@@ -132,10 +129,9 @@ def read_coco(
     set_aside: set[int] = set()
     for i in sorted(range(len(coco.images)), key=lambda i: coco.images[i].id):
         image = coco.images[i]
-        path = path_under(images, image.file_name, outside=outside)
+        path, refused = images.path(image.file_name)
         if path is None:
-            name = short(image.file_name)
-            note("images", i, f"has the file_name {name}, not a path under {images}{UNLESS_OUTSIDE}")
+            note("images", i, f"has the file_name {refused}")
         elif image.height != int(image.height) or image.width != int(image.width):
             note("images", i, f"has the height and width {image.height}, {image.width}; not whole numbers")
         elif image.id not in places:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
-from focal_d2.data.pixels import UNREADABLE, upright_size
+from focal_d2.data.pixels import IMAGE_SUFFIXES, UNREADABLE, upright_size
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
@@ -21,7 +23,9 @@ _BOM = b"\xef\xbb\xbf"
 # Larger numbers are no pixels: they overflow where sizes are multiplied.
 MOST_PIXELS = 2**24
 # Ends the line that refuses an image for its place.
-UNLESS_OUTSIDE = " (coco, voc, csv: OUTSIDE: true lets names leave IMAGES)"
+UNLESS_OUTSIDE = (
+    " (coco, voc, csv: OUTSIDE: true lets names leave IMAGES; NAMES: basename takes the last part of each)"
+)
 
 
 class Box(NamedTuple):
@@ -96,6 +100,114 @@ def path_under(root: str, name: str, *, outside: bool = False) -> str | None:
     path = os.path.normpath(os.path.join(root, name))
     inside = os.path.join(os.path.abspath(root), "")
     return path if outside or os.path.abspath(path).startswith(inside) else None
+
+
+class ImageFolder:
+    """The folder of a dataset's images: which file a name in the annotations means."""
+
+    def __init__(self, root: str, *, outside: bool = False, basename: bool = False) -> None:
+        """Look at no file yet.
+
+        Args:
+            root: the folder.
+            outside: names may leave the folder.
+            basename: only the last part of a name counts; its file may be in any folder under the root.
+        """
+        self.root, self.outside, self.basename = root, outside, basename
+        self._paths: dict[str, tuple[str | None, str]] = {}
+        self._name_of: dict[str, str] = {}  # of each path that was found by the last part of a name
+
+    @classmethod
+    def of(cls, images: ImageFolder | str) -> ImageFolder:
+        """Return the folder of a path, for a reader that is called without options."""
+        return cls(images) if isinstance(images, str) else images
+
+    def path(self, name: str) -> tuple[str | None, str]:
+        """Return the file that a name means, whether it is there or not.
+
+        Where there is no file of that name, `\\` in it is read as `/`: Windows programs write it.
+
+        Returns:
+            The path and an empty text; or None and why the name is refused, as the end of a sentence.
+        """
+        if name not in self._paths:
+            self._paths[name] = self._by_last_part(name) if self.basename else self._as_it_is(name)
+        return self._paths[name]
+
+    def holds(self, name: str) -> bool:
+        """Tell whether a name means a file that is there."""
+        path, _ = self.path(name)
+        return path is not None and os.path.isfile(path)
+
+    def with_stem(self, stem: str) -> list[str]:
+        """Return the names of the images that are called `stem` (`folder/name`) and have a known ending."""
+        return self._by_stem.get(os.path.normpath(stem), [])
+
+    def hint(self, path: str) -> str:
+        """Return the end of a message on an image that is missing: what would find it, if anything would."""
+        if self.basename or os.path.exists(path) or not os.path.isdir(self.root):
+            return ""
+        if last_part(path) not in self._by_basename:
+            return ""
+        return "; NAMES: basename takes the last part of each name, of which there is a file under IMAGES"
+
+    def _as_it_is(self, name: str) -> tuple[str | None, str]:
+        path = path_under(self.root, name, outside=self.outside)
+        if "\\" in name and not (path and os.path.exists(path)):
+            slashes = path_under(self.root, name.replace("\\", "/"), outside=self.outside)
+            if slashes and os.path.isfile(slashes):
+                path = slashes
+        if path is None:
+            return None, f"{short(name)} is not a path under {self.root}{UNLESS_OUTSIDE}"
+        return path, ""
+
+    def _by_last_part(self, name: str) -> tuple[str | None, str]:
+        last = last_part(name)
+        files = self._by_basename.get(last, [])
+        if len(files) > 1:
+            return None, f"{short(name)} means {len(files)} files under {self.root}: {listed(sorted(files))}"
+        path = path_under(self.root, files[0] if files else last)
+        if path is None:
+            return None, f"{short(name)} has no last part"
+        earlier = self._name_of.setdefault(path, name)
+        if earlier != name:
+            return None, f"{short(name)} has the same last part as {short(earlier)} (NAMES: basename)"
+        return path, ""
+
+    @functools.cached_property
+    def _by_basename(self) -> dict[str, list[str]]:
+        """Names of the files under the root, by their last part."""
+        names: dict[str, list[str]] = {}
+        for file in list_files(self.root, ("",)):
+            names.setdefault(os.path.basename(file), []).append(file)
+        return names
+
+    @functools.cached_property
+    def _by_stem(self) -> dict[str, list[str]]:
+        """Names of the images under the root, by their path without ending."""
+        names: dict[str, list[str]] = {}
+        for file in list_files(self.root, IMAGE_SUFFIXES):
+            names.setdefault(os.path.splitext(file)[0], []).append(file)
+        return names
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """Return an image's height and width, as it is upright.
+
+    Raises:
+        UserError: naming the file, if it can't be read.
+    """
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("not a file")  # a pipe would be waited for
+        return upright_size(path)
+    except UNREADABLE as error:
+        raise UserError(f"cannot read the image {path}: {_reason(error)}") from error
+
+
+def last_part(name: str) -> str:
+    """Return what follows the last `/` or `\\` of a name."""
+    return re.split(r"[\\/]", name)[-1]
 
 
 def list_files(root: str, suffixes: Sequence[str]) -> list[str]:
@@ -187,20 +299,17 @@ def corner_problem(corners: Sequence[float]) -> str | None:
 class Rows:
     """Images and boxes on their way into a `Table`, for formats that name classes by text."""
 
-    def __init__(
-        self, root: str, classes: Sequence[str] | None, source: str, *, outside: bool = False
-    ) -> None:
+    def __init__(self, images: ImageFolder, classes: Sequence[str] | None, source: str) -> None:
         """Start with nothing.
 
         Args:
-            root: folder of the images.
+            images: the folder of the images.
             classes: the class names, or None to take those that occur.
             source: the file or folder of the annotations, for messages.
-            outside: images may lie outside their folder.
         """
-        if not os.path.isdir(root):
-            raise UserError(f"IMAGES: {root}: no such folder")
-        self.root, self.classes, self.source, self.outside = root, classes, source, outside
+        if not os.path.isdir(images.root):
+            raise UserError(f"IMAGES: {images.root}: no such folder")
+        self.images, self.classes, self.source = images, classes, source
         self.problems: list[str] = []
         self._known = frozenset(classes or ())
         self._images: dict[str, tuple[int, int]] = {}
@@ -221,18 +330,16 @@ class Rows:
         Returns:
             Its size, or None if it was set aside.
         """
-        path = path_under(self.root, name, outside=self.outside)
+        path, refused = self.images.path(name)
         if path is None:
-            self.problem(item, f"the image {short(name)} is not a path under {self.root}{UNLESS_OUTSIDE}")
+            self.problem(item, f"the image {refused}")
             return None
         if path not in self._images:
             if size is None:
                 try:
-                    if os.path.exists(path) and not os.path.isfile(path):
-                        raise OSError("not a file")  # a pipe would be waited for
-                    size = upright_size(path)
-                except UNREADABLE as error:
-                    self.problem(item, f"cannot read the image {path}: {_reason(error)}")
+                    size = image_size(path)
+                except UserError as error:
+                    self.problem(item, f"{error}{self.images.hint(path)}")
                     return None
             if not all(0 < x <= MOST_PIXELS for x in size):
                 self.problem(item, f"the image {path} has the height and width {size}")
@@ -255,12 +362,12 @@ class Rows:
                 box.item, f'the class "{short(box.name)[1:-1]}" is not one of {listed(self.classes)}'
             )
         else:
-            path = path_under(self.root, name, outside=self.outside)
+            path, _ = self.images.path(name)
             assert path is not None
             self._boxes[path].append(box)
 
     def __contains__(self, name: str) -> bool:
-        return path_under(self.root, name, outside=self.outside) in self._images
+        return self.images.path(name)[0] in self._images
 
     def names(self) -> set[str]:
         """Return the classes of the boxes so far."""

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from focal_d2.data.readers.common import Box, Rows, read_text, short
+from focal_d2.data.readers.common import Box, ImageFolder, Rows, read_text, short
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
@@ -28,9 +28,7 @@ _CORNERS = _NEEDED[1:5]
 _FLAGS = {"": False, "0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 
 
-def read_csv(
-    annotations: str, images: str, classes: Sequence[str] | None = None, *, outside: bool = False
-) -> Table:
+def read_csv(annotations: str, images: ImageFolder | str, classes: Sequence[str] | None = None) -> Table:
     """Read a CSV file with a line a box.
 
     Columns, in any order under a header, or the first six in this order without one: image, xmin, ymin, xmax,
@@ -43,12 +41,11 @@ def read_csv(
         annotations: the file, UTF-8, separated by commas.
         images: folder of the images.
         classes: K names in the order of labels; None: those that occur, sorted.
-        outside: images may lie outside their folder.
 
     Raises:
         UserError: naming the file, if there is nothing to read.
     """
-    rows = Rows(images, classes, annotations, outside=outside)
+    rows = Rows(ImageFolder.of(images), classes, annotations)
     reader = csv.reader(io.StringIO(read_text(annotations), newline=""), strict=True)
     columns: dict[str, int] | None = None
     try:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
-from focal_d2.data.readers.common import Box, Rows, list_files, path_under, read_bytes, short
+from focal_d2.data.readers.common import (
+    Box,
+    ImageFolder,
+    Rows,
+    list_files,
+    listed,
+    path_under,
+    read_bytes,
+    short,
+)
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
@@ -17,11 +27,9 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 def read_voc(
     annotations: str,
-    images: str,
+    images: ImageFolder | str,
     classes: Sequence[str] | None = None,
     chosen: Sequence[str] | None = None,
-    *,
-    outside: bool = False,
 ) -> Table:
     """Read a folder of VOC files.
 
@@ -30,22 +38,23 @@ def read_voc(
 
     Args:
         annotations: folder of the XML files; those in folders below it are found, too.
-        images: folder of the images, which `filename` in each XML names.
+        images: folder of the images. An XML file's image is the one that its `filename` names, in the same
+            subfolder or in `images` itself; where neither is there, the image in the same subfolder that has
+            the XML file's stem and a known ending.
         classes: K names in the order of labels; None: those that occur, sorted.
         chosen: names of XML files without ending, as in VOC's ImageSets/Main; None: all.
-        outside: images may lie outside their folder.
 
     Raises:
         UserError: naming the folder or file, if there is nothing to read.
     """
-    rows = Rows(images, classes, annotations, outside=outside)
+    rows = Rows(ImageFolder.of(images), classes, annotations)
     names = list_files(annotations, (".xml",)) if chosen is None else [f"{name}.xml" for name in chosen]
     for name in names:
         try:
             path = path_under(annotations, name)
             if path is None:
                 raise UserError(f"LIST: {short(name)} is not a path under {annotations}")
-            _read_file(path, rows)
+            _read_file(path, os.path.splitext(name)[0], rows)
         except UserError as error:
             rows.problems.append(str(error))
     return rows.table()
@@ -70,9 +79,15 @@ def read_voc_boxes(path: str | Path) -> np.ndarray:
     return boxes
 
 
-def _read_file(path: str, rows: Rows) -> None:
+def _read_file(path: str, stem: str, rows: Rows) -> None:
+    """Add an XML file's image and boxes.
+
+    Args:
+        path: of the file.
+        stem: its name without ending, relative to the folder of annotations.
+        rows: gets them.
+    """
     root = _parse(path)
-    name = root.findtext("filename", "").strip()
     size = None
     if root.find("size") is not None:
         sides = [root.findtext(f"size/{side}", "") for side in ("height", "width")]
@@ -81,14 +96,36 @@ def _read_file(path: str, rows: Rows) -> None:
             raise UserError(f"{path}: size has the height and width {sides}; not whole numbers")
         # Some tools write 0 for a size that they don't know.
         size = None if 0 in numbers else (int(numbers[0] or 0), int(numbers[1] or 0))
-    if not name:
-        raise UserError(f"{path}: no <filename> in <{root.tag}>: not a VOC file")
+    name = _image_name(path, root, stem, rows.images)
     if name in rows:
         raise UserError(f"{path}: another file has the annotations of {name} already")
     if rows.add_image(name, path, size) is None:
         return
     for box in _boxes(path, root, rows.problem):
         rows.add_box(name, box)
+
+
+def _image_name(path: str, root: ElementTree.Element, stem: str, images: ImageFolder) -> str:
+    """Return the name of an XML file's image; see `read_voc`.
+
+    Raises:
+        UserError: naming the file, if it names no image or the stem means several.
+    """
+    given = root.findtext("filename", "").strip()
+    for name in (os.path.join(os.path.dirname(stem), given), given):
+        if images.holds(name):
+            return os.path.normpath(name)
+    same_stem = images.with_stem(stem)
+    if len(same_stem) > 1:
+        raise UserError(
+            f"{path}: <filename> is {short(given)}, which is not there, and {len(same_stem)} images have the "
+            f"name of this file: {listed(same_stem)}"
+        )
+    if not (same_stem or given):
+        raise UserError(
+            f"{path}: no <filename> in <{root.tag}> and no image {stem}.* in {images.root}: not a VOC file"
+        )
+    return same_stem[0] if same_stem else given
 
 
 def _parse(path: str | Path) -> ElementTree.Element:

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from focal_d2.data.pixels import IMAGE_SUFFIXES
 from focal_d2.data.readers.common import (
     Box,
+    ImageFolder,
     Rows,
     class_names,
     list_files,
     listed,
-    path_under,
     read_text,
     short,
 )
@@ -26,7 +26,10 @@ _MOST_CLASSES = 10_000
 
 
 def read_yolo(
-    annotations: str, images: str, classes: Sequence[str] | None = None, chosen: Sequence[str] | None = None
+    annotations: str,
+    images: ImageFolder | str,
+    classes: Sequence[str] | None = None,
+    chosen: Sequence[str] | None = None,
 ) -> Table:
     """Read a folder of YOLO label files.
 
@@ -46,18 +49,21 @@ def read_yolo(
     Raises:
         UserError: naming the folder or file, if there is nothing to read.
     """
+    images = ImageFolder.of(images)
     if classes is None and os.path.isfile(os.path.join(annotations, _NAMES)):
         classes = class_names(os.path.join(annotations, _NAMES))
     rows = Rows(images, classes, annotations)
     label_files = [x for x in list_files(annotations, (".txt",)) if os.path.basename(x) != _NAMES]
     labels = {os.path.splitext(name)[0]: name for name in label_files}
-    there = list_files(images, IMAGE_SUFFIXES)
+    there = list_files(images.root, IMAGE_SUFFIXES)
     names = there
     if chosen is not None:
         names = list(dict.fromkeys(_relative(name, images) for name in chosen))
     for name in names:
         label_file = labels.get(os.path.splitext(name)[0])
-        path = os.path.join(images, name) if label_file is None else os.path.join(annotations, label_file)
+        path = (
+            os.path.join(images.root, name) if label_file is None else os.path.join(annotations, label_file)
+        )
         size = rows.add_image(name, path)
         if size is not None and label_file is not None:
             try:
@@ -69,16 +75,16 @@ def read_yolo(
     stems = {os.path.splitext(name)[0] for name in (*there, *names)}
     for stem, name in labels.items():
         if stem not in stems:
-            rows.problem(os.path.join(annotations, name), f"no image of that name in {images}")
+            rows.problem(os.path.join(annotations, name), f"no image of that name in {images.root}")
     if classes is None:
         # Numbers stand for themselves: that 0 occurs nowhere must not make 1 the first class.
         rows.classes = [str(k) for k in range(1 + max(map(int, rows.names()), default=-1))]
     return rows.table()
 
 
-def _relative(name: str, root: str) -> str:
-    path = path_under(root, name)
-    return name if path is None else os.path.relpath(path, root)
+def _relative(name: str, images: ImageFolder) -> str:
+    path, _ = images.path(name)
+    return name if path is None else os.path.relpath(path, images.root)
 
 
 def _boxes(path: str, size: tuple[int, int], rows: Rows) -> Iterator[Box]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from focal_d2 import UserError
@@ -66,3 +68,30 @@ def test_classes_without_boxes_must_be_named(folder):
     with pytest.raises(UserError, match="no boxes, so no class names: name them with CLASSES"):
         read_voc(str(folder), str(folder), chosen=["a"])
     assert read_voc(str(folder), str(folder), ["cat"], chosen=["a"]).classes == ("cat",)
+
+
+def test_the_image_of_a_file_in_a_subfolder_is_in_the_same_subfolder(folder):
+    """1.xml in two subfolders, each with <filename>1.png: the name alone would mean one image for both."""
+    images = folder / "images"
+    for below, left in (("x", 3), ("y", 5)):
+        (folder / below).mkdir()
+        (images / below).mkdir(parents=True)
+        (images / below / "1.png").write_bytes(b"")
+        text = f"<annotation>{HEAD.format(1)}{OBJECT.format('dog', 0, left, 1, 9, 9)}</annotation>"
+        (folder / below / "1.xml").write_text(text)
+    (images / "1.png").write_bytes(b"")
+    table = read_voc(str(folder), str(images), chosen=["x/1", "y/1"])
+    assert [os.path.relpath(name, images) for name in table.file_names] == ["x/1.png", "y/1.png"]
+    assert table.boxes[:, 0].tolist() == [2, 4]
+    assert not table.problems
+
+
+def test_an_image_under_another_name_is_the_one_with_the_files_stem(folder):
+    """Roboflow renames image and XML file, and leaves <filename>."""
+    images = folder / "images"
+    images.mkdir()
+    (folder / "b.xml").rename(folder / "b_png.rf.0a1b.xml")
+    (images / "b_png.rf.0a1b.JPG").write_bytes(b"")
+    table = read_voc(str(folder), str(images), chosen=["b_png.rf.0a1b"])
+    assert [os.path.basename(name) for name in table.file_names] == ["b_png.rf.0a1b.JPG"]
+    assert not table.problems
