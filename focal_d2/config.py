@@ -6,7 +6,9 @@ MODEL.DEVICE "auto", are read by focal_d2's trainer and tools.
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
@@ -186,6 +188,17 @@ def loss_parameters(cfg: CfgNode) -> dict[str, Any]:
         k: v for k, v in node.items() if v is not None and k not in ("NAME", "NORMALIZER", "IMPLEMENTATION")
     }
     return {**defaults, **chosen}
+
+
+def key_value(cfg: CfgNode, key: str) -> Any:
+    """Return the value of a key that is written with dots."""
+    return functools.reduce(operator.getitem, key.split("."), cfg)
+
+
+def set_value(cfg: CfgNode, key: str, value: Any) -> None:
+    """Set a key that is written with dots; yacs checks no type here."""
+    section, _, name = key.rpartition(".")
+    key_value(cfg, section)[name] = value
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> str:

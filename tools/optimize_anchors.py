@@ -12,6 +12,7 @@ from pathlib import Path
 
 from focal_d2.analysis import check_seeds
 from focal_d2.analysis.anchor_fit import compare_anchors
+from focal_d2.architectures import require_retinanet
 from focal_d2.data import check_datasets, load_table
 from focal_d2.engine import check_writable, command_line, load_config, positive
 from focal_d2.engine.setup import building
@@ -35,6 +36,7 @@ def main() -> None:
         check_writable(args.output, args.config_file)
     (seed,) = check_seeds([args.seed], "--seed")
     cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+    require_retinanet(cfg, "the anchors that this tool proposes")
     check_datasets(cfg, training=True)
     with building("anchors"):
         layout = build_layout(cfg)

@@ -29,7 +29,7 @@ def main() -> None:
         "--threshold",
         type=float,
         default=0.3,
-        help="lowest score that is shown, of those above MODEL.RETINANET.SCORE_THRESH_TEST",
+        help="lowest score that is shown; the model returns none below its own SCORE_THRESH_TEST",
     )
     parser.add_argument("--json", action="store_true", help="print the detections as JSON lines")
     add_trust_flag(parser)

@@ -16,7 +16,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from focal_d2.config import check_choice
+from focal_d2.architectures import class_key, needs_beyond_boxes
+from focal_d2.config import check_choice, key_value
 from focal_d2.data.readers import READERS
 from focal_d2.data.readers.common import ImageFolder, class_names, listed, read_list
 from focal_d2.data.table import Table
@@ -199,17 +200,23 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
 
     Raises:
         UserError: for a name that is not registered, a file that is missing or can't be read, or classes
-            that do not fit `MODEL.RETINANET.NUM_CLASSES` or each other.
+            that do not fit the model's number of classes or each other; in training also for an
+            architecture that needs more than boxes, which the datasets of `DATASETS.FOCAL` do not have.
     """
     if training and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
     first: tuple[str, list[str]] | None = None
+    counted_by = class_key(cfg)
+    num_classes = key_value(cfg, counted_by) if counted_by else None
+    needed = needs_beyond_boxes(cfg) if training else None
     if not training:
         _check_order(cfg)
     for key, names in (("DATASETS.TRAIN", cfg.DATASETS.TRAIN), ("DATASETS.TEST", cfg.DATASETS.TEST)):
         for name in names if training or key == "DATASETS.TEST" else ():
             what = f'{key}: dataset "{name}"'
             check_files(key, name)
+            if needed and key == "DATASETS.TRAIN" and MetadataCatalog.get(name).get("read_table"):
+                raise UserError(f"{what} has boxes only, but {needed}")
             classes = _class_names(name)
             if first is not None and classes != first[1]:
                 raise UserError(
@@ -217,10 +224,10 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
                     f"{listed(first[1])} ({len(first[1])}): give both the same CLASSES in DATASETS.FOCAL"
                 )
             first = first or (what, classes)
-            if len(classes) != cfg.MODEL.RETINANET.NUM_CLASSES:
+            if num_classes not in (None, len(classes)):
                 raise UserError(
-                    f"{what} has {len(classes)} classes ({listed(classes)}) but MODEL.RETINANET.NUM_CLASSES "
-                    f"is {cfg.MODEL.RETINANET.NUM_CLASSES}: set it to {len(classes)}, or to auto"
+                    f"{what} has {len(classes)} classes ({listed(classes)}) but {counted_by} is "
+                    f"{num_classes}: set it to {len(classes)}, or to auto"
                 )
 
 
@@ -284,8 +291,12 @@ def check_files(key: str, name: str) -> None:
             )
 
 
-def count_classes(cfg: CfgNode) -> int:
+def count_classes(cfg: CfgNode, key: str) -> int:
     """Return the number of classes of the run's first dataset whose annotations are here.
+
+    Args:
+        cfg: full config.
+        key: that the number is for.
 
     Raises:
         UserError: if there is none.
@@ -300,7 +311,7 @@ def count_classes(cfg: CfgNode) -> int:
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             check_files(f"DATASETS.{key}", name)
-    raise UserError("MODEL.RETINANET.NUM_CLASSES is auto, but DATASETS.TRAIN and DATASETS.TEST are empty")
+    raise UserError(f"{key} is auto, but DATASETS.TRAIN and DATASETS.TEST are empty")
 
 
 def known_class_names(name: str) -> list[str] | None:

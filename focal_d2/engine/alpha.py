@@ -7,6 +7,7 @@ import logging
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 
+from focal_d2.architectures import require_retinanet
 from focal_d2.data.resolution import training_boxes
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
@@ -37,6 +38,7 @@ def resolve_alpha(cfg: CfgNode) -> CfgNode:
     """
     if cfg.MODEL.FOCAL.LOSS.ALPHA != "auto":
         return cfg
+    require_retinanet(cfg, "MODEL.FOCAL.LOSS.ALPHA auto and its count of anchors")
     counting = sorted(name for name, loss in LOSSES.items() if getattr(loss, "counts_alpha", False))
     if cfg.MODEL.FOCAL.LOSS.NAME not in counting:
         raise UserError(

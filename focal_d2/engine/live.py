@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from detectron2.evaluation import inference_context
 from torch import nn
 
 from focal_d2.engine.pictures import draw_detections
+
+logger = logging.getLogger(__name__)
 
 # The best detections are drawn, as many as there are boxes, and so many at least: at first all are noise.
 _FEWEST = 20
@@ -50,9 +53,13 @@ class TrainingPictures(HookBase):
         """Draw the first image of the batch, as the step has left the model."""
         if self._example is None:
             return
-        picture = draw_example(self._model, self._example, self._format)
-        self.trainer.storage.put_image("ground_truth_and_detections", picture)
-        self._example = None
+        example, self._example = self._example, None
+        picture = draw_example(self._model, example, self._format)
+        if picture is None:
+            logger.warning(f"VIS_PERIOD: {type(self._model).__name__} returns no instances: nothing is drawn")
+            self.after_train()
+        else:
+            self.trainer.storage.put_image("ground_truth_and_detections", picture)
 
     def after_train(self) -> None:
         """Let go of the model."""
@@ -61,7 +68,7 @@ class TrainingPictures(HookBase):
 
 
 @torch.no_grad()
-def draw_example(model: nn.Module, example: dict[str, Any], input_format: str) -> np.ndarray:
+def draw_example(model: nn.Module, example: dict[str, Any], input_format: str) -> np.ndarray | None:
     """Draw ground truth (left, green) beside the best detections (right, yellow).
 
     Args:
@@ -70,10 +77,12 @@ def draw_example(model: nn.Module, example: dict[str, Any], input_format: str) -
         input_format: `INPUT.FORMAT` of the image.
 
     Returns:
-        (3, H, 2 W + 8) uint8 RGB.
+        (3, H, 2 W + 8) uint8 RGB; None if the model returns no instances.
     """
     with inference_context(model):
         (output,) = model([{"image": example["image"]}])
+    if "instances" not in output:
+        return None
     truth = example["instances"].gt_boxes.tensor.cpu().numpy()
     found = output["instances"].pred_boxes.tensor[: max(_FEWEST, len(truth))].cpu().numpy()
     rgb = convert_image_to_rgb(example["image"].permute(1, 2, 0), input_format)

@@ -54,6 +54,7 @@ class FocalLoop(SimpleTrainer):
         optimizer: torch.optim.Optimizer,
         *,
         parts: int,
+        precision: Callable[[], AbstractContextManager[Any]],
         scale_loss: bool,
         average: MovingAverage | None,
         stopping: Callable[[], bool],
@@ -66,6 +67,7 @@ class FocalLoop(SimpleTrainer):
             data_loader: batches without end.
             optimizer: of its parameters.
             parts: in how many a batch is computed.
+            precision: makes the autocast context of the model's forward pass.
             scale_loss: keep gradients of float16 from underflowing.
             average: of the model, updated after each step; None: there is none.
             stopping: whether this process was asked to stop.
@@ -76,6 +78,7 @@ class FocalLoop(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.bare = model.module if isinstance(model, DistributedDataParallel) else model
         self.parts = parts
+        self.precision = precision
         self.scaler = torch.amp.GradScaler(enabled=scale_loss)
         self.average = average
         self.stopping = stopping
@@ -159,7 +162,8 @@ class FocalLoop(SimpleTrainer):
         with held:
             for i, part in enumerate(parts):
                 with self._alone(until_last=i < len(parts) - 1):
-                    losses = self.model(part)
+                    with self.precision():
+                        losses = self.model(part)
                     self.scaler.scale(sum(losses.values()) / len(parts)).backward()
                 for name, x in losses.items():
                     total[name] = total.get(name, 0) + x.detach() / len(parts)

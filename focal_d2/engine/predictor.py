@@ -11,6 +11,8 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 
+from focal_d2.architectures import CLASS_KEYS, class_key
+from focal_d2.config import key_value
 from focal_d2.data import known_class_names
 from focal_d2.data.mapper import input_backend
 from focal_d2.data.pixels import OpenCVInput
@@ -60,10 +62,11 @@ class Predictor:
         self.augmentation_input = OpenCVInput if input_backend(cfg) == "opencv" else T.AugInput
         self.resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         names = known_class_names(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
-        num_classes = cfg.MODEL.RETINANET.NUM_CLASSES
-        if names is None or len(names) != num_classes:
-            names = [str(k) for k in range(num_classes)]
-        self.class_names = names
+        counted_by = class_key(cfg)
+        if counted_by and (names is None or len(names) != key_value(cfg, counted_by)):
+            names = None
+        most = max(key_value(cfg, key) for key in ([counted_by] if counted_by else CLASS_KEYS))
+        self.class_names = names or [str(k) for k in range(most)]
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray | str | Path) -> Detections:
@@ -85,6 +88,11 @@ class Predictor:
         self.resize(resized)
         tensor = torch.as_tensor(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
         (output,) = self.model([{"image": tensor, "height": height, "width": width}])
+        if "instances" not in output:
+            raise UserError(
+                f"{type(self.model).__name__} returns {', '.join(output)} of an image; prediction needs "
+                "instances"
+            )
         instances = output["instances"].to("cpu")
         return Detections(
             instances.pred_boxes.tensor.numpy(),

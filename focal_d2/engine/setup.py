@@ -19,7 +19,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from focal_d2.config import add_focal_config, check_choice
+from focal_d2.architectures import CLASS_KEYS
+from focal_d2.config import add_focal_config, check_choice, key_value, set_value
 from focal_d2.data import count_classes, register_datasets
 from focal_d2.engine.safe_yaml import merge_file
 from focal_d2.errors import UserError
@@ -32,8 +33,9 @@ def load_config(config_file: str, overrides: Sequence[str] = (), *, trust_files:
     """Read a YAML config over the defaults, apply overrides, and check what needs no data.
 
     `MODEL.DEVICE` may be "auto": CUDA where there is a device, else CPU. The datasets of
-    `DATASETS.FOCAL` are registered. `MODEL.RETINANET.NUM_CLASSES` may be "auto": as many as the first dataset
-    has of `DATASETS.TRAIN`, or of `DATASETS.TEST` where that is not here; only then data are read.
+    `DATASETS.FOCAL` are registered. `MODEL.RETINANET.NUM_CLASSES` and `MODEL.ROI_HEADS.NUM_CLASSES` may be
+    "auto": as many as the first dataset has of `DATASETS.TRAIN`, or of `DATASETS.TEST` where that is not
+    here; only then data are read.
 
     Args:
         config_file: path of the YAML file, or "" for the defaults alone.
@@ -72,22 +74,26 @@ def load_config(config_file: str, overrides: Sequence[str] = (), *, trust_files:
     check_backend(cfg.TEST.FOCAL.EVAL_BACKEND)
     detection_limits(list(cfg.TEST.FOCAL.MAX_DETS) or None)
     register_datasets(cfg.DATASETS.FOCAL)
-    classes = cfg.MODEL.RETINANET.NUM_CLASSES
-    if classes == "auto":
-        cfg.MODEL.RETINANET.NUM_CLASSES = count_classes(cfg)
-    elif not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
-        raise UserError(f"MODEL.RETINANET.NUM_CLASSES is {classes!r}; it must be a number from 1, or auto")
+    for key in CLASS_KEYS:
+        classes = key_value(cfg, key)
+        if classes == "auto":
+            set_value(cfg, key, count_classes(cfg, key))
+        elif not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
+            raise UserError(f"{key} is {classes!r}; it must be a number from 1, or auto")
     cfg.freeze()
     return cfg
 
 
 @contextmanager
 def _auto_classes(cfg: CfgNode) -> Iterator[None]:
-    """Let the number of classes become "auto": yacs takes a text for a number only where there is none."""
-    before, cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES, None
+    """Let numbers of classes become "auto": yacs takes a text for a number only where there is none."""
+    before = {key: key_value(cfg, key) for key in CLASS_KEYS}
+    for key in CLASS_KEYS:
+        set_value(cfg, key, None)
     yield
-    if cfg.MODEL.RETINANET.NUM_CLASSES is None:
-        cfg.MODEL.RETINANET.NUM_CLASSES = before
+    for key, value in before.items():
+        if key_value(cfg, key) is None:
+            set_value(cfg, key, value)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from focal_d2.engine.resume import check_state, set_aside
 from focal_d2.engine.weights_and_biases import WeightsAndBiases
 from focal_d2.errors import UserError, user_message
 from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, format_results
+from focal_d2.modeling.retinanet import precision_around
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class FocalTrainer(DefaultTrainer):
             loader,
             optimizer,
             parts=solver.ACCUMULATE,
+            precision=precision_around(cfg, bare),
             scale_loss=cfg.SOLVER.AMP.ENABLED,
             average=self.average,
             stopping=self._stopping,
@@ -411,7 +413,8 @@ class FocalTrainer(DefaultTrainer):
         """Report on this process's batch: whether the step failed again, and a line about it."""
         model, steps = self._trainer.bare, list(self._trainer.steps)
         try:
-            reports = [examine(model, part, steps=steps, normalizer=divisor) for part in parts]
+            with self._trainer.precision():
+                reports = [examine(model, part, steps=steps, normalizer=divisor) for part in parts]
             bad = [bool(report.bad_terms or report.gradient) for report in reports]
             which = bad.index(True) if any(bad) else 0
         except (RuntimeError, MemoryError) as error:  # no room for it

@@ -157,8 +157,8 @@ class FocalCOCOEvaluator(COCOEvaluator):
         labels = np.array([x["category_id"] for x in found], dtype=np.int64)
         if len(labels) and labels.max() >= classes:
             raise UserError(
-                f'the model found class {labels.max()}, dataset "{self._name}" has {classes} classes: set '
-                f"MODEL.RETINANET.NUM_CLASSES {classes}"
+                f'the model found class {labels.max()}, dataset "{self._name}" has {classes} classes: '
+                "the model's number of classes must be the same"
             )
         boxes = np.array([x["bbox"] for x in found], dtype=np.float64).reshape(-1, 4)
         return Detections(image, boxes, labels, np.array([x["score"] for x in found], dtype=np.float64))

@@ -7,8 +7,9 @@ of the batch. Boxes are XYXY in absolute pixels. Labels are int64: [0, K) a clas
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -379,6 +380,20 @@ def _autocast_type(cfg: CfgNode) -> torch.dtype | None:
         if name == "auto":
             return None
     return _AUTOCAST_TYPES["bfloat16" if name == "auto" else name]
+
+
+def precision_around(cfg: CfgNode, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
+    """Return what makes the autocast context in which another model than `FocalRetinaNet` is trained.
+
+    `FocalRetinaNet` has its own inside. As with detectron2's trainer, evaluation of others is in float32.
+
+    Raises:
+        UserError: for a type that the device does not have.
+    """
+    dtype = None if isinstance(model, FocalRetinaNet) else _autocast_type(cfg)
+    if dtype is None:
+        return nullcontext
+    return partial(torch.autocast, torch.device(cfg.MODEL.DEVICE).type, dtype=dtype)
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -93,10 +93,10 @@ def test_classes_are_counted_in_the_training_set_first(coco_dataset):
     train, test = coco_dataset("a", classes=2), coco_dataset("b", classes=3)
     register_datasets([train.entry, test.entry])
     cfg = make_cfg(DATASETS__TRAIN=(train.name,), DATASETS__TEST=(test.name,))
-    assert count_classes(cfg) == 2
+    assert count_classes(cfg, "MODEL.RETINANET.NUM_CLASSES") == 2
     train.annotations.write_text("{")
     register_datasets([train.entry])
-    assert count_classes(cfg) == 3
+    assert count_classes(cfg, "MODEL.RETINANET.NUM_CLASSES") == 3
 
 
 @pytest.mark.parametrize("entry", ["mine", {}, {"NAME": "mine"}])

@@ -231,13 +231,16 @@ def class_counts(tables: Mapping[str, Table]) -> Counter[str]:
     return counts
 
 
-def check_classes(train: Mapping[str, Table], test: Mapping[str, Table], num_classes: int) -> list[Finding]:
+def check_classes(
+    train: Mapping[str, Table], test: Mapping[str, Table], *, counted_by: str, num_classes: int | None
+) -> list[Finding]:
     """Check the classes of the datasets against each other and the model.
 
     Args:
         train: the datasets to train on, by name.
         test: those to test on.
-        num_classes: `MODEL.RETINANET.NUM_CLASSES`.
+        counted_by: the key that counts the model's classes.
+        num_classes: its value; None: it is not known which key that is.
     """
     found = []
     datasets = {**train, **test}
@@ -245,9 +248,9 @@ def check_classes(train: Mapping[str, Table], test: Mapping[str, Table], num_cla
     for name, table in datasets.items():
         lists[table.classes].append(name)
     for classes, names in lists.items():
-        if len(classes) != num_classes:
-            message = f"{len(classes)} classes, but MODEL.RETINANET.NUM_CLASSES is {num_classes}"
-            fixes = [Fix(f"the classes of {names[0]}", "MODEL.RETINANET.NUM_CLASSES", len(classes))]
+        if num_classes not in (None, len(classes)):
+            message = f"{len(classes)} classes, but {counted_by} is {num_classes}"
+            fixes = [Fix(f"the classes of {names[0]}", counted_by, len(classes))]
             found.append(Finding("class-count", message, ", ".join(names), len(classes), fixes=fixes))
     (first, _), *others = lists.items() or [((), [])]
     for classes, names in others:

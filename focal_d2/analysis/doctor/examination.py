@@ -27,11 +27,13 @@ from focal_d2.analysis.doctor.training import (
     check_learning_rate,
     memory_facts,
 )
-from focal_d2.config import unread_keys
+from focal_d2.architectures import class_key, is_retinanet, known_architecture
+from focal_d2.config import key_value, unread_keys
 from focal_d2.data import FocalDatasetMapper, Table, check_annotations, load_table
 from focal_d2.data.mapper import input_backend
 from focal_d2.data.pixels import read_pixels, read_with_pillow
 from focal_d2.errors import UserError
+from focal_d2.modeling import FocalRetinaNet
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Report:
     Attributes:
         findings: errors first, notes last.
         datasets: those that could be read.
-        anchors: None without a box to train on.
-        memory: None without an image to train on.
+        anchors: None without a box to train on, or for another model than a RetinaNet.
+        memory: None without an image to train on, or for another model than `FocalRetinaNet`.
     """
 
     findings: Sequence[Finding]
@@ -127,7 +129,9 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
         found += check_boxes(name, table)
     whole = [{name: t for name, t in side.items() if not t.problems} for side in (train, test)]
     found += check_negatives(*whole, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    found += check_classes(train, test, cfg.MODEL.RETINANET.NUM_CLASSES)
+    counted_by = class_key(cfg)
+    num_classes = key_value(cfg, counted_by) if counted_by else None
+    found += check_classes(train, test, counted_by=counted_by or "", num_classes=num_classes)
     found += check_sides(train, test)
     known = {}
     if decode:
@@ -144,7 +148,9 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
     misread = {x.dataset for x in found if x.code in ("box-format", "item-unreadable")}
     anchors, wrong = anchor_facts(cfg, {name: table for name, table in train.items() if name not in misread})
     found += wrong
+    found += _check_architecture(cfg, model)
     found += check_learning_rate(
+        architecture=known_architecture(cfg),
         optimizer=cfg.SOLVER.FOCAL.OPTIMIZER,
         base_lr=cfg.SOLVER.BASE_LR,
         images=cfg.SOLVER.IMS_PER_BATCH,
@@ -156,6 +162,21 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
         anchors=anchors,
         memory=memory_facts(cfg, model, train),
     )
+
+
+def _check_architecture(cfg: CfgNode, model: nn.Module) -> list[Finding]:
+    """Say what cannot be examined of the config's meta-architecture."""
+    unexamined = []
+    if known_architecture(cfg) is None:
+        unexamined.append("number of classes")
+    if not is_retinanet(cfg):
+        unexamined.append("anchors, and their balance")
+    if not isinstance(model, FocalRetinaNet):
+        unexamined.append("memory of a training step")
+    if not unexamined:
+        return []
+    message = f"not examined of {cfg.MODEL.META_ARCHITECTURE}: {'; '.join(unexamined)}"
+    return [Finding("architecture-unexamined", message)]
 
 
 def _facts(name: str, table: Table, in_train: bool, in_test: bool) -> DatasetFacts:

@@ -69,7 +69,7 @@ KINDS = {
     # Classes.
     "class-count": Kind(
         ERROR,
-        "MODEL.RETINANET.NUM_CLASSES is not the dataset's number of classes",
+        "the model's NUM_CLASSES is not the dataset's number of classes",
         "set it to that number, or to auto",
     ),
     "class-index": Kind(ERROR, "a label is not below the number of classes", "count classes from 0"),
@@ -105,7 +105,8 @@ KINDS = {
     ),
     "learning-rate": Kind(
         WARNING,
-        "SOLVER.BASE_LR is more than 2 times off the linear rule, 0.01 for 16 images with SGD",
+        "SOLVER.BASE_LR is more than 2 times off the linear rule: for 16 images with SGD 0.01 (RetinaNet) or "
+        "0.02 (R-CNN)",
         "set SOLVER.BASE_LR, unless it was tuned",
     ),
     "key-unread": Kind(WARNING, "a key of another detector was set", "set the key that is read"),
@@ -113,7 +114,10 @@ KINDS = {
     "images-without-boxes": Kind(NOTE, "images without boxes, and whether they are trained on", ""),
     "boxes-ignored": Kind(NOTE, "crowds and difficult objects, neither trained nor counted in AP", ""),
     "images-unchecked": Kind(NOTE, "--no-images: no image was opened", ""),
-    "learning-rate-unchecked": Kind(NOTE, "no rule for the learning rate of this optimizer is known", ""),
+    "learning-rate-unchecked": Kind(
+        NOTE, "no rule for the learning rate of this optimizer or architecture is known", ""
+    ),
+    "architecture-unexamined": Kind(NOTE, "what the doctor cannot examine of this meta-architecture", ""),
     "imbalance": Kind(NOTE, "negative anchors to positive ones, and the α that balances them", ""),
     "memory": Kind(NOTE, "an estimate of what a training step takes", ""),
 }

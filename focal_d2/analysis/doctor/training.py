@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from focal_d2.analysis.anchors import best_anchors, count_training_labels, grids_of
 from focal_d2.analysis.doctor.annotations import MOST_EXAMPLES, some
 from focal_d2.analysis.doctor.findings import Example, Finding, Fix, share
+from focal_d2.architectures import is_retinanet
 from focal_d2.data.resolution import training_boxes, training_inputs
 from focal_d2.data.table import Table
+from focal_d2.modeling import FocalRetinaNet
 from focal_d2.modeling.anchors import build_layout
 
-# The paper, section 4.1, and detectron2's baselines: SGD at 0.01 for 16 images a step. Batches of another
-# size scale it linearly (arXiv 1706.02677, section 2.1).
-_RATE, _RATE_IMAGES = 0.01, 16
+# The paper, section 4.1, and detectron2's baselines: SGD at these rates for 16 images a step. Batches of
+# another size scale them linearly (arXiv 1706.02677, section 2.1).
+_RATES, _RATE_IMAGES = {"FocalRetinaNet": 0.01, "RetinaNet": 0.01, "GeneralizedRCNN": 0.02}, 16
 _RATE_OFF = 2.0
 
 # Shares of boxes that are worth a warning.
@@ -107,11 +109,13 @@ def anchor_facts(cfg: CfgNode, train: Mapping[str, Table]) -> tuple[AnchorFacts 
         train: the datasets to train on, by name.
 
     Returns:
-        The facts, None if there is no box, and what is wrong about them.
+        The facts, None if there is no box or the model is no RetinaNet, and what is wrong about them.
 
     Raises:
         UserError: for a crop that detectron2 has not, or anchors of an unknown kind.
     """
+    if not is_retinanet(cfg):
+        return None, []
     layout = build_layout(cfg)
     grids = grids_of(layout)
     threshold = cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
@@ -272,18 +276,23 @@ def odds(ratio: float) -> str:
     return f"1 : {ratio:.0f}" if ratio >= 10 else f"1 : {ratio:.1f}"
 
 
-def check_learning_rate(*, optimizer: str, base_lr: float, images: int) -> list[Finding]:
+def check_learning_rate(
+    *, architecture: str | None, optimizer: str, base_lr: float, images: int
+) -> list[Finding]:
     """Compare the learning rate with the linear rule.
 
     Args:
+        architecture: of `known_architecture`.
         optimizer: "SGD" or "AdamW".
         base_lr: `SOLVER.BASE_LR`.
         images: `SOLVER.IMS_PER_BATCH`.
     """
-    if optimizer != "SGD":
-        message = f"SOLVER.BASE_LR {base_lr:g} with {optimizer}: no rule is known to check it by"
+    rate = _RATES.get(architecture or "")
+    if optimizer != "SGD" or rate is None:
+        which = optimizer if optimizer != "SGD" else "this meta-architecture"
+        message = f"SOLVER.BASE_LR {base_lr:g} with {which}: no rule is known to check it by"
         return [Finding("learning-rate-unchecked", message)]
-    rule = _RATE * images / _RATE_IMAGES
+    rule = rate * images / _RATE_IMAGES
     if 1 / _RATE_OFF <= base_lr / rule <= _RATE_OFF:
         return []
     factor = f"{base_lr / rule:.3g} times" if base_lr else "0 instead of"
@@ -291,7 +300,7 @@ def check_learning_rate(*, optimizer: str, base_lr: float, images: int) -> list[
         f"SOLVER.BASE_LR {base_lr:g} is {factor} the {rule:g} of the linear rule for SOLVER.IMS_PER_BATCH "
         f"{images} with SGD"
     )
-    fix = Fix(f"linear rule: {_RATE} · {images} / {_RATE_IMAGES} images", "SOLVER.BASE_LR", rule)
+    fix = Fix(f"linear rule: {rate} · {images} / {_RATE_IMAGES} images", "SOLVER.BASE_LR", rule)
     return [Finding("learning-rate", message, fixes=[fix])]
 
 
@@ -320,7 +329,7 @@ def memory_facts(cfg: CfgNode, model: Any, train: Mapping[str, Table]) -> Memory
         The facts, None without images or for another meta-architecture than ours.
     """
     sizes: Sequence[np.ndarray] = [table.sizes for table in train.values() if len(table)]
-    if not sizes or not hasattr(model, "network"):
+    if not sizes or not isinstance(model, FocalRetinaNet):
         return None
     largest = cfg.clone()
     largest.defrost()

@@ -21,6 +21,7 @@ from focal_d2.engine.forensics.examination import examine
 from focal_d2.engine.forensics.report import Report, Step
 from focal_d2.engine.setup import building, resolve_device
 from focal_d2.errors import UserError
+from focal_d2.modeling.retinanet import precision_around
 from focal_d2.storage.files import read_torch, write_aside
 
 _KEYS = {
@@ -211,7 +212,8 @@ def replay(saved: SavedStep, *, device: str | None = None) -> Replay:
         torch.set_rng_state(saved.random)
         if gpus and saved.cuda_random is not None:
             torch.cuda.set_rng_state(saved.cuda_random, gpus[0])
-        report = examine(model, saved.batch, steps=saved.steps, normalizer=saved.normalizer)
+        with precision_around(cfg, model)():
+            report = examine(model, saved.batch, steps=saved.steps, normalizer=saved.normalizer)
     terms = {name: _compare(x, report.losses.get(name)) for name, x in saved.losses.items()}
     bad = {name for name, x in saved.losses.items() if not math.isfinite(x)}
     reproduced = bad == set(report.bad_terms) and bool(bad or report.gradient)

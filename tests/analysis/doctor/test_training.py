@@ -95,15 +95,23 @@ def test_anchor_facts_add_up_over_datasets_by_class_name():
     ],
 )
 def test_learning_rate_by_the_linear_rule(rate, images, code, fix):
-    found = check_learning_rate(optimizer="SGD", base_lr=rate, images=images)
+    found = check_learning_rate(architecture="RetinaNet", optimizer="SGD", base_lr=rate, images=images)
     assert [finding.code for finding in found] == ([code] if code else [])
     assert [x.value for finding in found for x in finding.fixes] == ([fix] if fix else [])
 
 
 def test_learning_rate_of_adamw_is_not_judged():
-    assert [x.code for x in check_learning_rate(optimizer="AdamW", base_lr=9.0, images=1)] == [
-        "learning-rate-unchecked"
-    ]
+    found = check_learning_rate(architecture="RetinaNet", optimizer="AdamW", base_lr=9.0, images=1)
+    assert [x.code for x in found] == ["learning-rate-unchecked"]
+
+
+@pytest.mark.parametrize(
+    "architecture, rule", [("GeneralizedRCNN", 0.02), ("ProposalNetwork", None), (None, None)]
+)
+def test_learning_rate_has_a_rule_for_architectures_with_baselines(architecture, rule):
+    (finding,) = check_learning_rate(architecture=architecture, optimizer="SGD", base_lr=1.0, images=16)
+    assert [x.value for x in finding.fixes] == ([rule] if rule else [])
+    assert finding.code == ("learning-rate" if rule else "learning-rate-unchecked")
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])

@@ -1,0 +1,87 @@
+"""What is known of a config's meta-architecture: the key that counts its classes, and what it is.
+
+A class that inherits from a known architecture counts as that one. Nothing is assumed of all other classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling.roi_heads import ROIHeads
+
+from focal_d2.errors import UserError
+
+_RETINANETS = ("FocalRetinaNet", "RetinaNet")
+# The key that counts the classes of boxes; None: the architecture finds no boxes of classes.
+# (`MODEL.SEM_SEG_HEAD.NUM_CLASSES` counts the classes of pixels, which datasets of boxes do not have.)
+_CLASS_KEYS = {
+    "FocalRetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "ProposalNetwork": None,
+    "SemanticSegmentor": None,
+    "PanopticDeepLab": None,
+}
+_SEGMENTS = {"PanopticFPN", "SemanticSegmentor", "PanopticDeepLab"}
+# All keys that count classes of boxes.
+CLASS_KEYS = tuple(dict.fromkeys(key for key in _CLASS_KEYS.values() if key))
+
+
+def _known_ancestors(cfg: CfgNode) -> list[str]:
+    registered = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    classes = inspect.getmro(registered) if inspect.isclass(registered) else ()
+    return [x.__name__ for x in classes if x.__module__.startswith(("detectron2.", "focal_d2."))]
+
+
+def known_architecture(cfg: CfgNode) -> str | None:
+    """Return the known architecture that `MODEL.META_ARCHITECTURE` is or inherits from, or None.
+
+    An R-CNN with heads that do not inherit from detectron2's `ROIHeads` is not known.
+    """
+    name = next((x for x in _known_ancestors(cfg) if x in _CLASS_KEYS), None)
+    if name == "GeneralizedRCNN":
+        heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
+        if not (inspect.isclass(heads) and issubclass(heads, ROIHeads)):
+            return None
+    return name
+
+
+def class_key(cfg: CfgNode) -> str | None:
+    """Return the key that counts the classes of the model's boxes; None: there is none, or unknown."""
+    name = known_architecture(cfg)
+    return None if name is None else _CLASS_KEYS[name]
+
+
+def needs_beyond_boxes(cfg: CfgNode) -> str | None:
+    """Say which key asks for annotations that a dataset of boxes does not have; None if none is known to."""
+    if _SEGMENTS.intersection(_known_ancestors(cfg)):
+        return f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} needs classes of pixels"
+    if known_architecture(cfg) == "GeneralizedRCNN":
+        for key, what in (("MASK_ON", "masks"), ("KEYPOINT_ON", "keypoints")):
+            if cfg.MODEL[key]:
+                return f"MODEL.{key} True needs {what}"
+    return None
+
+
+def is_retinanet(cfg: CfgNode) -> bool:
+    """Whether the model reads its anchors and their labels from `MODEL.RETINANET`."""
+    return known_architecture(cfg) in _RETINANETS
+
+
+def require_retinanet(cfg: CfgNode, what: str) -> None:
+    """Refuse other architectures.
+
+    Args:
+        cfg: full config.
+        what: the part of focal_d2 that needs a RetinaNet, in the plural.
+
+    Raises:
+        UserError: if the config's architecture is not a RetinaNet.
+    """
+    if not is_retinanet(cfg):
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; {what} are for "
+            f"{', '.join(_RETINANETS)}"
+        )
