@@ -217,6 +217,8 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
             check_files(key, name)
             if needed and key == "DATASETS.TRAIN" and MetadataCatalog.get(name).get("read_table"):
                 raise UserError(f"{what} has boxes only, but {needed}")
+            if key == "DATASETS.TRAIN" and not is_annotated(name):
+                raise UserError(f"{what} has no annotations: it can be in DATASETS.TEST only")
             classes = _class_names(name)
             if first is not None and classes != first[1]:
                 raise UserError(
@@ -229,6 +231,11 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
                     f"{what} has {len(classes)} classes ({listed(classes)}) but {counted_by} is "
                     f"{num_classes}: set it to {len(classes)}, or to auto"
                 )
+
+
+def is_annotated(name: str) -> bool:
+    """Tell whether a dataset of `DATASETS.FOCAL` has annotations; of others, that is not looked at: True."""
+    return not MetadataCatalog.get(name).get("from_focal_yaml", False) or load_table(name).annotated
 
 
 def _check_order(cfg: CfgNode) -> None:

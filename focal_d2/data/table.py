@@ -28,6 +28,7 @@ class Table:
         labels: (B,) int64 in [0, K).
         ignored: (B,) bool: crowds, difficult objects and the like, neither background nor counted in AP.
         areas: (B,) float64 square pixels; COCO's own where a file has them (of the mask), else of the box.
+        annotated: whether the dataset says which objects there are; False: a test set that keeps them secret.
         problems: a line for each item that could not be read; those items are in no column.
         notes: lines for the log: what the reader decided that its user may not expect.
     """
@@ -42,6 +43,7 @@ class Table:
     labels: np.ndarray
     ignored: np.ndarray
     areas: np.ndarray
+    annotated: bool = True
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -78,7 +80,8 @@ class Table:
         """Return the images in detectron2's dataset format, boxes as floats in `BoxMode.XYWH_ABS`.
 
         Beside detectron2's keys an annotation has its "area". Boxes without area are left out: no detection
-        can match them.
+        can match them. Records of a dataset that is not annotated have no "annotations", as detectron2 has
+        it.
         """
         kept = self.has_area
         ends = np.searchsorted(self.image[kept], np.arange(len(self)), side="right").tolist()
@@ -105,7 +108,7 @@ class Table:
                     "image_id": image_id,
                     "height": height,
                     "width": width,
-                    "annotations": annotations,
+                    **({"annotations": annotations} if self.annotated else {}),
                 }
             )
         return records
@@ -136,5 +139,6 @@ class Table:
             boxes=boxes,
             labels=np.array([a["category_id"] for _, a in found], dtype=np.int64),
             ignored=np.array([bool(a.get("iscrowd", 0)) for _, a in found], dtype=bool),
+            annotated=not records or any("annotations" in record for record in records),
             areas=np.array([a.get("area", of_box) for (_, a), of_box in zip(found, areas, strict=True)]),
         )

@@ -14,7 +14,7 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
-from focal_d2.data import known_class_names
+from focal_d2.data import is_annotated, known_class_names
 from focal_d2.engine.checkpoint import FocalCheckpointer
 from focal_d2.errors import UserError
 from focal_d2.evaluation import metric_names
@@ -179,9 +179,15 @@ def check_best(cfg: CfgNode) -> None:
         classes = known_class_names(dataset)
         if classes is None or MetadataCatalog.get(dataset).get("evaluator_type") == "lvis":
             return  # the first evaluation will tell
+        if not is_annotated(dataset):
+            continue  # its predictions are written, and that is all
         prefix = "" if len(cfg.DATASETS.TEST) == 1 else f"{dataset}/"
         known = metric_names(list(test.MAX_DETS) or max(100, cfg.TEST.DETECTIONS_PER_IMAGE), classes)
         names += [f"{prefix}bbox/{name}" for name in known]
+    if not names:
+        raise UserError(
+            f"TEST.FOCAL.BEST_METRIC is {test.BEST_METRIC}, but no dataset of DATASETS.TEST has annotations"
+        )
     if test.BEST_METRIC not in names:
         raise _unknown(test.BEST_METRIC, names)
 

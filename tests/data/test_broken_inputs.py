@@ -242,7 +242,7 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     "coco: empty categories": (
         "coco",
         lambda b: b.coco(lambda c: c["categories"].clear()),
-        "no categories in it",
+        r"json: no categories in it",
     ),
     "coco: empty images": ("coco", lambda b: b.coco(lambda c: c["images"].clear()), "no images"),
     "coco: a section is a map": ("coco", lambda b: b.coco(lambda c: c.update(images={})), 'no list "images"'),
@@ -293,8 +293,25 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     ),
     "coco: id is a text": (
         "coco",
-        image(0, id="99"),
-        r"images\[0\] \(id '99'\) has the id '99'; it must be a whole",
+        image(0, id="099"),
+        r"images\[0\] \(id '099'\) has the id '099'; it must be a whole",
+    ),
+    "coco: id is a number as text": ("coco", image(0, id="99"), None),
+    "coco: annotation's id is null": ("coco", annotation(1, id=None), None),
+    "coco: annotation's id is any text": ("coco", annotation(1, id="box 1"), None),
+    "coco: iscrowd null": ("coco", annotation(0, iscrowd=None), None),
+    "coco: a mask without bbox": (
+        "coco",
+        lambda b: (
+            b.coco(lambda c: c["annotations"][1].pop("bbox"))
+            or annotation(1, segmentation=[[30, 20, 50, 20, 50, 38], [31, 21, 30, 25, 33, 33]])(b)
+        ),
+        None,
+    ),
+    "coco: a category twice": (
+        "coco",
+        lambda b: b.coco(lambda c: c["categories"].append(c["categories"][0])),
+        None,
     ),
     "coco: id is true": ("coco", annotation(0, id=True), r"annotations\[0\].*whole number"),
     "coco: id of 70 bits": ("coco", image(0, id=2**70), r"images\[0\].*64 bits"),
@@ -321,12 +338,10 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
         lambda b: b.coco(lambda c: c["annotations"].append([1, 2])),
         r"annotations\[3\] is \[1, 2\]; it must be an object",
     ),
-    "coco: no width": (
-        "coco",
-        lambda b: b.coco(lambda c: c["images"][1].pop("width")),
-        r"images\[1\] \(id 98\) has no width",
-    ),
-    "coco: width 0": ("coco", image(1, width=0), r"images\[1\].*the width 0"),
+    "coco: no width": ("coco", lambda b: b.coco(lambda c: c["images"][1].pop("width")), None),
+    "coco: width 0": ("coco", image(1, width=0), None),
+    "coco: width null": ("coco", image(1, width=None), None),
+    "coco: width -1": ("coco", image(1, width=-1), r"images\[1\].*the width -1"),
     "coco: width 64.5": ("coco", image(1, width=64.5), r"images\[1\].*64\.5; not whole"),
     "coco: width 64.0": ("coco", image(1, width=64.0), None),
     "coco: width is a text": ("coco", image(1, width="64"), r"images\[1\].*the width '64'"),

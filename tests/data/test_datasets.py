@@ -214,3 +214,18 @@ def test_broken_datasets_of_a_program_are_one_line(records):
     MetadataCatalog.get("program").json_file = "their.json"
     with pytest.raises(UserError, match=r'dataset "program" \(their.json\) cannot be read: \w+Error'):
         load_table("program")
+
+
+def test_a_set_without_annotations_can_be_tested_on_only(coco_dataset):
+    data = coco_dataset(images=2, classes=1)
+    content = json.loads(data.annotations.read_text())
+    del content["annotations"]
+    data.annotations.write_text(json.dumps(content))
+    register_datasets([data.entry])
+    cfg = make_cfg(DATASETS__TEST=(data.name,), MODEL__RETINANET__NUM_CLASSES=1)
+    check_datasets(cfg, training=False)
+    cfg = make_cfg(DATASETS__TRAIN=(data.name,), MODEL__RETINANET__NUM_CLASSES=1)
+    with pytest.raises(
+        UserError, match="DATASETS.TRAIN: dataset .* has no annotations: it can be in DATASETS.T"
+    ):
+        check_datasets(cfg, training=True)

@@ -163,6 +163,20 @@ def test_check_best_finds_what_can_not_work(job, overrides, message):
         check_job(str(job[0]), overrides)
 
 
+def test_check_best_needs_annotations(job):
+    config, data = job
+    content = json.loads(data.annotations.read_text())
+    test = data.annotations.with_name("test.json")
+    test.write_text(json.dumps({k: v for k, v in content.items() if k != "annotations"}))
+    entries = [data.entry, {**data.entry, "NAME": "secret", "ANNOTATIONS": str(test)}]
+    overrides = ["DATASETS.FOCAL", str(entries), "DATASETS.TEST", "('secret',)", "TEST.EVAL_PERIOD", "2"]
+    check_job(str(config), overrides)
+    with pytest.raises(
+        UserError, match="BEST_METRIC is bbox/AP, but no dataset of DATASETS.TEST has annotations"
+    ):
+        check_job(str(config), [*overrides, "TEST.FOCAL.BEST_METRIC", "bbox/AP"])
+
+
 def test_check_best_knows_the_names_that_evaluation_gives(job):
     _, data = job
     cfg = load_config(str(job[0]), ["TEST.EVAL_PERIOD", "2"])

@@ -378,3 +378,19 @@ def test_format_results_is_a_markdown_table():
     assert [c.strip() for c in lines[0].strip("|").split("|")] == ["dataset", "AP", "AR@100"]
     assert [c.strip() for c in lines[2].strip("|").split("|")] == ["a", "12.35", "50.00"]
     assert len(lines) == 4
+
+
+def test_a_test_set_without_annotations_gets_predictions_and_no_metrics(coco_dataset, tmp_path):
+    data = coco_dataset(images=2, classes=2)
+    content = json.loads(data.annotations.read_text())
+    del content["annotations"]
+    data.annotations.write_text(json.dumps(content))
+    register_datasets([data.entry])
+    evaluator = FocalCOCOEvaluator(data.name, output_dir=str(tmp_path))
+    evaluator.reset()
+    found = Instances((64, 64), pred_boxes=Boxes(torch.tensor([[1.0, 2, 10, 12]])))
+    found.scores, found.pred_classes = torch.tensor([0.5]), torch.tensor([1])
+    evaluator.process([{"image_id": 1}], [{"instances": found}])
+    assert evaluator.evaluate() == {}
+    (prediction,) = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert prediction == {"image_id": 1, "category_id": 2, "bbox": [1, 2, 9, 10], "score": 0.5}

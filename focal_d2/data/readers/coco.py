@@ -20,31 +20,33 @@ from focal_d2.data.readers.common import (
     MOST_PIXELS,
     ImageFolder,
     decode_text,
+    image_size,
     listed,
     read_bytes,
     short,
 )
+from focal_d2.data.readers.masks import mask_box
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
 _Id = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-_Side = Annotated[int, Meta(ge=1, le=MOST_PIXELS)] | Annotated[float, Meta(ge=1, le=MOST_PIXELS)]
+_Side = Annotated[int, Meta(ge=0, le=MOST_PIXELS)] | Annotated[float, Meta(ge=0, le=MOST_PIXELS)]
 
 
 class _Image(Struct, gc=False):
     id: _Id
     file_name: str
-    width: _Side
-    height: _Side
+    width: _Side | None = None  # of some tools 0 where they don't know it
+    height: _Side | None = None
 
 
 class _Annotation(Struct, gc=False):
-    id: _Id
     image_id: _Id
     category_id: _Id
     bbox: tuple[float, float, float, float]
+    id: _Id | str | None = None  # of no use here
     area: float | None = None
-    iscrowd: int | bool = 0
+    iscrowd: int | bool | None = None
     ignore: int | bool | float | None = None
 
 
@@ -55,8 +57,8 @@ class _Category(Struct, gc=False):
 
 class _Coco(Struct, gc=False):
     images: list[_Image]
-    annotations: list[_Annotation]
     categories: list[_Category]
+    annotations: list[_Annotation] | None = None
 
 
 _SECTIONS: dict[str, Any] = {"images": _Image, "annotations": _Annotation, "categories": _Category}
@@ -73,6 +75,8 @@ _EXPECTED = {
     "iscrowd": "0 or 1",
     "ignore": "0 or 1",
 }
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,18}")  # written as a number would be, so that two texts can't be one
+_IDS = ("id", "image_id", "category_id")
 _DECODER = msgspec.json.Decoder(_Coco)
 
 
@@ -81,6 +85,11 @@ def read_coco(annotations: str, images: ImageFolder | str, classes: Sequence[str
 
     Annotations with "ignore": 1, which converters of VOC files write for difficult objects, are ignored
     regions as crowds are. pycocotools overwrites that flag.
+
+    Beside what COCO's own files have: annotations may have no id; images may have no size, which is then
+    read from the file; an annotation may have a mask alone (polygons or RLE), of which the extent is taken;
+    ids may be whole numbers as text; a category may be listed twice. A file without the list "annotations"
+    is a test set whose objects are not published.
 
     Args:
         annotations: the json file.
@@ -98,28 +107,34 @@ def read_coco(annotations: str, images: ImageFolder | str, classes: Sequence[str
     problems: list[str] = []
     try:
         coco = _DECODER.decode(data)
-        places_in_file: dict[str, Sequence[int]] = {k: range(len(getattr(coco, k))) for k in _SECTIONS}
+        places_in_file: dict[str, Sequence[int]] = {k: range(len(getattr(coco, k) or ())) for k in _SECTIONS}
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         coco, places_in_file = _decode_slowly(annotations, data, problems)
     del data
+    annotated = coco.annotations is not None
+    objects = coco.annotations or []
 
     def note(section: str, i: int, text: str) -> None:
-        item = f"{section}[{places_in_file[section][i]}] (id {getattr(coco, section)[i].id})"
-        problems.append(f"{annotations}: {item} {text}")
+        item = getattr(coco, section)[i]
+        known = "" if item.id is None else f" (id {short(item.id) if isinstance(item.id, str) else item.id})"
+        problems.append(f"{annotations}: {section}[{places_in_file[section][i]}]{known} {text}")
 
-    if not coco.images or not coco.categories:
+    empty = [section for section in ("images", "categories") if not getattr(coco, section)]
+    if empty:
         reason = f": {problems[0]}" if problems else ""
-        raise UserError(f"{annotations}: no images or no categories in it{reason}")
+        raise UserError(f"{annotations}: no {' and no '.join(empty)} in it{reason}")
     for section in _SECTIONS:
-        seen: set[int] = set()
-        for i, item in enumerate(getattr(coco, section)):
-            if item.id in seen:
+        seen: dict[int | str, Any] = {}
+        for i, item in enumerate(getattr(coco, section) or ()):
+            if item.id is None:
+                continue
+            if item.id in seen and not (section == "categories" and seen[item.id] == item):
                 note(section, i, "has the id of an earlier one; ids must be different whole numbers")
-            seen.add(item.id)
-    categories = coco.categories
+            seen[item.id] = item
+    categories = list({(c.id, c.name): c for c in coco.categories}.values())
     if len({c.name for c in categories}) < len(categories):
         # Some tools add a parent of the same name, of which there are no boxes.
-        used = {a.category_id for a in coco.annotations}
+        used = {a.category_id for a in objects}
         categories = [c for c in categories if c.id in used] or categories
     names, label_of, category_ids = _classes(annotations, categories, classes)
 
@@ -130,47 +145,53 @@ def read_coco(annotations: str, images: ImageFolder | str, classes: Sequence[str
     for i in sorted(range(len(coco.images)), key=lambda i: coco.images[i].id):
         image = coco.images[i]
         path, refused = images.path(image.file_name)
+        height, width = image.height, image.width
         if path is None:
             note("images", i, f"has the file_name {refused}")
-        elif image.height != int(image.height) or image.width != int(image.width):
-            note("images", i, f"has the height and width {image.height}, {image.width}; not whole numbers")
+        elif height and width and (height != int(height) or width != int(width)):
+            note("images", i, f"has the height and width {height}, {width}; not whole numbers")
         elif image.id not in places:
-            places[image.id] = len(paths)
-            paths.append(path)
-            sizes.append((int(image.height), int(image.width)))
-            continue
+            try:
+                size = (int(height), int(width)) if height and width else image_size(path)
+            except UserError as error:
+                note("images", i, f"has no size: {error}{images.hint(path)}")
+            else:
+                places[image.id] = len(paths)
+                paths.append(path)
+                sizes.append(size)
+                continue
         set_aside.add(image.id)
 
-    boxes = np.array([a.bbox for a in coco.annotations], dtype=np.float64).reshape(-1, 4)
+    boxes = np.array([a.bbox for a in objects], dtype=np.float64).reshape(-1, 4)
     good = np.isfinite(boxes).all(1) & (boxes[:, 2:] >= 0).all(1) & (np.abs(boxes) <= MOST_PIXELS).all(1)
     for i in np.flatnonzero(~good).tolist():
-        note("annotations", i, f"has the bbox {short(list(coco.annotations[i].bbox))}; {_WRONG_BOX}")
-    owner = np.array([places.get(a.image_id, -1) for a in coco.annotations], dtype=np.int64)
+        note("annotations", i, f"has the bbox {short(list(objects[i].bbox))}; {_WRONG_BOX}")
+    owner = np.array([places.get(a.image_id, -1) for a in objects], dtype=np.int64)
     for i in np.flatnonzero(owner < 0).tolist():
-        if coco.annotations[i].image_id not in set_aside:
-            note("annotations", i, f"has an unknown image_id: {coco.annotations[i].image_id}")
-    labels = np.array([label_of.get(a.category_id, -1) for a in coco.annotations], dtype=np.int64)
+        if objects[i].image_id not in set_aside:
+            note("annotations", i, f"has an unknown image_id: {objects[i].image_id}")
+    labels = np.array([label_of.get(a.category_id, -1) for a in objects], dtype=np.int64)
     known = {category.id: category.name for category in coco.categories}
     for i in np.flatnonzero(labels < 0).tolist():
-        category = coco.annotations[i].category_id
+        category = objects[i].category_id
         if category in known:
             note("annotations", i, f"is of {short(known[category])}, not one of {listed(names)}")
         else:
             note("annotations", i, f"has an unknown category_id: {category}")
     keep = np.flatnonzero(good & (owner >= 0) & (labels >= 0))
     keep = keep[np.argsort(owner[keep], kind="stable")]
-    given = [a.area if a.area is not None else math.nan for a in coco.annotations]
+    given = [a.area if a.area is not None else math.nan for a in objects]
     areas = np.array(given, dtype=np.float64)
     for i in np.flatnonzero((areas < 0) | np.isinf(areas)).tolist():
         note("annotations", i, f"has the area {areas[i]}; it must be {_EXPECTED['area']}, at least 0")
-    marked = np.array([bool(a.ignore) for a in coco.annotations], dtype=bool)
+    marked = np.array([bool(a.ignore) for a in objects], dtype=bool)
     notes = []
     if marked.any():
         notes.append(
             f'{annotations}: {marked.sum()} of {len(marked)} annotations have "ignore": 1: they are ignored '
             "regions, neither trained on nor counted in AP"
         )
-    crowds = np.array([bool(a.iscrowd) for a in coco.annotations], dtype=bool)
+    crowds = np.array([bool(a.iscrowd) for a in objects], dtype=bool)
     return Table(
         classes=names,
         category_ids=category_ids,
@@ -182,6 +203,7 @@ def read_coco(annotations: str, images: ImageFolder | str, classes: Sequence[str
         labels=labels[keep],
         ignored=(crowds | marked)[keep],
         areas=np.where(np.isfinite(areas), areas, boxes[:, 2] * boxes[:, 3])[keep],
+        annotated=annotated,
         problems=problems,
         notes=notes,
     )
@@ -224,20 +246,37 @@ def _decode_slowly(path: str, data: bytes, problems: list[str]) -> tuple[_Coco, 
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
-    coco, places = _Coco([], [], []), dict[str, Sequence[int]]()
+    coco, places = _Coco([], []), dict[str, Sequence[int]]()
+    if isinstance(content, dict) and content.get("annotations") is not None:
+        coco.annotations = []
     for section, kind in _SECTIONS.items():
         items = content.get(section) if isinstance(content, dict) else None
+        if items is None and section == "annotations" and isinstance(content, dict):
+            items = []
         if not isinstance(items, list):
             raise UserError(f'{path}: no list "{section}"; a COCO file has {", ".join(_SECTIONS)}')
         kept: list[int] = []
         places[section] = kept
         for i, item in enumerate(items):
             try:
-                getattr(coco, section).append(msgspec.convert(item, kind))
+                getattr(coco, section).append(msgspec.convert(_usual(item), kind))
                 kept.append(i)
             except msgspec.ValidationError as error:
                 problems.append(f"{path}: {section}[{i}] {_what_is_wrong(item, kind, str(error))}")
     return coco, places
+
+
+def _usual(item: Any) -> Any:
+    """Return an item as most tools write it: ids as numbers, and a box where there is a mask."""
+    if not isinstance(item, dict):
+        return item
+    item = {
+        key: int(value) if key in _IDS and isinstance(value, str) and _WHOLE.fullmatch(value) else value
+        for key, value in item.items()
+    }
+    if not item.get("bbox") and item.get("segmentation"):
+        item["bbox"] = mask_box(item["segmentation"])
+    return item
 
 
 def _what_is_wrong(item: Any, kind: type[Struct], message: str) -> str:
@@ -246,7 +285,8 @@ def _what_is_wrong(item: Any, kind: type[Struct], message: str) -> str:
     known = f"(id {short(item['id'])}) " if "id" in item else ""
     missing = [f.name for f in msgspec.structs.fields(kind) if f.required and f.name not in item]
     if missing:
-        return f"{known}has no {', '.join(missing)}"
+        wrong_mask = ", and its segmentation is neither polygons nor RLE" if "segmentation" in item else ""
+        return f"{known}has no {', '.join(missing)}{wrong_mask if 'bbox' in missing else ''}"
     place = re.search(r"`\$\.(\w+)", message)
     key = place.group(1) if place else "id"
     return f"{known}has the {key} {short(item[key])}; it must be {_EXPECTED[key]}"

@@ -96,5 +96,96 @@ def test_all_annotations_may_be_absent(coco_dataset):
 
 
 def test_nothing_good_says_what_was_wrong(coco_dataset):
-    with pytest.raises(UserError, match=r"no images or no categories in it: .*images\[0\] has no id"):
+    with pytest.raises(UserError, match=r"json: no images in it: .*images\[0\] has no id"):
         read_changed(coco_dataset(images=1), lambda c: c["images"][0].pop("id"))
+
+
+def test_what_other_tools_leave_out_or_write_differently_is_read(coco_dataset):
+    data = coco_dataset(images=2)
+    whole = read_changed(data, lambda c: None)
+
+    def change(coco):
+        for i, annotation in enumerate(coco["annotations"]):
+            annotation.pop("id")
+            annotation.update(iscrowd=None, image_id=str(annotation["image_id"]))
+            x, y, w, h = annotation.pop("bbox")
+            corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+            annotation["segmentation"] = [corners] if i % 2 else [corners[:4] + corners[4:6], corners[2:]]
+            annotation["category_id"] = str(annotation["category_id"])
+        for image, sides in zip(coco["images"], ({}, {"width": 0, "height": None}), strict=True):
+            del image["width"], image["height"]
+            image.update(sides, id=str(image["id"]))
+        coco["categories"].append(coco["categories"][0])
+        coco["categories"][1]["id"] = "2"
+
+    table = read_changed(data, change)
+    assert not table.problems
+    assert table.image_ids.tolist() == whole.image_ids.tolist()
+    assert table.sizes.tolist() == whole.sizes.tolist()
+    assert table.boxes.tolist() == whole.boxes.tolist()
+    assert table.labels.tolist() == whole.labels.tolist()
+    assert table.classes == whole.classes
+    assert not table.ignored.any()
+
+
+def test_annotations_without_ids_in_a_good_file(coco_dataset):
+    """Nothing else is unusual: the file is read at once."""
+    table = read_changed(
+        coco_dataset(images=2),
+        lambda c: [a.pop("id") or a.update(iscrowd=None) for a in c["annotations"][1:]],
+    )
+    assert len(table.boxes) == 6
+    assert not table.problems
+
+
+def test_texts_that_are_not_clearly_one_number_are_no_ids(coco_dataset):
+    table = read_changed(
+        coco_dataset(images=1),
+        lambda c: [
+            a.update(category_id=x) for a, x in zip(c["annotations"], ("01", "1.0", "x"), strict=True)
+        ],
+    )
+    assert len(table.problems) == 3
+    assert (
+        "annotations[0] (id 1) has the category_id '01'; it must be the id of a category" in table.problems[0]
+    )
+
+
+def test_an_image_that_is_not_there_has_no_size(coco_dataset):
+    table = read_changed(
+        coco_dataset(images=2),
+        lambda c: c["images"][0].pop("width") and c["images"][0].update(file_name="q.png"),
+    )
+    assert len(table.problems) == 1
+    assert "images[0] (id 0) has no size: cannot read the image" in table.problems[0]
+
+
+def test_a_file_without_annotations_is_a_test_set(coco_dataset):
+    data = coco_dataset(images=2)
+    table = read_changed(data, lambda c: c.pop("annotations"))
+    assert not table.annotated
+    assert not table.problems
+    assert ["annotations" in record for record in table.records()] == [False, False]
+    assert read_changed(data, lambda c: c.update(annotations=[])).annotated
+
+
+@pytest.mark.parametrize(
+    "sections, match",
+    [(("images",), "no images in it"), (("categories",), "no categories in it"),
+     (("images", "categories"), "no images and no categories in it")],
+)  # fmt: skip
+def test_an_empty_section_is_named(coco_dataset, sections, match):
+    with pytest.raises(UserError, match=rf"json: {match}$"):
+        read_changed(coco_dataset(images=1), lambda c: c.update({x: [] for x in (*sections, "annotations")}))
+
+
+@pytest.mark.parametrize(
+    "segmentation", [[[1, 2, 3]], [["x", 1]], {"size": [9, 9]}, {"size": [9, 9], "counts": "x"}, "x"]
+)
+def test_a_mask_of_no_kind_is_named(coco_dataset, segmentation):
+    def change(coco):
+        coco["annotations"][0].update(segmentation=segmentation)
+        del coco["annotations"][0]["bbox"]
+
+    (problem,) = read_changed(coco_dataset(images=1), change).problems
+    assert "annotations[0] (id 1) has no bbox, and its segmentation is neither polygons nor RLE" in problem
