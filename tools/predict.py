@@ -40,12 +40,14 @@ def main() -> None:
     overrides = args.opts
     if args.dataset is not None:
         overrides = [*overrides, "DATASETS.TEST", f"({args.dataset!r},)"]
-    cfg = load_config(args.config_file, overrides, trust_files=args.trust_files)
+    cfg = load_config(
+        args.config_file, overrides, trust_files=args.trust_files, allow_download=args.allow_download
+    )
     if args.dataset is not None:
         check_datasets(cfg, training=False)
         truth = ground_truth(args.dataset)
     paths = list(truth) or list_images(args.input)
-    predictor = Predictor(cfg, trust_files=args.trust_files)
+    predictor = Predictor(cfg, trust_files=args.trust_files, allow_download=args.allow_download)
     targets = picture_files(paths, args.output)
     for path, target in zip(paths, targets, strict=True):
         image = read_bgr(path)

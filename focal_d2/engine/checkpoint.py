@@ -9,13 +9,14 @@ import re
 import shutil
 from collections.abc import Iterable
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
+from fvcore.common.checkpoint import Checkpointer
 
 from focal_d2.errors import UserError
+from focal_d2.storage.downloads import check_address, fetch, is_address
 from focal_d2.storage.files import ASIDE, ForbiddenImportError, read_pickle, read_torch, write_aside
 
 # What the losses remember: not in detectron2's checkpoints, and each loss has its own.
@@ -28,6 +29,8 @@ _BLOCK = re.compile(r"(^|\.)res[2-5]\.\d+\.")
 _NUMBERED = re.compile(r"model_(\d+)\.pth")
 _LAST = "last_checkpoint"
 _UNNUMBERED = ("model_final.pth", "model_best.pth")
+# What detectron2 reads at the end of a name.
+_HEURISTICS = "?matching_heuristics=True"
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ class FocalCheckpointer(DetectionCheckpointer):
         partial: bool,
         keep: int = 0,
         trust_files: bool = False,
+        allow_download: bool = False,
         **checkpointables: Any,
     ) -> None:
         """Wrap a model.
@@ -65,13 +69,16 @@ class FocalCheckpointer(DetectionCheckpointer):
                 fit all the same. If false, file and model must have the same entries.
             keep: of the checkpoints that are named by their iteration, keep so many; 0: all.
             trust_files: let checkpoints import and run what they name.
+            allow_download: load addresses outside detectron2's stores, too.
             checkpointables: see detectron2's `DetectionCheckpointer`.
         """
         super().__init__(model, save_dir, **checkpointables)
         self.partial = partial
         self.keep = keep
         self.trust_files = trust_files
+        self.allow_download = allow_download
         self._source = ""
+        self._by_heuristics = False
         self._must_be_whole = False
 
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
@@ -208,17 +215,24 @@ class FocalCheckpointer(DetectionCheckpointer):
         return sorted([(n, name) for name in names if (n := _number(name)) is not None], reverse=True)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a file or URL; see detectron2's `DetectionCheckpointer.load`.
+        """Load a file or an address; see detectron2's `DetectionCheckpointer.load`.
+
+        Only a text with a scheme (https://…) is an address: `#`, `?` and `:` may stand in the name of a file.
+        At the end of either, `?matching_heuristics=True` lets weights match by parts of their names.
 
         Raises:
             UserError: if it cannot be found or read, or does not fit the model or its optimizer. The model is
                 as it was then.
         """
         self._source = path
-        check_file(path)
+        file, self._by_heuristics = _without_option(path)
+        check_file(path, allow_download=self.allow_download)
         before = {name: x.detach().to("cpu", copy=True) for name, x in self.model.state_dict().items()}
         try:
-            return super().load(path, *args, **kwargs)
+            if is_address(file):
+                file = fetch(file, allow_download=self.allow_download)
+            # fvcore's: detectron2's, between, takes every path for an address.
+            return dict(Checkpointer.load(self, file, *args, **kwargs))
         except Exception as error:
             self.model.load_state_dict(before)
             if isinstance(error, UserError):
@@ -228,8 +242,6 @@ class FocalCheckpointer(DetectionCheckpointer):
             reason = str(error).strip().split("\n")[0]
             kind = "" if isinstance(error, ForbiddenImportError) else f"{type(error).__name__}: "
             raise UnusableFileError(f"cannot load weights {path}: {kind}{reason}") from error
-        finally:
-            self._parsed_url_during_load = None  # detectron2 forgets this if loading fails
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         """Read a file as detectron2 does, formats and all, but by our readers."""
@@ -244,7 +256,9 @@ class FocalCheckpointer(DetectionCheckpointer):
             state = read_torch(filename, trusted=self.trust_files)["model_state"]
             state = {name: x for name, x in state.items() if not name.endswith(_COUNTER)}
             return {"model": state, "__author__": "pycls", "matching_heuristics": True}
-        return dict(super()._load_file(filename))
+        content = self._torch_load(filename)
+        content = content if "model" in content else {"model": content}
+        return {**content, "matching_heuristics": True} if self._by_heuristics else content
 
     def _torch_load(self, filename: str) -> dict[str, Any]:
         content = read_torch(filename, trusted=self.trust_files)
@@ -285,14 +299,24 @@ def _needed(names: Iterable[str]) -> set[str]:
     return {n for n in names if not n.endswith(_COUNTER) and not n.startswith(_OURS)}
 
 
-def check_file(path: str) -> None:
-    """Check that weights exist, unless they are a URL or "".
+def _without_option(path: str) -> tuple[str, bool]:
+    """Return the path without detectron2's option, and whether it was there."""
+    if path.endswith(_HEURISTICS) and not os.path.isfile(path):
+        return path.removesuffix(_HEURISTICS), True
+    return path, False
+
+
+def check_file(path: str, *, allow_download: bool = False) -> None:
+    """Check that weights exist, or are an address that may be fetched, or "".
 
     Raises:
-        UserError: if there is no such file.
+        UserError: if not.
     """
-    if path and "://" not in path and not os.path.isfile(urlparse(path).path):
-        raise UnusableFileError(f"weights file not found: {path}")
+    file, _ = _without_option(path)
+    if is_address(file):
+        check_address(file, allow_download=allow_download)
+    elif file and not os.path.isfile(file):
+        raise UnusableFileError(f"weights file not found: {file}")
 
 
 def _some(names: set[str]) -> str:

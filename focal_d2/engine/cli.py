@@ -64,11 +64,16 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def add_trust_flag(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that lets files run code. No config has such a key: it may itself be hostile."""
+    """Add the flags that trust files and addresses. No config has such keys: it may itself be hostile."""
     parser.add_argument(
         "--trust-files",
         action="store_true",
         help="let the config and the checkpoint run code, as detectron2 does (default: refused)",
+    )
+    parser.add_argument(
+        "--allow-download",
+        action="store_true",
+        help="let MODEL.WEIGHTS and _BASE_ be addresses outside detectron2's stores (default: refused)",
     )
 
 

@@ -46,7 +46,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: for anything the user can mend.
     """
-    cfg = load_config(args.config_file, args.opts, trust_files=args.trust_files)
+    cfg = load_config(
+        args.config_file, args.opts, trust_files=args.trust_files, allow_download=args.allow_download
+    )
     unread = unread_keys(cfg)
     try:
         check_datasets(cfg, training=not args.eval_only)
@@ -66,7 +68,13 @@ def run(args: argparse.Namespace) -> None:
     if args.eval_only:
         with building("model"):
             model = FocalTrainer.build_model(cfg)
-        checkpointer = FocalCheckpointer(model, cfg.OUTPUT_DIR, partial=False, trust_files=args.trust_files)
+        checkpointer = FocalCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            partial=False,
+            trust_files=args.trust_files,
+            allow_download=args.allow_download,
+        )
         if not (cfg.MODEL.WEIGHTS or (args.resume and checkpointer.has_checkpoint())):
             where = f" (--resume finds none in {cfg.OUTPUT_DIR})" if args.resume else ""
             raise UserError(f"--eval-only needs a checkpoint: add MODEL.WEIGHTS FILE{where}")
@@ -78,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
     with building("trainer"):
         trainer = FocalTrainer(resolve_alpha(cfg))
     trainer.checkpointer.trust_files = args.trust_files
+    trainer.checkpointer.allow_download = args.allow_download
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
 

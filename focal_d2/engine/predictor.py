@@ -40,13 +40,14 @@ class Predictor:
             print(predictor.class_names[label], score, box)
     """
 
-    def __init__(self, cfg: CfgNode, *, trust_files: bool = False) -> None:
+    def __init__(self, cfg: CfgNode, *, trust_files: bool = False, allow_download: bool = False) -> None:
         """Build the model and load `MODEL.WEIGHTS`.
 
         Args:
             cfg: full config; see `focal_d2.engine.load_config`. The class names are those of the first
                 of `DATASETS.TEST`, or numbers where that is not here or has others.
             trust_files: let the checkpoint import and run what it names.
+            allow_download: let `MODEL.WEIGHTS` be an address outside detectron2's stores.
 
         Raises:
             UserError: if the weights are missing or do not fit, or the device does not exist here.
@@ -57,7 +58,9 @@ class Predictor:
         if not cfg.MODEL.WEIGHTS:
             raise UserError("MODEL.WEIGHTS is empty: prediction needs a checkpoint")
         self.model = build_model(cfg).eval()
-        FocalCheckpointer(self.model, partial=False, trust_files=trust_files).load(cfg.MODEL.WEIGHTS)
+        FocalCheckpointer(
+            self.model, partial=False, trust_files=trust_files, allow_download=allow_download
+        ).load(cfg.MODEL.WEIGHTS)
         self.input_format = cfg.INPUT.FORMAT
         self.augmentation_input = OpenCVInput if input_backend(cfg) == "opencv" else T.AugInput
         self.resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)

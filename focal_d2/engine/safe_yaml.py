@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
-from detectron2.utils.file_io import PathManager
 
 from focal_d2.errors import UNLESS_TRUSTED, UserError
+from focal_d2.storage.downloads import fetch, is_address, join_address
 
 # Far above any config, and low enough that a hostile file costs seconds and megabytes at most.
 LONGEST_FILE = 2**20  # bytes
@@ -41,65 +41,64 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 }
 
 
-def merge_file(cfg: CfgNode, path: str) -> None:
+def merge_file(cfg: CfgNode, path: str, *, allow_download: bool = False) -> None:
     """Merge a YAML file and those that its `_BASE_` names into a config; it may be of an older version.
 
     Args:
         cfg: changed in place.
         path: of the file.
+        allow_download: let `_BASE_` name addresses outside detectron2's stores.
 
     Raises:
         UserError: if a file can't be read, or holds what only code could make.
     """
     # detectron2 takes a file's content from this method, and its own runs code that the YAML names. It is
     # hidden on this one object: a subclass would have to replace every node of the tree.
-    cfg.__dict__["load_yaml_with_base"] = lambda name, allow_unsafe: load_yaml(name)
+    cfg.__dict__["load_yaml_with_base"] = lambda name, allow_unsafe: _load_with_bases(
+        name, (), [], allow_download
+    )
     try:
         cfg.merge_from_file(path)
     finally:
         del cfg.__dict__["load_yaml_with_base"]
 
 
-def load_yaml(path: str) -> dict[str, Any]:
-    """Read a YAML file over those that its `_BASE_` names.
+def _load_with_bases(
+    path: str, below: tuple[str, ...], seen: list[str], allow_download: bool
+) -> dict[str, Any]:
+    """Read a file over those that its `_BASE_` names.
 
     Args:
-        path: a file, or an address that detectron2's `PathManager` opens.
-
-    Raises:
-        UserError: naming the file, and the line where there is one.
-    """
-    return _load_with_bases(path, (), [])
-
-
-def _load_with_bases(path: str, below: tuple[str, ...], seen: list[str]) -> dict[str, Any]:
-    """Read a file.
-
-    Args:
-        path: of the file.
+        path: a file or an address.
         below: the files that led here.
         seen: all files read so far, each time they were; this one is added.
+        allow_download: accept addresses outside detectron2's stores.
     """
-    place = path if "://" in path else os.path.realpath(path)
+    local = path
+    if is_address(path):
+        local = fetch(path, allow_download=allow_download, limit=LONGEST_FILE)
+    place = os.path.realpath(local)
     if place in below:
         raise UserError(f"{path}: its {_BASE} leads back to it")
     seen.append(place)
     if len(seen) > MOST_FILES:
         raise UserError(f"{path}: {_BASE} leads to more than {MOST_FILES} files")
-    own = _parse(path)
+    own = _parse(local, path)
     bases = own.pop(_BASE, [])
     content: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
             raise UserError(f"{path}: {_BASE} must be the name of a file, or a list of them")
-        _merge(_load_with_bases(_resolve(base, path), (*below, place), seen), content, path)
+        upper = _load_with_bases(_resolve(base, path), (*below, place), seen, allow_download)
+        _merge(upper, content, path)
     _merge(own, content, path)
     return content
 
 
 def _resolve(base: str, path: str) -> str:
-    base = os.path.expanduser(base)
-    return base if "://" in base else os.path.join(os.path.dirname(path), base)
+    if is_address(path):
+        return join_address(path, base)  # a file from elsewhere names no file of this machine
+    return base if is_address(base) else os.path.join(os.path.dirname(path), os.path.expanduser(base))
 
 
 def _merge(upper: dict[str, Any], lower: dict[str, Any], path: str) -> None:
@@ -112,11 +111,12 @@ def _merge(upper: dict[str, Any], lower: dict[str, Any], path: str) -> None:
             raise UserError(f"{path}: {key} is a section here, but a value in the file of its {_BASE}")
 
 
-def _parse(path: str) -> dict[str, Any]:
-    if "://" not in path and not os.path.isfile(path):
+def _parse(local: str, path: str) -> dict[str, Any]:
+    """Read a file, called `path` in messages."""
+    if not os.path.isfile(local):
         raise UserError(f"config file not found: {path}")  # or a folder, or a pipe, which would be waited for
     try:
-        with PathManager.open(path, "rb") as file:
+        with open(local, "rb") as file:
             data = file.read(LONGEST_FILE + 1)
         if len(data) > LONGEST_FILE:
             raise UserError(f"{path}: longer than {LONGEST_FILE} bytes: not a config")
@@ -134,7 +134,7 @@ def _parse(path: str) -> dict[str, Any]:
     except (RuntimeError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
-        # Too many levels, a date or number that Python can't hold, or an address that leads nowhere.
+        # Too many levels, or a date or number that Python can't hold.
         raise UserError(f"{path}: not a config: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a config; it must be nested lines of KEY: value")

@@ -23,13 +23,20 @@ from focal_d2.architectures import CLASS_KEYS
 from focal_d2.config import add_focal_config, check_choice, key_value, set_value
 from focal_d2.data import count_classes, register_datasets
 from focal_d2.engine.safe_yaml import merge_file
-from focal_d2.errors import UserError
+from focal_d2.errors import UNLESS_TRUSTED, UserError
 from focal_d2.evaluation import check_backend, detection_limits
+from focal_d2.storage.downloads import is_address
 
 _OPTIMIZERS = ("SGD", "AdamW")
 
 
-def load_config(config_file: str, overrides: Sequence[str] = (), *, trust_files: bool = False) -> CfgNode:
+def load_config(
+    config_file: str,
+    overrides: Sequence[str] = (),
+    *,
+    trust_files: bool = False,
+    allow_download: bool = False,
+) -> CfgNode:
     """Read a YAML config over the defaults, apply overrides, and check what needs no data.
 
     `MODEL.DEVICE` may be "auto": CUDA where there is a device, else CPU. The datasets of
@@ -42,6 +49,7 @@ def load_config(config_file: str, overrides: Sequence[str] = (), *, trust_files:
         overrides: KEY VALUE pairs.
         trust_files: let the YAML run code, as detectron2 does. If false, it is read by
             `focal_d2.engine.safe_yaml`.
+        allow_download: let `_BASE_` name addresses outside detectron2's stores.
 
     Raises:
         UserError: for anything the user can mend.
@@ -55,12 +63,14 @@ def load_config(config_file: str, overrides: Sequence[str] = (), *, trust_files:
             if trust_files:
                 cfg.merge_from_file(config_file)
             else:
-                merge_file(cfg, config_file)
+                merge_file(cfg, config_file, allow_download=allow_download)
     if len(overrides) % 2:
         raise UserError(f"overrides must be KEY VALUE pairs; got {' '.join(overrides)}")
     with _config_errors(cfg, "command line"), _auto_classes(cfg):
         cfg.merge_from_list(list(overrides))
     _refuse_nulls(cfg)
+    if not trust_files:
+        _refuse_ways_out(cfg)
     resolve_device(cfg)
     check_choice("SOLVER.FOCAL.OPTIMIZER", cfg.SOLVER.FOCAL.OPTIMIZER, _OPTIMIZERS)
     if (keep := cfg.SOLVER.FOCAL.KEEP_CHECKPOINTS) < 0:
@@ -139,6 +149,34 @@ def _refuse_nulls(cfg: CfgNode) -> None:
             default, value = default[name], value[name]
         if value is None and default is not None:
             raise UserError(f"{key} is null; it must be a {type(default).__name__} (default: {default})")
+
+
+def _refuse_ways_out(cfg: CfgNode) -> None:
+    """Refuse what makes detectron2 write, fetch or run what a config names.
+
+    detectron2 fetches an address in any key by its own means; only `MODEL.WEIGHTS` is our checkpointer's.
+    """
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise UserError(
+            f"MODEL.LOAD_PROPOSALS is True: proposals are pickles that can run code{UNLESS_TRUSTED}"
+        )
+    for key in _leaf_keys(cfg):
+        value = cfg
+        for name in key.split("."):
+            value = value[name]
+        addresses = [text for text in _texts(value) if is_address(text)]
+        if addresses and key != "MODEL.WEIGHTS":
+            raise UserError(
+                f"{key}: {addresses[0]} is an address; only MODEL.WEIGHTS and _BASE_ can name one"
+            )
+
+
+def _texts(value: object) -> list[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [text for x in value for text in _texts(x)]
+    return [value] if isinstance(value, str) else []
 
 
 def resolve_device(cfg: CfgNode) -> None:

@@ -119,6 +119,28 @@ def test_missing_file_is_named(model, path):
         FocalCheckpointer(model, partial=True).load(path)
 
 
+@pytest.mark.parametrize(
+    "folder", ["a#b", "a?b", "run:12", "c:/a", "a%20b", "a?matching_heuristics=True", "[a]*;\\"]
+)
+def test_no_character_of_a_path_makes_it_an_address(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs(f"{folder}/run")
+    save_run(f"{folder}/run", 1, 2)
+    (tmp_path / folder / "run/model_0000009.pth.tmp").write_text("half")
+    assert resume(f"{folder}/run") == 2
+    assert files(tmp_path / folder / "run") == ["last_checkpoint", "model_0000001.pth", "model_0000002.pth"]
+    for path in (f"{folder}/run/model_0000001.pth", f"{tmp_path}/{folder}/run/model_0000001.pth"):
+        for option in ("", "?matching_heuristics=True"):
+            ours = checkpointer(tmp_path)
+            ours.load(path + option, checkpointables=[])
+            assert ours.model.value == 1
+    # An option where a file has that very name is part of the name.
+    os.rename(f"{folder}/run/model_0000002.pth", f"{folder}/run/b.pth?matching_heuristics=True")
+    ours = checkpointer(tmp_path)
+    ours.load(f"{folder}/run/b.pth?matching_heuristics=True", checkpointables=[])
+    assert ours.model.value == 2
+
+
 def test_resuming_accepts_no_partial_fit(model, tmp_path):
     other = build_model(make_cfg(MODEL__RETINANET__NUM_CLASSES=5))
     FocalCheckpointer(other, str(tmp_path), partial=True).save("model_0000001", iteration=1)

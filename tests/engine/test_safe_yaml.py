@@ -33,7 +33,7 @@ def bomb(levels: int, links: str = "[{}]") -> str:
 
 # What each would leave behind if it ran is the file PLANTED.
 HOSTILE = {
-    "address without a file": ('_BASE_: "catalog://nothing"', "catalog://nothing: not a config: "),
+    "address without a file": ('_BASE_: "catalog://nothing"', "catalog://nothing: detectron2's catalog has"),
     "os.system": ("X: !!python/object/apply:os.system ['touch PLANTED']", "apply:os.system is refused"),
     "subprocess": ("X: !!python/object/apply:subprocess.call [[touch, PLANTED]]", "subprocess.call is"),
     "a class": ("X: !!python/object/new:pathlib.Path ['PLANTED']", "new:pathlib.Path is refused"),
