@@ -6,10 +6,11 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -168,6 +169,11 @@ def load_table(name: str) -> Table:
     return table
 
 
+def load_known_tables(names: Iterable[str]) -> dict[str, Table]:
+    """Return the tables of those datasets that have one, by name; others would be read as records."""
+    return {name: load_table(name) for name in names if MetadataCatalog.get(name).get("read_table")}
+
+
 # What detectron2's readers, and a program's own, raise for files that they can't read.
 _BROKEN = (OSError, ValueError, KeyError, TypeError, AssertionError, AttributeError)
 
@@ -200,8 +206,9 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
 
     Raises:
         UserError: for a name that is not registered, a file that is missing or can't be read, or classes
-            that do not fit the model's number of classes or each other; in training also for an
-            architecture that needs more than boxes, which the datasets of `DATASETS.FOCAL` do not have.
+            that do not fit the model's number of classes or each other; in training also for a dataset to
+            test on that has no box, and for an architecture that needs more than boxes, which the datasets
+            of `DATASETS.FOCAL` do not have.
     """
     if training and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
@@ -219,6 +226,8 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
                 raise UserError(f"{what} has boxes only, but {needed}")
             if key == "DATASETS.TRAIN" and not is_annotated(name):
                 raise UserError(f"{what} has no annotations: it can be in DATASETS.TEST only")
+            if training and key == "DATASETS.TEST":
+                _check_truth(name)
             classes = _class_names(name)
             if first is not None and classes != first[1]:
                 raise UserError(
@@ -236,6 +245,42 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
 def is_annotated(name: str) -> bool:
     """Tell whether a dataset of `DATASETS.FOCAL` has annotations; of others, that is not looked at: True."""
     return not MetadataCatalog.get(name).get("from_focal_yaml", False) or load_table(name).annotated
+
+
+class _Annotation(msgspec.Struct):
+    iscrowd: int | bool | None = None
+
+
+class _Annotations(msgspec.Struct):
+    # None: a file like that of COCO's test-dev, of which only predictions are written.
+    annotations: list[_Annotation] | None = None
+
+
+def _check_truth(name: str) -> None:
+    """Refuse a dataset to test on that has annotations, but no box: all of its metrics would be NaN."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("read_table"):
+        has_boxes = not is_annotated(name) or bool(load_table(name).objects.any())
+    elif metadata.get("json_file"):
+        # As the evaluator reads it; detectron2's own reader would take longer.
+        try:
+            with PathManager.open(metadata.json_file, "rb") as file:
+                annotations = msgspec.json.decode(file.read(), type=_Annotations).annotations
+        except (OSError, msgspec.MsgspecError) as error:
+            raise _unreadable(name, error) from error
+        has_boxes = annotations is None or any(not a.iscrowd for a in annotations)
+    else:
+        try:
+            records = DatasetCatalog.get(name)
+            given = [record["annotations"] for record in records if "annotations" in record]
+        except _BROKEN as error:
+            raise _unreadable(name, error) from error
+        has_boxes = not given or any(not a.get("iscrowd", 0) for annotations in given for a in annotations)
+    if not has_boxes:
+        raise UserError(
+            f'DATASETS.TEST: dataset "{name}" has no box to test on, so that AP would be nan: check its '
+            "annotations, or leave it out of DATASETS.TEST"
+        )
 
 
 def _check_order(cfg: CfgNode) -> None:

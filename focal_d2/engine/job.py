@@ -13,6 +13,7 @@ from detectron2.utils import comm
 
 from focal_d2.config import unread_keys
 from focal_d2.data import FocalDatasetMapper, announce, check_datasets
+from focal_d2.data.checks import annotation_warnings
 from focal_d2.data.loader import check_sampler
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.best import check_best
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
         # Of a test set, too, before training starts: its records are first asked for when training ends.
         for name in dict.fromkeys([*([] if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]):
             announce(name)
+        for line in annotation_warnings(cfg, training=not args.eval_only):
+            logger.warning(line)
     if args.eval_only:
         with building("model"):
             model = FocalTrainer.build_model(cfg)

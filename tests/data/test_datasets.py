@@ -5,6 +5,7 @@ import logging
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 
 from focal_d2 import UserError
 from focal_d2.data import (
@@ -15,6 +16,7 @@ from focal_d2.data import (
     load_table,
     register_datasets,
 )
+from focal_d2.data.checks import annotation_warnings
 from focal_d2.data.readers.common import class_names
 from tests.conftest import make_cfg
 from tests.data.test_table import RECORDS
@@ -161,6 +163,66 @@ def test_check_accepts_what_fits(coco_dataset):
     register_datasets([data.entry])
     cfg = make_cfg(DATASETS__TRAIN=(data.name,), DATASETS__TEST=(data.name,))
     check_datasets(cfg, training=True)
+
+
+@pytest.mark.parametrize("change", ["none", "crowds", "ignore", "flat"])
+@pytest.mark.parametrize("registered_by", ["focal_d2", "detectron2"])
+def test_a_test_set_without_a_box_is_refused_before_training(coco_dataset, change, registered_by):
+    train, test = coco_dataset("train"), coco_dataset("test")
+    content = json.loads(test.annotations.read_text())
+    for annotation in content["annotations"]:
+        annotation.update({"crowds": {"iscrowd": 1}, "ignore": {"ignore": 1}}.get(change, {}))
+        if change == "flat":
+            annotation["bbox"][2] = 0
+    if change == "none":
+        content["annotations"] = []
+    test.annotations.write_text(json.dumps(content))
+    register_datasets([train.entry])
+    if registered_by == "focal_d2":
+        register_datasets([test.entry])
+    else:
+        register_coco_instances(test.name, {}, str(test.annotations), str(test.images))
+        MetadataCatalog.get(test.name).thing_classes = ["class0", "class1", "class2"]
+    cfg = make_cfg(DATASETS__TRAIN=(train.name,), DATASETS__TEST=(test.name,))
+    check_datasets(cfg, training=False)
+    if registered_by == "detectron2" and change in ("ignore", "flat"):
+        check_datasets(cfg, training=True)  # in pycocotools these are boxes
+        return
+    with pytest.raises(UserError, match=f'TEST: dataset "{test.name}" has no box to test on, so that AP'):
+        check_datasets(cfg, training=True)
+
+
+def test_a_program_s_test_set_without_a_box_is_refused(coco_dataset):
+    train = coco_dataset()
+    register_datasets([train.entry])
+    records = [{**record, "annotations": []} for record in RECORDS]
+    DatasetCatalog.register("empty", lambda: records)
+    MetadataCatalog.get("empty").thing_classes = ["class0", "class1", "class2"]
+    cfg = make_cfg(DATASETS__TRAIN=(train.name,), DATASETS__TEST=("empty",))
+    with pytest.raises(UserError, match='dataset "empty" has no box to test on'):
+        check_datasets(cfg, training=True)
+    records[:] = [{"file_name": "a.png"}]  # not annotated at all: predictions are written
+    check_datasets(cfg, training=True)
+
+
+def test_a_test_set_without_annotations_may_be_there_for_its_predictions(coco_dataset):
+    train, test = coco_dataset("train"), coco_dataset("test")
+    content = json.loads(test.annotations.read_text())
+    del content["annotations"]
+    test.annotations.write_text(json.dumps(content))
+    register_datasets([train.entry, {**test.entry, "NAME": "ours"}])
+    register_coco_instances(test.name, {}, str(test.annotations), str(test.images))
+    MetadataCatalog.get(test.name).thing_classes = ["class0", "class1", "class2"]
+    cfg = make_cfg(DATASETS__TRAIN=(train.name,), DATASETS__TEST=(test.name, "ours"))
+    check_datasets(cfg, training=True)
+    cfg_of_ours = make_cfg(DATASETS__TRAIN=(train.name,), DATASETS__TEST=("ours",))
+    lines = " ".join(annotation_warnings(cfg_of_ours, training=True))
+    assert "class-rare" in lines
+    assert "ours" not in lines
+    assert "class-not-in-test" not in lines
+    test.annotations.write_text('{"annotations": 3}')
+    with pytest.raises(UserError, match="annotations.json.*cannot be read"):
+        check_datasets(cfg, training=True)
 
 
 def test_check_counts_categories_where_nobody_named_classes():

@@ -111,6 +111,30 @@ def test_keys_of_other_detectors_are_warned_of(job, monkeypatch, capsys):
     assert warning in capsys.readouterr().out
 
 
+def test_annotations_are_checked_before_training(job, coco_dataset, tmp_path, monkeypatch, capsys):
+    config, data = job
+    content = json.loads(data.annotations.read_text())
+    content["annotations"][0]["bbox"] = [70, 5, 10, 10]
+    content["annotations"][1]["bbox"] = [5, 6, 0, 30]
+    content["annotations"][2]["ignore"] = 1
+    data.annotations.write_text(json.dumps(content))
+    assert run_main(monkeypatch, "--config-file", config, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()") == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if data.name in x or "annotations have" in x]
+    texts = ['1 of 18 annotations have "ignore": 1', "1 of 18 boxes have no area", "box-outside: "]
+    for text in texts:
+        assert sum(text in line for line in lines) == 1, text
+
+    test = coco_dataset("empty", images=6)
+    test.annotations.write_text(json.dumps({**content, "annotations": []}))
+    written = yaml.safe_load(config.read_text())
+    written["DATASETS"]["FOCAL"].append(test.entry)
+    config.write_text(yaml.safe_dump(written))
+    args = ["--config-file", config, "OUTPUT_DIR", tmp_path / "second", "DATASETS.TEST", f"('{test.name}',)"]
+    assert run_main(monkeypatch, *args) == 2
+    assert f'dataset "{test.name}" has no box to test on' in capsys.readouterr().err
+    assert not (tmp_path / "second").exists()
+
+
 def test_resume_without_a_checkpoint_starts_anew(job, tmp_path, monkeypatch):
     config, _ = job
     args = ["--config-file", config, "--resume", "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()"]

@@ -10,16 +10,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import nn
 
-from focal_d2.analysis.doctor.annotations import (
-    check_boxes,
-    check_classes,
-    check_items,
-    check_negatives,
-    class_counts,
-    without_boxes,
-)
-from focal_d2.analysis.doctor.findings import ERROR, SEVERITIES, Finding
-from focal_d2.analysis.doctor.images import check_images, check_repeats, check_sides, decode_all
+from focal_d2.analysis.doctor.images import check_images, decode_all
 from focal_d2.analysis.doctor.training import (
     AnchorFacts,
     MemoryFacts,
@@ -27,9 +18,11 @@ from focal_d2.analysis.doctor.training import (
     check_learning_rate,
     memory_facts,
 )
-from focal_d2.architectures import class_key, is_retinanet, known_architecture
-from focal_d2.config import key_value, unread_keys
+from focal_d2.architectures import is_retinanet, known_architecture
+from focal_d2.config import unread_keys
 from focal_d2.data import FocalDatasetMapper, Table, check_annotations, load_table
+from focal_d2.data.checks import check_dataset, check_together, class_counts, without_boxes
+from focal_d2.data.findings import ERROR, SEVERITIES, Finding
 from focal_d2.data.mapper import input_backend
 from focal_d2.data.pixels import read_pixels, read_with_pillow
 from focal_d2.errors import UserError
@@ -125,14 +118,7 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
     test = {name: tables[name] for name in cfg.DATASETS.TEST if name in tables}
 
     for name, table in tables.items():
-        found += check_items(name, table)
-        found += check_boxes(name, table)
-    whole = [{name: t for name, t in side.items() if not t.problems} for side in (train, test)]
-    found += check_negatives(*whole, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    counted_by = class_key(cfg)
-    num_classes = key_value(cfg, counted_by) if counted_by else None
-    found += check_classes(train, test, counted_by=counted_by or "", num_classes=num_classes)
-    found += check_sides(train, test)
+        found += check_dataset(name, table)
     known = {}
     if decode:
         reader = read_pixels if input_backend(cfg) == "opencv" else read_with_pillow
@@ -143,7 +129,8 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
             found += check_images(name, table, known)
     else:
         found.append(Finding("images-unchecked", "no image was opened; leave out --no-images to check them"))
-    found += check_repeats(train, test, known)
+    digests = {file_name: image.digest for file_name, image in known.items() if image.size}
+    found += check_together(cfg, train, test, digests)
     # Boxes that were read wrongly would say nothing of anchors.
     misread = {x.dataset for x in found if x.code in ("box-format", "item-unreadable")}
     anchors, wrong = anchor_facts(cfg, {name: table for name, table in train.items() if name not in misread})

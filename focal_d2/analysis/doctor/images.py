@@ -1,4 +1,4 @@
-"""Checks of image files: there, whole, of the annotated size, and met once."""
+"""Checks of image files: there, whole, and of the annotated size."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from focal_d2.analysis.doctor.annotations import MOST_EXAMPLES
-from focal_d2.analysis.doctor.findings import Example, Finding, share
+from focal_d2.data.checks import MOST_EXAMPLES
+from focal_d2.data.findings import Example, Finding, share
 from focal_d2.data.pixels import UNREADABLE
 from focal_d2.data.table import Table
 
@@ -106,69 +106,3 @@ def check_images(name: str, table: Table, known: Mapping[str, Decoded]) -> list[
         for code, text in what.items()
         if code in found
     ]
-
-
-def check_sides(train: Mapping[str, Table], test: Mapping[str, Table]) -> list[Finding]:
-    """Find datasets that are trained and tested on.
-
-    Args:
-        train: the datasets to train on, by name.
-        test: those to test on.
-    """
-    both = [name for name in train if name in test]
-    message = "to train on and to test on: AP says how well it is learnt by heart"
-    return [Finding("dataset-in-both", message, name, len(train[name])) for name in both]
-
-
-def check_repeats(
-    train: Mapping[str, Table], test: Mapping[str, Table], known: Mapping[str, Decoded]
-) -> list[Finding]:
-    """Find images met again: within a side as other files, or on both sides.
-
-    Args:
-        train: the datasets to train on, by name.
-        test: those to test on; the ones that are in `train` too are not looked at again.
-        known: of each file, see `decode_all`; without it, paths are compared and no pixels.
-    """
-    test = {name: table for name, table in test.items() if name not in train}
-    found = []
-    # Datasets to test on are measured one by one, so an image may be in two of them.
-    for unit in (train, *({name: table} for name, table in test.items())):
-        again = [files for files in _by_content(unit, known).values() if len(files) > 1]
-        if again:
-            involved = dict.fromkeys(name for files in again for name, _ in files)
-            examples = [Example(own, f"same as {files[0][1]}") for files in again for _, own in files[1:]]
-            among = sum(len(dict.fromkeys(table.file_names)) for table in unit.values())
-            message = (
-                f"{share(len(examples), among)} images are there again, as another file or of another dataset"
-            )
-            found.append(
-                Finding(
-                    "image-duplicate", message, ", ".join(involved), len(examples), examples[:MOST_EXAMPLES]
-                )
-            )
-    to_train = _by_content(train, known)
-    for name, table in test.items():
-        examples = []
-        for key, files in _by_content({name: table}, known).items():
-            if key in to_train:
-                of, path = to_train[key][0]
-                for _, own in files:
-                    same = "the same file is in" if own == path else f"same as {path} of"
-                    examples.append(Example(own, f"{same} {of}"))
-        if examples:
-            message = f"{share(len(examples), len(table))} images to test on are also to train on"
-            found.append(Finding("image-leak", message, name, len(examples), examples[:MOST_EXAMPLES]))
-    return found
-
-
-def _by_content(
-    tables: Mapping[str, Table], known: Mapping[str, Decoded]
-) -> dict[bytes | str, list[tuple[str, str]]]:
-    """Group (dataset, path) by what the file holds; a file that was not read, by its path."""
-    files: dict[bytes | str, list[tuple[str, str]]] = defaultdict(list)
-    for name, table in tables.items():
-        for path in dict.fromkeys(table.file_names):
-            decoded = known.get(path)
-            files[decoded.digest if decoded and decoded.size else os.path.abspath(path)].append((name, path))
-    return files

@@ -19,7 +19,6 @@ from matplotlib.ticker import ScalarFormatter
 from PIL import Image, ImageDraw
 
 from focal_d2.analysis.doctor.examination import Report
-from focal_d2.analysis.doctor.findings import NOTE, Example, Finding
 from focal_d2.analysis.doctor.text import (
     as_fix_list,
     level_rows,
@@ -30,6 +29,7 @@ from focal_d2.analysis.doctor.text import (
     use_counts,
 )
 from focal_d2.analysis.doctor.training import AnchorFacts
+from focal_d2.data.findings import NOTE, Example, Finding
 from focal_d2.data.pixels import UNREADABLE, read_with_pillow
 
 # Told apart with any colour vision (Okabe and Ito).

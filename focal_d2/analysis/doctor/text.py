@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from tabulate import tabulate
 
-from focal_d2.analysis.doctor.annotations import some
 from focal_d2.analysis.doctor.examination import DatasetFacts, Report
-from focal_d2.analysis.doctor.findings import NOTE, SEVERITIES, Finding, Fix
 from focal_d2.analysis.doctor.training import AnchorFacts, MemoryFacts, Share, odds
+from focal_d2.data.checks import some
+from focal_d2.data.findings import NOTE, SEVERITIES, Finding, Fix
 
 # Classes that a terminal lists.
 _MOST_CLASSES = 20

@@ -1,4 +1,4 @@
-"""What the doctor can find: a code each, how bad it is, what it means and what to do."""
+"""What checks can find: a code for each, how bad it is, what it means and what to do."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ KINDS = {
         "the boxes fit another format than the one they are read as",
         "convert the boxes, or name the right format",
     ),
-    "box-degenerate": Kind(ERROR, "a box without an area, or not of numbers", "mend or remove the box"),
+    "box-degenerate": Kind(
+        ERROR, "a box without an area, or not of numbers: it is left out", "correct or remove the box"
+    ),
     "box-outside": Kind(ERROR, "a box wholly outside its image: it is dropped", "mend or remove the box"),
     "box-beyond-edge": Kind(
         WARNING,

@@ -1,16 +1,24 @@
-"""Checks of annotations alone: boxes, and classes across datasets.
+"""Checks of annotations alone, of which no image is opened: boxes, classes, and datasets against each other.
+
+The doctor reports all that they find; `train_net.py` prints the errors and warnings before it trains. 100,000
+boxes take less than a second.
 
 N images, B boxes, K classes. Boxes are left, top, width, height in pixels, as in `Table`.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from detectron2.config import CfgNode
 
-from focal_d2.analysis.doctor.findings import Example, Finding, Fix, share
+from focal_d2.architectures import class_key
+from focal_d2.config import key_value
+from focal_d2.data.datasets import load_known_tables
+from focal_d2.data.findings import NOTE, Example, Finding, Fix, share
 from focal_d2.data.table import Table
 
 MOST_EXAMPLES = 5
@@ -27,6 +35,79 @@ _WHOLE = 0.99
 _RARE = 10
 # Of the images; COCO's training set has 1 %.
 _MANY_NEGATIVES = 0.1
+# Lines and examples that a training run prints.
+_MOST_LINES, _EXAMPLES_IN_A_LINE = 8, 2
+
+
+def annotation_warnings(cfg: CfgNode, *, training: bool) -> list[str]:
+    """Say what is wrong with the annotations of a run: a line a kind, with counts and the first examples.
+
+    Datasets are left out that detectron2 or a program registered as records: to read them takes time. Boxes
+    without area are left out, too: `announce` counts them.
+
+    Args:
+        cfg: full config.
+        training: whether `DATASETS.TRAIN` is used, besides `DATASETS.TEST`.
+    """
+    names = [*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST]
+    tables = load_known_tables(names)
+    found = [finding for name, table in tables.items() for finding in check_dataset(name, table)]
+    if len(tables) == len(set(names)):
+        train = {name: tables[name] for name in cfg.DATASETS.TRAIN if training}
+        found += check_together(cfg, train, {name: tables[name] for name in cfg.DATASETS.TEST})
+    of_kind: dict[str, list[Finding]] = defaultdict(list)
+    for finding in found:
+        if finding.severity != NOTE and finding.code != "box-degenerate":
+            of_kind[finding.code].append(finding)
+    lines = [_line(code, findings) for code, findings in of_kind.items()]
+    if len(lines) > _MOST_LINES:
+        others = [*of_kind][_MOST_LINES:]
+        lines[_MOST_LINES:] = [f"and {len(others)} other kinds: {', '.join(others)}"]
+    if lines:
+        lines.append("tools/doctor.py says more about these, and checks the images (docs/doctor.md)")
+    return lines
+
+
+def _line(code: str, findings: Sequence[Finding]) -> str:
+    parts = [f"{f.dataset}: {f.message}" if f.dataset else f.message for f in findings]
+    examples = [str(example) for f in findings for example in f.examples]
+    shown = f" (first: {some(examples, _EXAMPLES_IN_A_LINE, '; ')})" if examples else ""
+    return f"{code}: {some(parts, MOST_EXAMPLES, '; ')}{shown}"
+
+
+def check_dataset(name: str, table: Table) -> list[Finding]:
+    """Run all checks of one dataset.
+
+    Args:
+        name: the dataset's.
+        table: its annotations.
+    """
+    return [*check_items(name, table), *check_boxes(name, table)]
+
+
+def check_together(
+    cfg: CfgNode,
+    train: Mapping[str, Table],
+    test: Mapping[str, Table],
+    digests: Mapping[str, bytes] | None = None,
+) -> list[Finding]:
+    """Run all checks of the datasets against each other and against the config.
+
+    Args:
+        cfg: full config.
+        train: the datasets to train on, by name.
+        test: those to test on.
+        digests: see `check_repeats`.
+    """
+    counted_by = class_key(cfg)
+    num_classes = key_value(cfg, counted_by) if counted_by else None
+    readable = [{name: t for name, t in side.items() if not t.problems} for side in (train, test)]
+    return [
+        *check_negatives(*readable, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS),
+        *check_classes(train, test, counted_by=counted_by or "", num_classes=num_classes),
+        *check_sides(train, test),
+        *check_repeats(train, test, digests or {}),
+    ]
 
 
 def check_items(name: str, table: Table) -> list[Finding]:
@@ -79,7 +160,7 @@ def check_boxes(name: str, table: Table) -> list[Finding]:
     left, top, width, height = table.boxes.T
     # (B,), of each box's image.
     image_height, image_width = table.sizes[table.image].T
-    broken = ~(np.isfinite(table.boxes).all(1) & (width > 0) & (height > 0))
+    broken = ~table.has_area
     found = []
     if broken.any():
         message = f"{share(int(broken.sum()), broken.size)} boxes have no area"
@@ -220,11 +301,11 @@ def _box_text(table: Table) -> object:
 
 
 def class_counts(tables: Mapping[str, Table]) -> Counter[str]:
-    """Count the boxes of each class by name, over datasets, without ignored ones."""
+    """Count the objects of each class by name, over datasets; see `Table.objects`."""
     counts: Counter[str] = Counter()
     for table in tables.values():
         counts.update(dict.fromkeys(table.classes, 0))
-        valid = table.labels[~table.ignored]
+        valid = table.labels[table.objects]
         valid = valid[(valid >= 0) & (valid < len(table.classes))]
         for name, count in zip(table.classes, np.bincount(valid, minlength=len(table.classes)), strict=True):
             counts[name] += int(count)
@@ -265,7 +346,8 @@ def check_classes(
         found.append(Finding("class-names", message, of, len(names), fixes=fixes))
     found += _check_names(datasets)
     if train:
-        found += _check_counts(class_counts(train), class_counts(test), with_test=bool(test))
+        annotated = any(table.annotated for table in test.values())
+        found += _check_counts(class_counts(train), class_counts(test), with_test=annotated)
     return found
 
 
@@ -302,14 +384,14 @@ def _check_counts(train: Counter[str], test: Counter[str], *, with_test: bool) -
     return found
 
 
-def some(names: Sequence[str], most: int = 10) -> str:
+def some(names: Sequence[str], most: int = 10, separator: str = ", ") -> str:
     """List the first names, and say that there are more."""
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+    return separator.join(names[:most]) + (f"{separator}…" if len(names) > most else "")
 
 
 def without_boxes(table: Table) -> int:
-    """Count the images that have no box but ignored ones."""
-    return len(table) - np.unique(table.image[~table.ignored]).size
+    """Count the images that have no object; see `Table.objects`."""
+    return len(table) - np.unique(table.image[table.objects]).size
 
 
 def check_negatives(
@@ -324,7 +406,7 @@ def check_negatives(
     """
     found = []
     for names in ([*train], *([name] for name in test if name not in train)):
-        tables = [{**train, **test}[name] for name in names]
+        tables = [table for table in ({**train, **test}[name] for name in names) if table.annotated]
         images = sum(map(len, tables))
         if images and sum(map(without_boxes, tables)) == images:
             found.append(Finding("dataset-empty", f"none of {images} images has a box", ", ".join(names)))
@@ -339,3 +421,68 @@ def check_negatives(
             message = f"{share(empty, images)} images have no box and {fate}"
             found.append(Finding("images-without-boxes", message, name, empty))
     return found
+
+
+def check_sides(train: Mapping[str, Table], test: Mapping[str, Table]) -> list[Finding]:
+    """Find datasets that are trained and tested on.
+
+    Args:
+        train: the datasets to train on, by name.
+        test: those to test on.
+    """
+    both = [name for name in train if name in test]
+    message = "to train on and to test on: AP says how well it is learnt by heart"
+    return [Finding("dataset-in-both", message, name, len(train[name])) for name in both]
+
+
+def check_repeats(
+    train: Mapping[str, Table], test: Mapping[str, Table], digests: Mapping[str, bytes]
+) -> list[Finding]:
+    """Find images met again: within a side as other files, or on both sides.
+
+    Args:
+        train: the datasets to train on, by name.
+        test: those to test on; the ones that are in `train` too are not looked at again.
+        digests: of the pixels of each file that was read; of the others the paths are compared.
+    """
+    test = {name: table for name, table in test.items() if name not in train}
+    found = []
+    # Datasets to test on are measured one by one, so an image may be in two of them.
+    for unit in (train, *({name: table} for name, table in test.items())):
+        again = [files for files in _by_content(unit, digests).values() if len(files) > 1]
+        if again:
+            involved = dict.fromkeys(name for files in again for name, _ in files)
+            examples = [Example(own, f"same as {files[0][1]}") for files in again for _, own in files[1:]]
+            among = sum(len(dict.fromkeys(table.file_names)) for table in unit.values())
+            message = (
+                f"{share(len(examples), among)} images are there again, as another file or of another dataset"
+            )
+            found.append(
+                Finding(
+                    "image-duplicate", message, ", ".join(involved), len(examples), examples[:MOST_EXAMPLES]
+                )
+            )
+    to_train = _by_content(train, digests)
+    for name, table in test.items():
+        examples = []
+        for key, files in _by_content({name: table}, digests).items():
+            if key in to_train:
+                of, path = to_train[key][0]
+                for _, own in files:
+                    same = "the same file is in" if own == path else f"same as {path} of"
+                    examples.append(Example(own, f"{same} {of}"))
+        if examples:
+            message = f"{share(len(examples), len(table))} images to test on are also to train on"
+            found.append(Finding("image-leak", message, name, len(examples), examples[:MOST_EXAMPLES]))
+    return found
+
+
+def _by_content(
+    tables: Mapping[str, Table], digests: Mapping[str, bytes]
+) -> dict[bytes | str, list[tuple[str, str]]]:
+    """Group (dataset, path) by what the file holds; a file that was not read, by its path."""
+    files: dict[bytes | str, list[tuple[str, str]]] = defaultdict(list)
+    for name, table in tables.items():
+        for path in dict.fromkeys(table.file_names):
+            files[digests.get(path) or os.path.abspath(path)].append((name, path))
+    return files
