@@ -201,6 +201,14 @@ def set_value(cfg: CfgNode, key: str, value: Any) -> None:
     key_value(cfg, section)[name] = value
 
 
+def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a config, or a section of it, by their keys written with dots."""
+    values: dict[str, Any] = {}
+    for name, value in node.items():
+        values |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return values
+
+
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> str:
     """Return `value` if it is one of `choices`.
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from focal_d2.analysis.grid import Cell, Grid
+from focal_d2.config import leaves
 from focal_d2.errors import UserError
 
 _RECORD = "run.json"
@@ -150,17 +151,10 @@ def _check_same_config(run: Run) -> None:
         return
     if record["config"] == run.config:
         return
-    before, now = (_leaves(yaml.safe_load(text)) for text in (record["config"], run.config))
+    before, now = (leaves(yaml.safe_load(text)) for text in (record["config"], run.config))
     key = min(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     values = f"{key} {before.get(key)}, not {now.get(key)}"
     raise UserError(f"{run.folder} was run with {values}: choose another output folder, or delete it")
-
-
-def _leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in node.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return leaves
 
 
 def _stored(run: Run) -> Result | None:

@@ -1,17 +1,20 @@
-"""Going on where a run stopped: what its checkpoint must hold, and what an earlier run left."""
+"""Resuming a run: what its checkpoint must hold, which settings win, and what an earlier run left."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.solver.lr_scheduler import LRMultiplier
 from detectron2.utils import comm
 
+from focal_d2.config import leaves
 from focal_d2.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -60,6 +63,176 @@ def check_state(
             or not all(isinstance(x, (int, float)) for x in numbers)
         ):
             raise ValueError(f"the schedule's {name} {value!r}"[:100])
+
+
+class SolverSettings:
+    """Settings of optimizer and schedule as the config gives them; checkpoints hold them, to notice changes.
+
+    PyTorch's optimizers take all their numbers from a checkpoint, and detectron2's schedule its base learning
+    rates. Here the config wins for every setting that has changed in it. The rest comes from the checkpoint,
+    also numbers that a program of the user's changes during training.
+    """
+
+    def __init__(self, cfg: CfgNode, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Take the settings.
+
+        Args:
+            cfg: full config.
+            model: whose parameters are trained.
+            optimizer: as it was built; no schedule has changed its learning rates yet.
+        """
+        self._folder = cfg.OUTPUT_DIR
+        # The loader says when IMS_PER_BATCH is another.
+        self._keys = {key: str(x) for key, x in leaves(cfg.SOLVER).items() if key != "IMS_PER_BATCH"}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._groups: list[dict[str, Any]] = []
+        for i, group in enumerate(optimizer.param_groups):
+            members = [names.get(id(x), f"{i}/{j}") for j, x in enumerate(group["params"])]
+            settings = {key: x for key, x in group.items() if key != "params"}
+            self._groups.append({"names": members, "settings": settings})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the keys of SOLVER as texts, and each parameter group's names and settings."""
+        return {"keys": self._keys, "groups": self._groups}
+
+    def merge(self, state: dict[str, Any], schedule: Any) -> tuple[dict[str, Any], list[str]]:
+        """Put what has changed in the config into a checkpoint's state.
+
+        Args:
+            state: of the trainer, after `check_state`. It is not changed.
+            schedule: that will take its part of the state.
+
+        Returns:
+            The state to load, and a clause for each change.
+
+        Raises:
+            UserError: if the checkpoint has other parameter groups and is too old to name their parameters.
+            Exception: of several types, if it is damaged.
+        """
+        saved = self._read(state)
+        rate, saved_rate = self._groups[0]["settings"]["lr"], saved.built[0]["lr"]
+        same_rate = bool(rate == saved_rate)
+        if saved.keys:
+            same_rate = saved.keys["BASE_LR"] == self._keys["BASE_LR"]
+        halved = saved.rates[0] / saved_rate if saved_rate else 1.0  # by ON_NONFINITE
+        groups: list[dict[str, Any]] = []
+        rates, tensors = [], {}
+        for ours in self._groups:
+            group, rate = _merge_group(ours, saved, factor=halved if same_rate else None)
+            group["params"] = []
+            for name in ours["names"]:
+                number = sum(len(x["params"]) for x in (*groups, group))
+                group["params"].append(number)
+                if name in saved.places and saved.places[name][1] in saved.tensors:
+                    tensors[number] = saved.tensors[saved.places[name][1]]
+            groups.append(group)
+            rates.append(rate)
+
+        optimizer = {**state["_trainer"]["optimizer"], "state": tensors, "param_groups": groups}
+        state = {**state, "_trainer": {**state["_trainer"], "optimizer": optimizer}}
+        if "base_lrs" in (scheduled := state.get("hooks", {}).get("LRScheduler", {})):
+            state["hooks"] = {**state["hooks"], "LRScheduler": {**scheduled, "base_lrs": rates}}
+        changes = self._changes(saved)
+        if changes and not isinstance(schedule, LRMultiplier):
+            changes.append(f"{type(schedule).__name__} takes its other numbers from the checkpoint")
+        if not same_rate and halved < 1:
+            changes.append(
+                f"{round(-math.log2(halved))} halvings of the learning rate (SOLVER.FOCAL.ON_NONFINITE) are "
+                "dropped"
+            )
+        return state, changes
+
+    def _read(self, state: dict[str, Any]) -> _Saved:
+        optimizer = state["_trainer"]["optimizer"]
+        groups, settings = optimizer["param_groups"], state.get("settings")
+        if settings is None:
+            # Of an older checkpoint, or detectron2's: what its optimizer has.
+            if [len(x["params"]) for x in groups] != [len(x["names"]) for x in self._groups]:
+                raise UserError(
+                    f"--resume: the checkpoint in {self._folder} does not name its parameters, and its "
+                    "groups of parameters are not the config's: SOLVER.WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, "
+                    "BIAS_LR_FACTOR and MODEL.BACKBONE.FREEZE_AT must be as they were"
+                )
+            names = [x["names"] for x in self._groups]
+            built = [{k: x for k, x in g.items() if k not in ("params", "initial_lr")} for g in groups]
+            built = [{**x, "lr": g.get("initial_lr", g["lr"])} for x, g in zip(built, groups, strict=True)]
+            settings = {"keys": {}}
+        else:
+            names = [x["names"] for x in settings["groups"]]
+            built = [x["settings"] for x in settings["groups"]]
+        places = {
+            name: (i, number)
+            for i, (members, group) in enumerate(zip(names, groups, strict=True))
+            for name, number in zip(members, group["params"], strict=True)
+        }
+        rates = state.get("hooks", {}).get("LRScheduler", {}).get("base_lrs") or [x["lr"] for x in built]
+        return _Saved(settings["keys"], built, groups, rates, places, optimizer["state"])
+
+    def _changes(self, saved: _Saved) -> list[str]:
+        changes = [
+            f"SOLVER.{key} from {' '.join(str(saved.keys[key])[:100].split())} to {value}"
+            for key, value in self._keys.items()
+            if saved.keys.get(key, value) != value
+        ]
+        ours = {name: group["settings"] for group in self._groups for name in group["names"]}
+        theirs = {name: saved.built[i] for name, (i, _) in saved.places.items()}
+        if not changes:
+            # An older checkpoint has no keys; a `build_optimizer` of the user's may read others.
+            changes += dict.fromkeys(
+                f"{key} from {theirs[name][key]} to {x}"
+                for name in ours
+                if name in theirs
+                for key, x in ours[name].items()
+                if theirs[name].get(key, x) != x
+            )
+        for names, what in ((ours.keys() - theirs, "trained"), (theirs.keys() - ours, "no longer trained")):
+            if names:
+                changes.append(f"parameters that are now {what}: {len(names)}, such as {min(names)}")
+        return changes
+
+
+class _Saved(NamedTuple):
+    """What a checkpoint has of optimizer and schedule. Its parameter groups are numbered from 0."""
+
+    keys: dict[str, str]  # of SOLVER, as texts; empty if it does not have them
+    built: list[dict[str, Any]]  # each group's settings, as its config gave them
+    groups: list[dict[str, Any]]  # each group when the checkpoint was written
+    rates: list[float]  # each group's base learning rate, after halvings
+    places: dict[str, tuple[int, int]]  # a parameter's group, and its number in `tensors`
+    tensors: dict[int, dict[str, Any]]  # what the optimizer remembers of a parameter
+
+
+def _merge_group(
+    ours: dict[str, Any], saved: _Saved, *, factor: float | None
+) -> tuple[dict[str, Any], float]:
+    """Return a parameter group as it resumes, without its parameters, and its base learning rate.
+
+    Args:
+        ours: its names and settings.
+        saved: of the checkpoint.
+        factor: by what the checkpoint's base learning rates were multiplied; None: it does not count.
+    """
+    settings = ours["settings"]
+    group, rate = {**settings, "initial_lr": settings["lr"]}, settings["lr"] * (factor or 1.0)
+    # Another config may have divided the parameters into other groups.
+    sources = sorted({saved.places[name][0] for name in ours["names"] if name in saved.places})
+    if not sources:
+        return group, rate
+    same = {
+        key
+        for key in {*settings, *saved.groups[sources[0]]}
+        if all(_has_same(saved.built[i], settings, key) for i in sources)
+    }
+    group |= {k: x for k, x in saved.groups[sources[0]].items() if k in same - {"lr", "initial_lr", "params"}}
+    now, base = saved.groups[sources[0]]["lr"], saved.rates[sources[0]]
+    if factor is not None and "lr" in same:
+        rate = base
+    group["lr"] = now * (rate / base) if base else rate
+    return group, rate
+
+
+def _has_same(a: dict[str, Any], b: dict[str, Any], key: str) -> bool:
+    return (key in a) == (key in b) and a.get(key) == b.get(key)
 
 
 def set_aside(folder: Path) -> None:

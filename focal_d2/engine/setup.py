@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from focal_d2.architectures import CLASS_KEYS
-from focal_d2.config import add_focal_config, check_choice, key_value, set_value
+from focal_d2.config import add_focal_config, check_choice, key_value, leaves, set_value
 from focal_d2.data import count_classes, register_datasets
 from focal_d2.engine.safe_yaml import merge_file
 from focal_d2.errors import UNLESS_TRUSTED, UserError
@@ -124,30 +124,18 @@ def _config_errors(cfg: CfgNode, source: str) -> Iterator[None]:
         unknown = re.search(r"[Nn]on-existent (?:config )?key: (\S+)", reason)
         if unknown:
             key = unknown.group(1)
-            near = difflib.get_close_matches(key, _leaf_keys(cfg), n=1)
+            near = difflib.get_close_matches(key, leaves(cfg), n=1)
             reason = f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
         raise UserError(f"{source}: {reason}") from error
-
-
-def _leaf_keys(node: CfgNode, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            keys += _leaf_keys(value, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
 
 
 def _refuse_nulls(cfg: CfgNode) -> None:
     """yacs lets null replace any value, and the job fails where it is first used."""
     defaults = get_cfg()
     add_focal_config(defaults)
-    for key in _leaf_keys(defaults):
-        default, value = defaults, cfg
-        for name in key.split("."):
-            default, value = default[name], value[name]
-        if value is None and default is not None:
+    values = leaves(cfg)
+    for key, default in leaves(defaults).items():
+        if default is not None and values.get(key) is None:
             raise UserError(f"{key} is null; it must be a {type(default).__name__} (default: {default})")
 
 

@@ -20,6 +20,7 @@ from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.solver.lr_scheduler import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from torch import distributed
@@ -36,7 +37,7 @@ from focal_d2.engine.live import TrainingPictures
 from focal_d2.engine.loop import FocalLoop, MovingAverage, Stopped
 from focal_d2.engine.progress import ProgressBar
 from focal_d2.engine.ranks import StopRequest, remember_torchrun
-from focal_d2.engine.resume import check_state, set_aside
+from focal_d2.engine.resume import SolverSettings, check_state, set_aside
 from focal_d2.engine.weights_and_biases import WeightsAndBiases
 from focal_d2.errors import UserError, user_message
 from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, format_results
@@ -88,6 +89,7 @@ class FocalTrainer(DefaultTrainer):
             stopping=self._stopping,
             on_not_finite=self._not_finite,
         )
+        self._settings = SolverSettings(cfg, bare, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = FocalCheckpointer(
             self.offered,
@@ -238,17 +240,27 @@ class FocalTrainer(DefaultTrainer):
         iteration, states = self._random_states
         state["random"] = states if iteration == self.iter else [random_state()]
         state["processes"] = comm.get_world_size()
+        state["settings"] = self._settings.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume, and say what is not exact; see detectron2's `DefaultTrainer`.
+
+        Where settings of optimizer or schedule differ, the config's are taken, and a line says which.
 
         Raises:
             UserError: if the checkpoint was written for another optimizer or schedule.
             ValueError: if it is damaged.
         """
         check_state(state_dict, cfg=self.cfg, optimizer=self.optimizer, schedule=vars(self.scheduler))
+        state_dict, changes = self._settings.merge(state_dict, self.scheduler)
         super().load_state_dict(state_dict)
+        if isinstance(self.scheduler, LRMultiplier) and self.scheduler.last_epoch <= self.max_iter:
+            # The checkpoint has the next iteration's rates as its own schedule gave them.
+            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
+                group["lr"] = rate
+        if changes and comm.is_main_process():
+            logger.warning(f"--resume: the config has changed and is followed: {'; '.join(changes)}")
         differences = self._go_on_with_data(state_dict.get("data"))
         before, now = state_dict.get("processes", 1), comm.get_world_size()
         states = state_dict.get("random", [])

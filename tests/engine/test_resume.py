@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -454,11 +455,176 @@ def test_scaled_losses_train_the_same(small_job, tmp_path, monkeypatch):
     assert all(x.isfinite().all() for x in overflown["model"].values())
 
 
+@pytest.fixture
+def checkpoint(small_job, tmp_path, monkeypatch):
+    """Train for 3 iterations; what is made resumes, and returns the trainer and the line that it logs."""
+
+    def train(*overrides: str, kind: type[FocalTrainer] = FocalTrainer, spoilt: tuple[int, ...] = ()):
+        (tmp_path / "out").mkdir()
+        trainer = kind(load_config(str(small_job), ["DATASETS.TEST", "()", *overrides]))
+        trainer.resume_or_load(False)
+        trainer.max_iter = 3  # as if it had been stopped
+        backward = FocalLoop._backward
+
+        def spoil(self, data):
+            losses = backward(self, data)
+            if self.iter in spoilt:
+                next(self.bare.parameters()).grad.fill_(torch.inf)
+            return losses
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FocalLoop, "_backward", spoil)
+            trainer.train()
+
+        def resume(*more: str) -> tuple[FocalTrainer, str]:
+            lines: list[str] = []
+            resumed = kind(load_config(str(small_job), ["DATASETS.TEST", "()", *overrides, *more]))
+            with monkeypatch.context() as patch:
+                patch.setattr("focal_d2.engine.trainer.logger.warning", lines.append)
+                resumed.resume_or_load(True)
+            assert resumed.start_iter == 3
+            assert len(lines) <= 1
+            return resumed, "".join(lines)
+
+        return resume
+
+    return train
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [{k: x for k, x in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def tensors_by_name(trainer: FocalTrainer) -> dict[str, Any]:
+    names = {id(parameter): name for name, parameter in trainer._trainer.bare.named_parameters()}
+    return {names[id(parameter)]: state for parameter, state in trainer.optimizer.state.items()}
+
+
+CHANGES = [
+    {"BASE_LR": "0.01"},
+    {"WEIGHT_DECAY": "0.01"},
+    {"WEIGHT_DECAY_NORM": "0.5"},
+    {"WEIGHT_DECAY_BIAS": "0.0"},
+    {"BIAS_LR_FACTOR": "2.0"},
+    {"MOMENTUM": "0.5"},
+    {"NESTEROV": "True"},
+    {"GAMMA": "0.5", "STEPS": "(2,)"},
+    {"STEPS": "(3,)", "MAX_ITER": "20"},
+    {"WARMUP_ITERS": "6", "WARMUP_FACTOR": "0.5", "WARMUP_METHOD": "constant"},
+    {"LR_SCHEDULER_NAME": "WarmupCosineLR"},
+    {"BASE_LR": "0.01", "WEIGHT_DECAY_NORM": "0.5", "WEIGHT_DECAY_BIAS": "0.5", "BIAS_LR_FACTOR": "2.0"},
+    {"BASE_LR": "0.0"},
+]
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_a_changed_config_wins_over_the_checkpoint(checkpoint, optimizer):
+    resume = checkpoint("SOLVER.FOCAL.OPTIMIZER", optimizer)
+    before, line = resume()
+    assert line == ""
+    tensors = tensors_by_name(before)
+    for changes in CHANGES:
+        overrides = [x for key, value in changes.items() for x in (f"SOLVER.{key}", value)]
+        trainer, line = resume(*overrides)
+        fresh = FocalTrainer.build_optimizer(trainer.cfg, trainer._trainer.bare)
+        schedule = FocalTrainer.build_lr_scheduler(trainer.cfg, fresh)
+        for _ in range(3):
+            schedule.step()
+        # Of each setting, learning rates included, what a new run of this config has in this iteration.
+        assert settings_of(trainer.optimizer) == settings_of(fresh)
+        assert trainer.scheduler.base_lrs == schedule.base_lrs
+        assert line.startswith("--resume: the config has changed and is followed: ")
+        for key, value in changes.items():
+            assert re.search(rf"SOLVER.{key} from [^;]+ to {re.escape(value)}(;|$)", line)
+        # Momenta stay with their parameters, in whatever groups these are now.
+        assert differences(tensors, tensors_by_name(trainer)) == []
+    trainer.train()
+
+
+def test_a_changed_accumulation_is_named(checkpoint):
+    _, line = checkpoint()("SOLVER.FOCAL.ACCUMULATE", "2")
+    assert line.endswith(": SOLVER.FOCAL.ACCUMULATE from 1 to 2")
+
+
+@pytest.mark.parametrize("edit", ["", "old"])
+def test_halvings_are_kept_until_the_base_rate_changes(checkpoint, tmp_path, edit):
+    resume = checkpoint("SOLVER.FOCAL.ON_NONFINITE", "halve_lr", spoilt=(1, 2))
+    if edit:
+        forget_settings(tmp_path / "out/model_final.pth")
+    for overrides in ((), ("SOLVER.MAX_ITER", "20", "SOLVER.WEIGHT_DECAY", "0.5")):
+        trainer, line = resume(*overrides)
+        assert trainer.scheduler.base_lrs == [0.001 / 4] * len(trainer.optimizer.param_groups)
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == trainer.scheduler.base_lrs
+        assert "halvings" not in line
+    trainer, line = resume("SOLVER.BASE_LR", "0.0004")
+    assert set(trainer.scheduler.base_lrs) == {0.0004}
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.0004}
+    changed = "lr from 0.001 to 0.0004" if edit else "SOLVER.BASE_LR from 0.001 to 0.0004"
+    assert line.partition(" is followed: ")[2] == (
+        f"{changed}; 2 halvings of the learning rate (SOLVER.FOCAL.ON_NONFINITE) are dropped"
+    )
+
+
+def forget_settings(path: Path) -> None:
+    content = saved(path)
+    del content["trainer"]["settings"]
+    torch.save(content, path)
+
+
+def test_a_checkpoint_without_settings_resumes(checkpoint, tmp_path):
+    resume = checkpoint("SOLVER.FOCAL.OPTIMIZER", "SGD")
+    before = settings_of(resume()[0].optimizer)
+    forget_settings(tmp_path / "out/model_final.pth")
+    trainer, line = resume()
+    assert (settings_of(trainer.optimizer), line) == (before, "")
+    trainer, line = resume("SOLVER.MOMENTUM", "0.5", "SOLVER.BASE_LR", "0.01")
+    assert {(group["momentum"], group["lr"]) for group in trainer.optimizer.param_groups} == {(0.5, 0.01)}
+    assert line.endswith(" is followed: lr from 0.001 to 0.01; momentum from 0.9 to 0.5")
+    with pytest.raises(UserError, match="does not name its parameters.*BIAS_LR_FACTOR"):
+        resume("SOLVER.BIAS_LR_FACTOR", "2.0")
+
+
+def test_parameters_may_be_frozen_when_resuming(checkpoint):
+    trainer, line = checkpoint()("MODEL.BACKBONE.FREEZE_AT", "2")
+    assert "parameters that are now no longer trained: " in line
+    trainer.train()
+
+
+class OwnTrainer(FocalTrainer):
+    """An optimizer and a schedule of the user's, whose numbers change during training."""
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        return torch.optim.RMSprop(model.parameters(), lr=cfg.SOLVER.BASE_LR, alpha=cfg.SOLVER.MOMENTUM)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        return torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=cfg.SOLVER.GAMMA)
+
+    def after_step(self):
+        self.optimizer.param_groups[0]["eps"] = 10.0 ** -(self.iter + 5)
+        super().after_step()
+
+
+def test_an_optimizer_and_a_schedule_of_the_users_resume(checkpoint):
+    resume = checkpoint(kind=OwnTrainer)
+    trainer, line = resume()
+    (group,) = trainer.optimizer.param_groups
+    assert (group["lr"], group["alpha"], group["eps"]) == (pytest.approx(1e-4), 0.9, 1e-7)
+    assert line == ""
+    trainer, line = resume("SOLVER.BASE_LR", "0.01", "SOLVER.MOMENTUM", "0.5", "SOLVER.GAMMA", "0.7")
+    (group,) = trainer.optimizer.param_groups
+    assert (group["lr"], group["alpha"], group["eps"]) == (pytest.approx(1e-3), 0.5, 1e-7)
+    assert trainer.scheduler.gamma == 0.1
+    assert line.endswith("; StepLR takes its other numbers from the checkpoint")
+
+
 SPOILT = {
     "optimizer": lambda s: s["_trainer"]["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
     "expanded": lambda s: s["_trainer"]["optimizer"]["state"][0].update(
         exp_avg=torch.zeros(1).expand(10**6, 10**6)
     ),
+    "settings": lambda s: s["settings"]["groups"].pop(),
     "images": lambda s: s["data"].update(images=10**15),
     "rate": lambda s: s["hooks"]["LRScheduler"].update(base_lrs="x"),
     "method": lambda s: s["hooks"]["LRScheduler"].update(get_lr=1.0),
@@ -494,21 +660,6 @@ def test_a_run_of_which_only_the_end_is_left_goes_on(small_job, tmp_path, monkey
     assert (
         "3 iterations are done and SOLVER.MAX_ITER is 1: nothing is left to train" in capfd.readouterr().out
     )
-
-
-def test_an_optimizer_of_ones_own_resumes(small_job, tmp_path):
-    class Trainer(FocalTrainer):
-        @classmethod
-        def build_optimizer(cls, cfg, model):
-            return torch.optim.Adagrad(model.parameters(), lr=cfg.SOLVER.BASE_LR)
-
-    for resume, last in ((False, 2), (True, 3)):
-        overrides = ["SOLVER.MAX_ITER", str(last), "DATASETS.TEST", "()", "SOLVER.FOCAL.OPTIMIZER", "SGD"]
-        (tmp_path / "out").mkdir(exist_ok=True)
-        trainer = Trainer(load_config(str(small_job), overrides))
-        trainer.resume_or_load(resume)
-        trainer.train()
-    assert trainer.start_iter == 2
 
 
 def test_other_errors_are_not_told_away():
