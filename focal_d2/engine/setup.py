@@ -148,10 +148,7 @@ def _refuse_ways_out(cfg: CfgNode) -> None:
         raise UserError(
             f"MODEL.LOAD_PROPOSALS is True: proposals are pickles that can run code{UNLESS_TRUSTED}"
         )
-    for key in _leaf_keys(cfg):
-        value = cfg
-        for name in key.split("."):
-            value = value[name]
+    for key, value in leaves(cfg).items():
         addresses = [text for text in _texts(value) if is_address(text)]
         if addresses and key != "MODEL.WEIGHTS":
             raise UserError(
