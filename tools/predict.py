@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +48,22 @@ def main() -> None:
         check_datasets(cfg, training=False)
         truth = ground_truth(args.dataset)
     paths = list(truth) or list_images(args.input)
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    if limit > 0:
+        # One more than is shown tells whether there are more.
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.TEST.DETECTIONS_PER_IMAGE = limit + 1
     predictor = Predictor(cfg, trust_files=args.trust_files, allow_download=args.allow_download)
     targets = picture_files(paths, args.output)
+    cut: list[Path] = []
     for path, target in zip(paths, targets, strict=True):
         image = read_bgr(path)
         boxes, scores, classes = predictor(image)
         shown = scores >= args.threshold
+        if 0 < limit < shown.sum():
+            cut.append(path)
+            shown[limit:] = False  # the best come first
         picture = draw_detections(image, boxes[shown], truth.get(path))
         write_picture(target, picture)
         if args.json:
@@ -65,6 +76,12 @@ def main() -> None:
             print(json.dumps(detections))
     if not args.json:
         print(f"{len(paths)} pictures in {args.output}")
+    if cut:
+        print(
+            f"TEST.DETECTIONS_PER_IMAGE {limit} cuts off detections of {args.threshold:g} and above in "
+            f"{len(cut)} of {len(paths)} images; the first is {cut[0]}",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

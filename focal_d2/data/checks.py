@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from detectron2.config import CfgNode
 
-from focal_d2.architectures import class_key
+from focal_d2.architectures import class_key, is_retinanet
 from focal_d2.config import key_value
 from focal_d2.data.datasets import load_known_tables
 from focal_d2.data.findings import NOTE, Example, Finding, Fix, share
+from focal_d2.data.resolution import largest_windows
 from focal_d2.data.table import Table
 
 MOST_EXAMPLES = 5
@@ -35,6 +36,10 @@ _WHOLE = 0.99
 _RARE = 10
 # Of the images; COCO's training set has 1 %.
 _MANY_NEGATIVES = 0.1
+# Of the boxes that are larger than every crop.
+_CUT = 0.05
+# Pixels by which a box may be larger than the crop: both are rounded to whole pixels.
+_CROP_SLACK = 1.0
 # Lines and examples that a training run prints.
 _MOST_LINES, _EXAMPLES_IN_A_LINE = 8, 2
 
@@ -49,12 +54,13 @@ def annotation_warnings(cfg: CfgNode, *, training: bool) -> list[str]:
         cfg: full config.
         training: whether `DATASETS.TRAIN` is used, besides `DATASETS.TEST`.
     """
-    names = [*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST]
-    tables = load_known_tables(names)
+    sides = (cfg.DATASETS.TRAIN if training else ()), cfg.DATASETS.TEST
+    tables = load_known_tables([name for names in sides for name in names])
+    train, test = ({name: tables[name] for name in names if name in tables} for names in sides)
     found = [finding for name, table in tables.items() for finding in check_dataset(name, table)]
-    if len(tables) == len(set(names)):
-        train = {name: tables[name] for name in cfg.DATASETS.TRAIN if training}
-        found += check_together(cfg, train, {name: tables[name] for name in cfg.DATASETS.TEST})
+    found += check_against_config(cfg, train, test)
+    if all(name in tables for names in sides for name in names):
+        found += check_together(cfg, train, test)
     of_kind: dict[str, list[Finding]] = defaultdict(list)
     for finding in found:
         if finding.severity != NOTE and finding.code != "box-degenerate":
@@ -83,6 +89,28 @@ def check_dataset(name: str, table: Table) -> list[Finding]:
         table: its annotations.
     """
     return [*check_items(name, table), *check_boxes(name, table)]
+
+
+def check_against_config(
+    cfg: CfgNode, train: Mapping[str, Table], test: Mapping[str, Table]
+) -> list[Finding]:
+    """Run all checks of what the config makes of the boxes.
+
+    Args:
+        cfg: full config.
+        train: the datasets to train on, by name.
+        test: those to test on.
+
+    Raises:
+        UserError: see `largest_windows`.
+    """
+    limits = {"TEST.DETECTIONS_PER_IMAGE": cfg.TEST.DETECTIONS_PER_IMAGE}
+    if is_retinanet(cfg):
+        limits["MODEL.RETINANET.TOPK_CANDIDATES_TEST"] = cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST
+    found = check_limits({**train, **test}, limits)
+    for name, table in train.items():
+        found += check_crops(name, table, largest_windows(cfg, table.sizes))
+    return found
 
 
 def check_together(
@@ -266,6 +294,59 @@ def _duplicates(name: str, table: Table) -> list[Finding]:
             message = f"{share(int(same.sum()), kept.size)} {what}"
             found.append(Finding(code, message, name, int(same.sum()), places(table, mask, _box_text(table))))
     return found
+
+
+def check_limits(tables: Mapping[str, Table], limits: Mapping[str, int]) -> list[Finding]:
+    """Find images with more boxes than a model returns.
+
+    Args:
+        tables: datasets to train or test on, by name.
+        limits: the most detections or candidates of an image, by key. What is not above 0 is no limit.
+    """
+    found = []
+    for key, limit in limits.items():
+        crowded: list[tuple[int, str, str]] = []  # number of boxes, dataset, file
+        for name, table in tables.items():
+            counts = np.bincount(table.image[table.objects], minlength=len(table))  # (N,)
+            crowded += [(int(counts[i]), name, table.file_names[i]) for i in np.flatnonzero(counts > limit)]
+        if limit < 1 or not crowded:
+            continue
+        crowded.sort(key=lambda image: -image[0])
+        most, densest, _ = crowded[0]
+        names = list(dict.fromkeys(name for _, name, _ in crowded))
+        images = share(len(crowded), sum(len(tables[name]) for name in names))
+        message = f"{images} images have more boxes than {key} {limit}; the most is {most}"
+        examples = [Example(path, f"{boxes} boxes") for boxes, _, path in crowded[:MOST_EXAMPLES]]
+        fixes = [Fix(f"an image of {densest} has {most} boxes", key, most)]
+        found.append(Finding("boxes-above-limit", message, ", ".join(names), len(crowded), examples, fixes))
+    return found
+
+
+def check_crops(name: str, table: Table, windows: np.ndarray) -> list[Finding]:
+    """Find that many boxes are larger than the crops that training takes, so that none shows them whole.
+
+    Args:
+        name: the dataset's.
+        table: its annotations.
+        windows: (N, 2) height and width of the largest crop of each image, in the image's own pixels.
+    """
+    corners = table.boxes.copy()
+    corners[:, 2:] += corners[:, :2]
+    corners = corners.clip(0, np.tile(table.sizes[table.image, ::-1], 2))
+    sides = (corners[:, 2:] - corners[:, :2])[:, ::-1]  # (B, 2), height and width
+    excess = (sides - windows[table.image]).max(axis=1, initial=0)
+    cut = table.objects & (excess > _CROP_SLACK)
+    objects = int(table.objects.sum())
+    if not cut.any() or cut.sum() < _CUT * objects:
+        return []
+
+    def text(i: int) -> str:
+        (height, width), (most_height, most_width) = sides[i], windows[table.image[i]]
+        return f"{width:.0f} × {height:.0f} pixels, the crop is at most {most_width:.0f} × {most_height:.0f}"
+
+    message = f"{share(int(cut.sum()), objects)} boxes fit whole into no crop that training takes"
+    examples = places(table, cut, text, worst=excess)
+    return [Finding("box-cropped", message, name, int(cut.sum()), examples)]
 
 
 def places(

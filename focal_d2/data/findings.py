@@ -68,6 +68,12 @@ KINDS = {
         "most images have a box as large as the image: labels of images instead of objects?",
         "check how the boxes were made",
     ),
+    "boxes-above-limit": Kind(
+        WARNING,
+        "images have more boxes than the model returns detections of an image, or candidates of a level: the "
+        "others are missed",
+        "raise the key to the number of boxes, or cut the images into smaller ones",
+    ),
     # Classes.
     "class-count": Kind(
         ERROR,
@@ -95,6 +101,11 @@ KINDS = {
         WARNING,
         "boxes are below half a cell of the finest level at training resolution",
         "train on larger images or crops, or on a finer level",
+    ),
+    "box-cropped": Kind(
+        WARNING,
+        "many boxes are larger than every crop of training: the model never sees such an object whole",
+        "enlarge INPUT.CROP.SIZE or INPUT.FOCAL.BOX_CROP.SIZE, or train on smaller images (MIN_SIZE_TRAIN)",
     ),
     "box-long": Kind(
         WARNING, "long boxes have no anchor", "run tools/optimize_anchors.py for more ASPECT_RATIOS"

@@ -68,23 +68,70 @@ def training_inputs(cfg: CfgNode, sizes: np.ndarray) -> NetworkInputs:
         UserError: for a kind of crop that detectron2 has not, or no MIN_SIZE_TRAIN.
     """
     inputs = cfg.INPUT
-    if not inputs.MIN_SIZE_TRAIN:
-        raise UserError("INPUT.MIN_SIZE_TRAIN is empty; it needs at least one size in pixels")
-    edges = sorted(inputs.MIN_SIZE_TRAIN)
+    edges = _short_edges(cfg)
     if inputs.MIN_SIZE_TRAIN_SAMPLING == "range":
         edge = (edges[0] + edges[-1]) // 2
     else:
         edge = edges[(len(edges) - 1) // 2]
-    crop = check_choice("INPUT.CROP.TYPE", inputs.CROP.TYPE, _CROPS) if inputs.CROP.ENABLED else None
     return network_inputs(
         sizes,
-        crop_type=crop,
+        crop_type=_crop_type(cfg),
         crop_size=inputs.CROP.SIZE,
         short_edge=edge,
         max_size=inputs.MAX_SIZE_TRAIN,
         factor=sum(inputs.FOCAL.SCALE_JITTER) / 2,
         last_crop=inputs.FOCAL.BOX_CROP.SIZE or None,
     )
+
+
+def largest_windows(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
+    """Return the most of each image that one training sample can show.
+
+    Of what training draws at random, the draw is taken that shows most: the largest crop, the smallest size
+    of `MIN_SIZE_TRAIN`, the smallest factor of `SCALE_JITTER`.
+
+    Args:
+        cfg: full config.
+        sizes: (N, 2) as annotated, each at least 1.
+
+    Returns:
+        (N, 2) float64, height and width in pixels of the image as annotated; `sizes` if nothing is cropped.
+
+    Raises:
+        UserError: for a kind of crop that detectron2 has not, or no MIN_SIZE_TRAIN.
+    """
+    inputs, crop_type, edges = cfg.INPUT, _crop_type(cfg), _short_edges(cfg)
+    sizes = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
+    crops = sizes
+    if crop_type is not None:
+        crops = _crop(sizes, crop_type, np.asarray(inputs.CROP.SIZE, dtype=np.float64), at=1.0)
+    last_crop = inputs.FOCAL.BOX_CROP.SIZE
+    if not last_crop:
+        return crops.astype(np.float64)
+    windows = np.zeros(crops.shape)
+    for edge in edges:
+        resized = network_inputs(
+            crops,
+            crop_type=None,
+            crop_size=(),
+            short_edge=edge,
+            max_size=inputs.MAX_SIZE_TRAIN,
+            factor=inputs.FOCAL.SCALE_JITTER[0],
+            last_crop=None,
+        ).sizes
+        windows = np.maximum(windows, crops * np.minimum(1, np.asarray(last_crop) / resized))
+    return windows
+
+
+def _crop_type(cfg: CfgNode) -> str | None:
+    crop = cfg.INPUT.CROP
+    return check_choice("INPUT.CROP.TYPE", crop.TYPE, _CROPS) if crop.ENABLED else None
+
+
+def _short_edges(cfg: CfgNode) -> list[int]:
+    if not cfg.INPUT.MIN_SIZE_TRAIN:
+        raise UserError("INPUT.MIN_SIZE_TRAIN is empty; it needs at least one size in pixels")
+    return sorted(cfg.INPUT.MIN_SIZE_TRAIN)
 
 
 def network_inputs(
@@ -110,7 +157,9 @@ def network_inputs(
         last_crop: most height and width after that; None: all.
     """
     sizes = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
-    crops = sizes if crop_type is None else _crop(sizes, crop_type, np.asarray(crop_size, dtype=np.float64))
+    crops = sizes
+    if crop_type is not None:
+        crops = _crop(sizes, crop_type, np.asarray(crop_size, dtype=np.float64), at=0.5)
     resized = _resize(crops, short_edge, max_size) if short_edge else crops.astype(np.float64)
     scales = factor * resized[:, 0] / crops[:, 0]
     seen = (resized + 0.5).astype(np.int64)
@@ -120,14 +169,14 @@ def network_inputs(
     return NetworkInputs(scales, seen if last_crop is None else np.minimum(seen, last_crop), whole)
 
 
-def _crop(sizes: np.ndarray, kind: str, size: np.ndarray) -> np.ndarray:
-    """Sizes (N, 2) int64 after the crop."""
+def _crop(sizes: np.ndarray, kind: str, size: np.ndarray, *, at: float) -> np.ndarray:
+    """Sizes (N, 2) int64 after the crop; of a range the size at that share of the way, 0 to 1."""
     if kind == "absolute":
         return np.minimum(sizes, size.astype(np.int64))
     if kind == "absolute_range":
         low, high = np.minimum(sizes, size[0]), np.minimum(sizes, size[1])
-        return ((low + high) // 2).astype(np.int64)
-    share = size if kind == "relative" else (size + 1) / 2
+        return np.floor(low + at * (high - low)).astype(np.int64)
+    share = size if kind == "relative" else size + at * (1 - size)
     return (sizes * share + 0.5).astype(np.int64)
 
 

@@ -6,8 +6,11 @@ import pytest
 from detectron2.data import DatasetCatalog
 
 from focal_d2.data import load_table, register_datasets
-from focal_d2.data.checks import annotation_warnings
-from tests.conftest import make_cfg
+from focal_d2.data.checks import annotation_warnings, check_against_config
+from focal_d2.engine import load_config
+from focal_d2.errors import UserError
+from tests.conftest import REPOSITORY, make_cfg
+from tests.data.test_resolution import make_table
 
 
 @pytest.fixture
@@ -36,15 +39,13 @@ def test_good_annotations_give_no_line(sides):
     assert annotation_warnings(cfg, training=False) == []
 
 
-@pytest.mark.parametrize("split", ["train", "test", "other"])
-def test_the_tree_crowns_give_no_line(split):
-    name = f"neon_trees_{split}"
+def test_the_demo_s_trees_give_no_line():
     try:
-        load_table(name)
-    except ValueError as error:
+        load_table("neon_trees_train")
+    except UserError as error:
         pytest.skip(str(error))
-    cfg = make_cfg(DATASETS__TEST=(name,), MODEL__RETINANET__NUM_CLASSES=1)
-    assert annotation_warnings(cfg, training=False) == []
+    config = REPOSITORY / "configs/neon_trees/focal_retinanet_R_18_FPN_demo.yaml"
+    assert annotation_warnings(load_config(str(config)), training=True) == []
 
 
 def test_a_kind_is_one_line_with_its_count_and_first_examples(sides):
@@ -110,3 +111,70 @@ def test_datasets_of_records_are_not_read(sides, monkeypatch):
     register_datasets([data.entry for data in sides])
     line, _ = annotation_warnings(cfg, training=True)
     assert line.startswith("box-outside")
+
+
+def test_images_with_more_boxes_than_the_model_returns_are_named(sides):
+    train, test = sides
+    settings = {"TEST__DETECTIONS_PER_IMAGE": 2, "MODEL__RETINANET__TOPK_CANDIDATES_TEST": 3}
+    cfg = config_of(sides, **settings)
+    line, _ = annotation_warnings(cfg, training=True)
+    assert line == (
+        f"boxes-above-limit: {train.name}, {test.name}: 24 of 24 images have more boxes than "
+        f"TEST.DETECTIONS_PER_IMAGE 2; the most is 3 (first: {train.images / '0.png'}: 3 boxes; "
+        f"{train.images / '1.png'}: 3 boxes; …)"
+    )
+    cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 2
+    line, _ = annotation_warnings(cfg, training=False)
+    assert "; test" not in line
+    assert "MODEL.RETINANET.TOPK_CANDIDATES_TEST 2; the most is 3" in line
+    cfg.TEST.DETECTIONS_PER_IMAGE, cfg.MODEL.META_ARCHITECTURE = -1, "GeneralizedRCNN"
+    found = check_against_config(cfg, {}, {test.name: load_table(test.name)})
+    assert found == []  # it has another key for candidates, and -1 is no limit
+
+
+def test_574_boxes_of_an_image_are_more_than_100():
+    boxes = [[i % 40 * 8, i // 40 * 8, 8, 8] for i in range(576)]
+    table = make_table(boxes, sizes=[(200, 400)], ignored=[False] * 574 + [True] * 2)
+    cfg = make_cfg()
+    (found,) = check_against_config(cfg, {"train": table}, {})
+    assert (found.code, found.severity, found.count) == ("boxes-above-limit", "warning", 1)
+    assert (
+        found.message == "1 of 1 images have more boxes than TEST.DETECTIONS_PER_IMAGE 100; the most is 574"
+    )
+    assert [(fix.key, fix.value) for fix in found.fixes] == [("TEST.DETECTIONS_PER_IMAGE", 574)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"CROP__ENABLED": True, "CROP__TYPE": "absolute", "CROP__SIZE": [256, 256]},
+        {"CROP__ENABLED": True, "CROP__TYPE": "absolute_range", "CROP__SIZE": [200, 256]},
+        {"FOCAL__BOX_CROP__SIZE": [256, 256]},
+        # Twice the size in a crop of twice the size.
+        {"FOCAL__BOX_CROP__SIZE": [512, 512], "MIN_SIZE_TRAIN": (1280, 1600)},
+    ],
+)
+def test_objects_of_320_pixels_fit_into_no_crop_of_256(settings):
+    boxes = [[10 + 20 * i, 20, 320, 320] for i in range(11)]
+    table = make_table(boxes * 2, sizes=[(640, 900)] * 2, image=[0] * 11 + [1] * 11)
+    settings = {"MIN_SIZE_TRAIN": (0,), "MAX_SIZE_TRAIN": 4000, **settings}
+    cfg = make_cfg(**{f"INPUT__{key}": value for key, value in settings.items()})
+    (found,) = check_against_config(cfg, {"train": table}, {})
+    assert (found.code, found.severity, found.count) == ("box-cropped", "warning", 22)
+    assert found.message == "22 of 22 boxes fit whole into no crop that training takes"
+    assert str(found.examples[0]) == "0.png: 320 × 320 pixels, the crop is at most 256 × 256"
+    assert check_against_config(cfg, {}, {"test": table}) == []  # test images are not cropped
+
+
+def test_crops_that_can_hold_the_boxes_are_no_finding():
+    boxes = [[10, 20, 320, 320]] + [[10 + 20 * i, 20, 250, 250] for i in range(30)]
+    table = make_table(boxes, sizes=[(640, 900)])
+    crop = {"INPUT__CROP__ENABLED": True, "INPUT__CROP__TYPE": "absolute", "INPUT__CROP__SIZE": [256, 256]}
+    assert check_against_config(make_cfg(**crop), {"train": table}, {}) == []  # 1 of 31 boxes
+    # At its smallest, the jitter shows all of the image.
+    jitter = {"INPUT__FOCAL__BOX_CROP__SIZE": [256, 256], "INPUT__FOCAL__SCALE_JITTER": [0.25, 2.0]}
+    table = make_table([[10, 20, 320, 320]] * 3, sizes=[(640, 900)])
+    assert check_against_config(make_cfg(**jitter), {"train": table}, {}) == []
+    # Of a box beyond the image's edge, what lies in the image counts.
+    table = make_table([[600, 20, 640, 200]] * 3, sizes=[(640, 700)])
+    assert check_against_config(make_cfg(**crop), {"train": table}, {}) == []

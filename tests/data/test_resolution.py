@@ -8,7 +8,7 @@ from detectron2.data import transforms as T
 from focal_d2 import UserError
 from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.data.augmentations import ResizeAndCrop
-from focal_d2.data.resolution import network_inputs, training_boxes, training_inputs
+from focal_d2.data.resolution import largest_windows, network_inputs, training_boxes, training_inputs
 from focal_d2.data.table import Table
 from tests.conftest import make_cfg
 
@@ -74,6 +74,37 @@ def test_jitter_and_the_last_crop_are_those_of_the_augmentation():
             inputs = T.AugInput(image)
             ResizeAndCrop(resize, jitter=(1.3, 1.3), size=crop, around_box=0)(inputs)
             assert inputs.image.shape[:2] == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"CROP__ENABLED": True, "CROP__TYPE": "absolute", "CROP__SIZE": [100, 120]},
+        {"CROP__ENABLED": True, "CROP__TYPE": "absolute_range", "CROP__SIZE": [100, 120]},
+        {"CROP__ENABLED": True, "CROP__TYPE": "relative", "CROP__SIZE": [0.5, 0.8]},
+        {"CROP__ENABLED": True, "CROP__TYPE": "relative_range", "CROP__SIZE": [0.5, 0.8]},
+        {"FOCAL__BOX_CROP__SIZE": [90, 160]},
+        {"FOCAL__BOX_CROP__SIZE": [90, 160], "FOCAL__SCALE_JITTER": [0.7, 1.5], "MIN_SIZE_TRAIN": (150, 250)},
+        {"FOCAL__BOX_CROP__SIZE": [90, 90], "CROP__ENABLED": True, "CROP__SIZE": [0.9, 0.9]},
+    ],
+)
+def test_no_draw_shows_more_than_the_largest_window(settings):
+    """The window is that of the file's pixels that training's own augmentations leave, at its largest."""
+    settings = {"MIN_SIZE_TRAIN": (0,), **settings}
+    cfg = make_cfg(**{f"INPUT__{key}": value for key, value in settings.items()})
+    height, width = 200, 300
+    (largest,) = largest_windows(cfg, np.array([[height, width]]))
+    mapper = FocalDatasetMapper(cfg, is_train=True)
+    shown = np.zeros((400, 2))
+    for i in range(len(shown)):
+        inputs = T.AugInput(np.zeros((height, width, 3), np.uint8))
+        transforms = mapper.augmentations(inputs)
+        corners = transforms.apply_box(np.array([[0.0, 0.0, width, height]]))[0]
+        scales = np.array([(corners[3] - corners[1]) / height, (corners[2] - corners[0]) / width])
+        shown[i] = inputs.image.shape[:2] / scales
+    assert (shown <= largest + 0.5 + 1e-6).all()
+    np.testing.assert_allclose(shown.max(axis=0), largest, rtol=0.03)
 
 
 def test_jitter_is_taken_at_its_middle():

@@ -58,6 +58,32 @@ def test_threshold_hides_what_is_below_it(job, tmp_path, monkeypatch, capsys):
     assert [x["boxes"] for x in lines] == [[], []]
 
 
+def test_detections_that_the_limit_cut_off_are_counted(job, tmp_path, monkeypatch, capsys):
+    config, data = job
+    arguments = ["--input", data.images, "--output", tmp_path / "out", "--json"]
+
+    def run(*more):
+        assert predict(monkeypatch, config, *arguments, *more) == 0
+        out, err = capsys.readouterr()
+        warnings = [x for x in err.splitlines() if "DETECTIONS_PER_IMAGE" in x]
+        return [json.loads(x)["scores"] for x in out.splitlines() if x.startswith("{")], warnings
+
+    whole, _ = run("TEST.DETECTIONS_PER_IMAGE", 20)
+    assert [len(scores) for scores in whole] == [20, 20]
+    cut, warnings = run("TEST.DETECTIONS_PER_IMAGE", 5)
+    assert cut == [scores[:5] for scores in whole]
+    assert warnings == [
+        f"TEST.DETECTIONS_PER_IMAGE 5 cuts off detections of 0 and above in 2 of 2 images; the first is "
+        f"{data.images / '0.png'}"
+    ]
+    # Five above the threshold are all that there are.
+    threshold = (whole[0][4] + whole[0][5]) / 2
+    assert whole[0][4] > threshold > whole[0][5]
+    limited, warnings = run("--threshold", threshold, "TEST.DETECTIONS_PER_IMAGE", 5)
+    assert len(limited[0]) == 5
+    assert not any(str(data.images / "0.png") in x for x in warnings)
+
+
 def test_folder_gives_json_lines(job, tmp_path, monkeypatch, capsys):
     config, data = job
     arguments = ["--input", data.images, "--output", tmp_path / "out", "--json"]

@@ -21,7 +21,13 @@ from focal_d2.analysis.doctor.training import (
 from focal_d2.architectures import is_retinanet, known_architecture
 from focal_d2.config import unread_keys
 from focal_d2.data import FocalDatasetMapper, Table, check_annotations, load_table
-from focal_d2.data.checks import check_dataset, check_together, class_counts, without_boxes
+from focal_d2.data.checks import (
+    check_against_config,
+    check_dataset,
+    check_together,
+    class_counts,
+    without_boxes,
+)
 from focal_d2.data.findings import ERROR, SEVERITIES, Finding
 from focal_d2.data.mapper import input_backend
 from focal_d2.data.pixels import read_pixels, read_with_pillow
@@ -129,6 +135,7 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
             found += check_images(name, table, known)
     else:
         found.append(Finding("images-unchecked", "no image was opened; leave out --no-images to check them"))
+    found += check_against_config(cfg, train, test)
     digests = {file_name: image.digest for file_name, image in known.items() if image.size}
     found += check_together(cfg, train, test, digests)
     # Boxes that were read wrongly would say nothing of anchors.

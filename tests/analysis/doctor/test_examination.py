@@ -165,6 +165,16 @@ def low_recall(world):
             world.add_box(record, [2 + 20 * i, 70, 13, 13], i)
 
 
+def crowded(world):
+    world.settings["TEST__DETECTIONS_PER_IMAGE"] = 3
+    for i in range(4):
+        world.add_box(world.records["train"][3], [5 + 25 * i, 62, 24, 30])
+
+
+def small_crops(world):
+    world.settings["INPUT__FOCAL__BOX_CROP__SIZE"] = [36, 64]
+
+
 def learning_rate(world):
     world.settings["SOLVER__BASE_LR"] = 0.0125
 
@@ -231,6 +241,10 @@ FAULTS = {
     ),
     "boxes without anchors": Fault(low_recall, "anchor-recall", 36, "36 of 72 (50.0 %)"),
     "images without boxes dropped": Fault(negatives_dropped, "negatives-dropped", 10, "10 of 22 (45.5 %)"),
+    "more boxes than detections": Fault(
+        crowded, "boxes-above-limit", 1, "more boxes than TEST.DETECTIONS_PER_IMAGE 3"
+    ),
+    "crops smaller than boxes": Fault(small_crops, "box-cropped", 36, "36 of 36 boxes fit whole into no"),
     "learning rate 10 times off": Fault(learning_rate, "learning-rate", 1, "0.0125 is 10 times the 0.00125"),
     "key of another detector": Fault(other_detectors_key, "key-unread", 1, "ROI_HEADS.NUM_CLASSES is 3"),
     "corners as sizes": Fault(
