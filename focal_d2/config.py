@@ -100,6 +100,7 @@ def add_focal_config(cfg: CfgNode) -> None:
     # torch.compile backbone and head. Compiles anew for image shapes it has not met; needs a C++ compiler.
     focal.COMPILE = False
 
+    # INPUT.FORMAT may be BGR, RGB, L (grey), HSV, YCbCr or YUV-BT.601.
     inputs = cfg.INPUT.FOCAL = CfgNode()
     # What decodes and resizes images: "pil" (detectron2's way) or "opencv": faster, the same boxes, pixels
     # within two grey levels of Pillow's; INPUT.FORMAT BGR or RGB, no masks.
@@ -108,7 +109,8 @@ def add_focal_config(cfg: CfgNode) -> None:
     inputs.VERTICAL_FLIP = False
     # Turn by 0, 90, 180 or 270 degrees, each as likely.
     inputs.ROTATE_90 = False
-    # Multiply brightness and contrast by a factor drawn from [1 - x, 1 + x]; 0: off.
+    # Multiply brightness and contrast by a factor drawn from [1 - x, 1 + x]; 0: off. INPUT.FORMAT BGR, RGB
+    # or L.
     inputs.BRIGHTNESS = 0.0
     inputs.CONTRAST = 0.0
     # The same for saturation (0 is grey, 1 as it is); INPUT.FORMAT BGR or RGB.

@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from focal_d2.data import check_datasets, ground_truth
+from focal_d2.data.pixels import ImageReader
 from focal_d2.engine import Predictor, add_trust_flag, command_line, load_config
 from focal_d2.engine.pictures import (
     draw_detections,
     list_images,
     picture_files,
-    read_bgr,
+    read_image,
     write_picture,
 )
+
+IN_COLOURS = ImageReader("BGR", "pil")  # what is drawn on, whatever the model is given
 
 
 def main() -> None:
@@ -58,13 +61,12 @@ def main() -> None:
     targets = picture_files(paths, args.output)
     cut: list[Path] = []
     for path, target in zip(paths, targets, strict=True):
-        image = read_bgr(path)
-        boxes, scores, classes = predictor(image)
+        boxes, scores, classes = predictor(path)
         shown = scores >= args.threshold
         if 0 < limit < shown.sum():
             cut.append(path)
             shown[limit:] = False  # the best come first
-        picture = draw_detections(image, boxes[shown], truth.get(path))
+        picture = draw_detections(read_image(path, IN_COLOURS), boxes[shown], truth.get(path))
         write_picture(target, picture)
         if args.json:
             detections = {

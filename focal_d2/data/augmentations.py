@@ -5,7 +5,7 @@
 3. `INPUT.RANDOM_FLIP`, `VERTICAL_FLIP`, `ROTATE_90`.
 4. `BRIGHTNESS`, `CONTRAST`, `SATURATION`, `HUE`.
 
-All draw from NumPy's global generator, as detectron2's do. Images are (H, W, 3) uint8.
+All draw from NumPy's global generator, as detectron2's do. Images are (H, W, C) uint8, of YUV-BT.601 float32.
 """
 
 from __future__ import annotations
@@ -111,6 +111,27 @@ class ResizeAndCrop(T.Augmentation):
         return starts
 
 
+class QuarterTurns(T.RandomRotation):
+    """detectron2's rotation by 0, 90, 180 or 270 degrees, each as likely, for any number of channels."""
+
+    def __init__(self) -> None:
+        super().__init__([0, 90, 180, 270], sample_style="choice")
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """Draw the angle."""
+        turn = super().get_transform(image)
+        return turn if isinstance(turn, T.NoOpTransform) else TurnTransform(turn.h, turn.w, turn.angle)
+
+
+class TurnTransform(T.RotationTransform):
+    """detectron2's rotation, which also keeps the axis of a single channel; OpenCV drops it."""
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        """Turn an image (H, W) or (H, W, C)."""
+        turned = super().apply_image(img, interp)
+        return turned if turned.ndim == img.ndim else turned[:, :, None]
+
+
 class RandomSaturation(T.Augmentation):
     """detectron2's `RandomSaturation` for either order of channels: a blend with the grey image."""
 
@@ -178,13 +199,16 @@ def build_augmentations(cfg: CfgNode, standard: list[T.Augmentation]) -> list[T.
             raise UserError(f"INPUT.FOCAL.{key} is {inputs[key]}; it must be at least 0 and below 1")
     if not 0 <= inputs.HUE <= 180:
         raise UserError(f"INPUT.FOCAL.HUE is {inputs.HUE}; it must be within 0 and 180 degrees")
+    if inputs.BRIGHTNESS or inputs.CONTRAST:
+        formats = ("BGR", "RGB", "L")
+        check_choice("with INPUT.FOCAL.BRIGHTNESS or CONTRAST, INPUT.FORMAT", cfg.INPUT.FORMAT, formats)
     if inputs.SATURATION or inputs.HUE:
         check_choice("with INPUT.FOCAL.SATURATION or HUE, INPUT.FORMAT", cfg.INPUT.FORMAT, ("BGR", "RGB"))
     augmentations = _with_crop(cfg, standard)
     if inputs.VERTICAL_FLIP:
         augmentations.append(T.RandomFlip(horizontal=False, vertical=True))
     if inputs.ROTATE_90:
-        augmentations.append(T.RandomRotation([0, 90, 180, 270], sample_style="choice"))
+        augmentations.append(QuarterTurns())
     if inputs.BRIGHTNESS:
         augmentations.append(T.RandomBrightness(1 - inputs.BRIGHTNESS, 1 + inputs.BRIGHTNESS))
     if inputs.CONTRAST:

@@ -15,9 +15,10 @@ from detectron2.data.detection_utils import SizeMismatchError, check_image_size,
 from detectron2.structures import Boxes, BoxMode, Instances
 from torch.utils.data import get_worker_info
 
+from focal_d2.architectures import known_architecture
 from focal_d2.config import check_choice
 from focal_d2.data.augmentations import build_augmentations
-from focal_d2.data.pixels import UNREADABLE, OpenCVInput, read_pixels, read_with_pillow, to_planes
+from focal_d2.data.pixels import FORMATS, UNREADABLE, ImageReader
 from focal_d2.errors import UserError
 
 
@@ -29,28 +30,30 @@ class FocalDatasetMapper(DatasetMapper):
     """
 
     @configurable
-    def __init__(self, is_train: bool, *, backend: str, min_visible: float | None, **kwargs: Any) -> None:
+    def __init__(
+        self, is_train: bool, *, reader: ImageReader, min_visible: float | None, **kwargs: Any
+    ) -> None:
         """Take detectron2's arguments and two more.
 
         Args:
             is_train: whether to augment and to return boxes.
-            backend: "pil" or "opencv".
+            reader: of `INPUT.FORMAT`.
             min_visible: share of a box's area that must be left for it to be an object; None: any, and
                 no augmentation asks for boxes.
             **kwargs: detectron2's.
         """
         super().__init__(is_train, **kwargs)
-        self.backend = backend
+        self.reader = reader
         self.min_visible = min_visible
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Read `INPUT.*`; augmentations apply in training only."""
-        backend = input_backend(cfg)
+        reader = build_reader(cfg)
         inputs = cfg.INPUT.FOCAL
         kwargs = {
             **super().from_config(cfg, is_train),
-            "backend": backend,
+            "reader": reader,
             "min_visible": inputs.BOX_CROP.MIN_VISIBLE if is_train and inputs.BOX_CROP.SIZE else None,
         }
         if is_train:
@@ -66,7 +69,10 @@ class FocalDatasetMapper(DatasetMapper):
         more = self.use_instance_mask or self.use_keypoint or self.proposal_topk is not None
         try:
             if more or "sem_seg_file_name" in dataset_dict:
-                return super().__call__(dataset_dict)
+                sample = super().__call__(dataset_dict)
+                if sample["image"].dtype == torch.float64:  # detectron2's YUV-BT.601
+                    sample["image"] = sample["image"].float()
+                return sample
             return self._map(dataset_dict)
         except (*UNREADABLE, SizeMismatchError) as error:
             raise UserError(f"cannot read image {dataset_dict['file_name']}: {error}") from error
@@ -77,13 +83,8 @@ class FocalDatasetMapper(DatasetMapper):
             cv2.setNumThreads(0)  # as PyTorch limits its own: each worker has one core
         record = dict(dataset_dict)  # what it holds is read only
         annotations = record.pop("annotations", None)
-        inputs: T.AugInput
-        if self.backend == "opencv":
-            image = read_pixels(record["file_name"], self.image_format)
-            inputs = OpenCVInput(image)
-        else:
-            image = read_with_pillow(record["file_name"], self.image_format)
-            inputs = T.AugInput(image)
+        image = self.reader.read(record["file_name"])
+        inputs = self.reader.augmentation_input(image)
         check_image_size(record, image)
         if self.min_visible is not None:
             inputs.boxes = boxes_within(
@@ -91,10 +92,7 @@ class FocalDatasetMapper(DatasetMapper):
             )
         transforms = self.augmentations(inputs)
         size = inputs.image.shape[:2]
-        if self.backend == "opencv":
-            record["image"] = to_planes(inputs.image)
-        else:
-            record["image"] = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
+        record["image"] = self.reader.to_tensor(inputs.image)
         if self.is_train:
             objects, record["ignored_boxes"] = split_ignored(
                 annotations or [], transforms, image.shape[:2], size, self.min_visible
@@ -114,20 +112,29 @@ class FocalDatasetMapper(DatasetMapper):
         super()._transform_annotations(dataset_dict, transforms, image_shape)
 
 
-def input_backend(cfg: CfgNode) -> str:
-    """Return `INPUT.FOCAL.BACKEND`.
+def build_reader(cfg: CfgNode) -> ImageReader:
+    """Read `INPUT.FORMAT` and `INPUT.FOCAL.BACKEND`.
 
     Raises:
-        UserError: if there is no such backend, or it cannot do what the config asks for.
+        UserError: for a format or backend that does not exist, or one that does not fit the config's other
+            keys: the backend cannot do what they ask for, or the model takes another number of channels.
     """
     inputs = cfg.INPUT.FOCAL
+    channels = FORMATS[check_choice("INPUT.FORMAT", cfg.INPUT.FORMAT, tuple(FORMATS))]
+    means, deviations = len(cfg.MODEL.PIXEL_MEAN), len(cfg.MODEL.PIXEL_STD)
+    # One channel is repeated for as many means as there are. Other models may not read these keys.
+    if known_architecture(cfg) and not (channels in (1, means) and means == deviations):
+        raise UserError(
+            f"INPUT.FORMAT is {cfg.INPUT.FORMAT}, which has {channels} channels, but MODEL.PIXEL_MEAN has "
+            f"{means} numbers and MODEL.PIXEL_STD {deviations}: give both {channels}"
+        )
     backend = check_choice("INPUT.FOCAL.BACKEND", inputs.BACKEND, ("pil", "opencv"))
     if backend == "opencv":
         check_choice("with INPUT.FOCAL.BACKEND opencv, INPUT.FORMAT", cfg.INPUT.FORMAT, ("BGR", "RGB"))
         for key in ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS"):
             if cfg.MODEL[key]:
                 raise UserError(f"INPUT.FOCAL.BACKEND opencv knows boxes only: MODEL.{key} must be False")
-    return backend
+    return ImageReader(cfg.INPUT.FORMAT, backend)
 
 
 def transform_boxes(

@@ -1,6 +1,7 @@
 """Image files to pixels; with `INPUT.FOCAL.BACKEND: opencv` also to other sizes and to tensors.
 
-Images are (H, W, 3) uint8, C-contiguous unless said otherwise.
+Images are (H, W, C) uint8 (of YUV-BT.601 float32), C-contiguous unless said otherwise. C is 3 where OpenCV is
+used, else `FORMATS` has it.
 
 How far OpenCV is from Pillow, in grey levels, on two photographs and 8 aerial tiles, at 11 scales from
 0.25 to 2.5: decoding 0; enlarging at most 1, on average 0.17 to 0.31; shrinking at most 2, on average below
@@ -14,14 +15,25 @@ import io
 import re
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import torch
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL_to_numpy
+from detectron2.data.detection_utils import (
+    _apply_exif_orientation,
+    convert_image_to_rgb,
+    convert_PIL_to_numpy,
+)
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image
+
+from focal_d2.errors import UserError
+
+# The values of INPUT.FORMAT and their numbers of channels. Of Pillow's other modes, detectron2 trains with
+# those that have a fourth or an alpha channel (LA, RGBA, CMYK); resizing weighs the other channels by it.
+FORMATS = {"BGR": 3, "RGB": 3, "L": 1, "HSV": 3, "YCbCr": 3, "YUV-BT.601": 3}
 
 # Endings of the files that folders of images are searched for.
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -59,7 +71,7 @@ def read_with_pillow(file_name: str, image_format: str) -> np.ndarray:
 
     Args:
         file_name: of the image.
-        image_format: any of `INPUT.FORMAT`.
+        image_format: of `FORMATS`.
 
     Raises:
         OSError: and the others of `UNREADABLE`, if it cannot be read or its values are not of 8 or 16 bits.
@@ -68,7 +80,68 @@ def read_with_pillow(file_name: str, image_format: str) -> np.ndarray:
         image: Image.Image = Image.open(file)
         image.load()
         image = _to_8_bits(_apply_exif_orientation(image))
-    return convert_PIL_to_numpy(image, image_format)
+    return _convert(image, image_format)
+
+
+def _convert(image: Image.Image, image_format: str) -> np.ndarray:
+    if image_format == "HSV":
+        image = image.convert("RGB")  # Pillow cannot convert all modes to HSV
+    pixels = convert_PIL_to_numpy(image, image_format)
+    # detectron2's is float64, which no network with weights in float32 takes.
+    return pixels.astype(np.float32) if image_format == "YUV-BT.601" else pixels
+
+
+def from_array(image: np.ndarray, image_format: str) -> np.ndarray:
+    """Convert an array as OpenCV reads images; a file with the same pixels gives the same.
+
+    Args:
+        image: (H, W, 3) uint8 in BGR order, or (H, W) or (H, W, 1) uint8 grey.
+        image_format: of `FORMATS`.
+
+    Returns:
+        (H, W, C), which may share memory with `image` and need not be contiguous.
+
+    Raises:
+        UserError: for another shape or type.
+    """
+    shape = image.shape if image.ndim == 3 else (*image.shape, 1)
+    if image.dtype != np.uint8 or len(shape) != 3 or shape[2] not in (1, 3) or not image.size:
+        raise UserError(
+            "an image must be (H, W, 3) uint8 in BGR order or (H, W) uint8 grey, not "
+            f"{image.shape} {image.dtype}"
+        )
+    image = image.reshape(shape)
+    if (shape[2], image_format) in ((3, "BGR"), (1, "L")):
+        return image
+    return _convert(Image.fromarray(image[:, :, 0] if shape[2] == 1 else image[:, :, ::-1]), image_format)
+
+
+def to_rgb(image: np.ndarray, image_format: str) -> np.ndarray:
+    """Convert an image (H, W, C) of a format to (H, W, 3) uint8 RGB, for drawing."""
+    return np.rint(convert_image_to_rgb(image, image_format)).clip(0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """What makes pixels of image files for a network, in training, evaluation and prediction alike."""
+
+    image_format: str  # of `FORMATS`
+    backend: str  # "pil" or "opencv"
+
+    def read(self, file_name: str) -> np.ndarray:
+        """Read a file; see `read_with_pillow` and `read_pixels`."""
+        read = read_pixels if self.backend == "opencv" else read_with_pillow
+        return read(file_name, self.image_format)
+
+    def augmentation_input(self, image: np.ndarray) -> T.AugInput:
+        """Wrap an image (H, W, C) for detectron2's augmentations."""
+        return OpenCVInput(image) if self.backend == "opencv" else T.AugInput(image)
+
+    def to_tensor(self, image: np.ndarray) -> torch.Tensor:
+        """Copy an image (H, W, C) to a tensor (C, H, W)."""
+        if self.backend == "opencv":
+            return to_planes(image)
+        return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
 
 
 @contextlib.contextmanager

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.engine import HookBase
 from detectron2.evaluation import inference_context
 from torch import nn
 
+from focal_d2.data.pixels import to_rgb
 from focal_d2.engine.pictures import draw_detections
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def draw_example(model: nn.Module, example: dict[str, Any], input_format: str) -
 
     Args:
         model: detector in training; it is in training again when this returns.
-        example: of the training loader: "image" (C, H, W) uint8 and "instances" with gt_boxes in its pixels.
+        example: of the training loader: "image" (C, H, W) and "instances" with gt_boxes in its pixels.
         input_format: `INPUT.FORMAT` of the image.
 
     Returns:
@@ -85,6 +85,6 @@ def draw_example(model: nn.Module, example: dict[str, Any], input_format: str) -
         return None
     truth = example["instances"].gt_boxes.tensor.cpu().numpy()
     found = output["instances"].pred_boxes.tensor[: max(_FEWEST, len(truth))].cpu().numpy()
-    rgb = convert_image_to_rgb(example["image"].permute(1, 2, 0), input_format)
+    rgb = to_rgb(example["image"].permute(1, 2, 0).cpu().numpy(), input_format)
     bgr = draw_detections(rgb[:, :, ::-1], found, truth)
     return np.ascontiguousarray(bgr[:, :, ::-1].transpose(2, 0, 1))

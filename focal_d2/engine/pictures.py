@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from focal_d2.data.pixels import IMAGE_SUFFIXES, UNREADABLE, read_with_pillow
+from focal_d2.data.pixels import IMAGE_SUFFIXES, UNREADABLE, ImageReader
 from focal_d2.errors import UserError
 
 GREEN, YELLOW = (80, 255, 80), (0, 220, 255)  # BGR
@@ -68,14 +68,14 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
         raise UserError(f"cannot write {path}")
 
 
-def read_bgr(path: str | Path) -> np.ndarray:
-    """Read an image as detectron2's loader does, EXIF orientation applied: (H, W, 3) uint8 BGR.
+def read_image(path: str | Path, reader: ImageReader) -> np.ndarray:
+    """Read an image as training does, EXIF orientation applied: (H, W, C) of the reader's format.
 
     Raises:
         UserError: naming the file, if it cannot be read.
     """
     try:
-        return read_with_pillow(str(path), "BGR")
+        return reader.read(str(path))
     except UNREADABLE as error:
         raise UserError(f"cannot read image {path}: {error}") from error
 

@@ -14,10 +14,10 @@ from detectron2.modeling import build_model
 from focal_d2.architectures import CLASS_KEYS, class_key
 from focal_d2.config import key_value
 from focal_d2.data import known_class_names
-from focal_d2.data.mapper import input_backend
-from focal_d2.data.pixels import OpenCVInput
+from focal_d2.data.mapper import build_reader
+from focal_d2.data.pixels import from_array
 from focal_d2.engine.checkpoint import FocalCheckpointer
-from focal_d2.engine.pictures import read_bgr
+from focal_d2.engine.pictures import read_image
 from focal_d2.engine.setup import resolve_device
 from focal_d2.errors import UserError
 
@@ -52,6 +52,7 @@ class Predictor:
         Raises:
             UserError: if the weights are missing or do not fit, or the device does not exist here.
         """
+        self.reader = build_reader(cfg)
         cfg = cfg.clone()
         cfg.defrost()
         resolve_device(cfg)
@@ -61,8 +62,6 @@ class Predictor:
         FocalCheckpointer(
             self.model, partial=False, trust_files=trust_files, allow_download=allow_download
         ).load(cfg.MODEL.WEIGHTS)
-        self.input_format = cfg.INPUT.FORMAT
-        self.augmentation_input = OpenCVInput if input_backend(cfg) == "opencv" else T.AugInput
         self.resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         names = known_class_names(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
         counted_by = class_key(cfg)
@@ -76,20 +75,20 @@ class Predictor:
         """Detect objects.
 
         Args:
-            image: a file, or (H, W, 3) uint8 pixels in BGR order as OpenCV reads them.
+            image: a file, or pixels as OpenCV reads them: (H, W, 3) uint8 in BGR order, or (H, W) or
+                (H, W, 1) uint8 grey. They are converted to `INPUT.FORMAT`.
 
         Raises:
             UserError: if the file cannot be read as an image, or the pixels have another shape or type.
         """
-        pixels = image if isinstance(image, np.ndarray) else read_bgr(image)
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise UserError(f"an image must be (H, W, 3) uint8, not {pixels.shape} {pixels.dtype}")
+        if isinstance(image, np.ndarray):
+            pixels = from_array(image, self.reader.image_format)
+        else:
+            pixels = read_image(image, self.reader)
         height, width = pixels.shape[:2]
-        if self.input_format == "RGB":
-            pixels = pixels[:, :, ::-1]
-        resized = self.augmentation_input(pixels)
+        resized = self.reader.augmentation_input(pixels)
         self.resize(resized)
-        tensor = torch.as_tensor(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
+        tensor = self.reader.to_tensor(resized.image)
         (output,) = self.model([{"image": tensor, "height": height, "width": width}])
         if "instances" not in output:
             raise UserError(

@@ -12,6 +12,7 @@ from detectron2.structures import BoxMode
 from focal_d2 import UserError
 from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.data.augmentations import (
+    QuarterTurns,
     RandomHue,
     RandomSaturation,
     ResizeAndCrop,
@@ -39,7 +40,7 @@ def test_default_adds_no_augmentation():
     "key, value, kind",
     [
         ("VERTICAL_FLIP", True, T.RandomFlip),
-        ("ROTATE_90", True, T.RandomRotation),
+        ("ROTATE_90", True, QuarterTurns),
         ("BRIGHTNESS", 0.2, T.RandomBrightness),
         ("CONTRAST", 0.2, T.RandomContrast),
         ("SATURATION", 0.2, RandomSaturation),
@@ -160,7 +161,7 @@ def test_order_of_all():
         ResizeAndCrop,
         T.RandomFlip,
         T.RandomFlip,
-        T.RandomRotation,
+        QuarterTurns,
         T.RandomBrightness,
         T.RandomContrast,
         RandomSaturation,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 
 import cv2
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image
 from focal_d2 import UserError
 from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.data.mapper import split_ignored, transform_boxes
+from focal_d2.data.pixels import FORMATS
 from focal_d2.engine import FocalTrainer
 from tests.conftest import make_cfg
 
@@ -82,6 +84,36 @@ def test_pil_is_the_default_and_detectron2s(record):
         found = FocalDatasetMapper(cfg, is_train=True)(record)
         assert torch.equal(found["image"], sample["image"])
         assert torch.equal(found["instances"].gt_boxes.tensor, sample["instances"].gt_boxes.tensor)
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_every_format_is_augmented(record, image_format):
+    channels = FORMATS[image_format]
+    means = {"MODEL__PIXEL_MEAN": [0.0] * channels, "MODEL__PIXEL_STD": [1.0] * channels}
+    geometry = {"INPUT__FOCAL__ROTATE_90": True, "INPUT__FOCAL__VERTICAL_FLIP": True}
+    mapper = FocalDatasetMapper(
+        make_cfg(INPUT__FORMAT=image_format, INPUT__MIN_SIZE_TRAIN=(50,), **geometry, **means), is_train=True
+    )
+    for _ in range(20):
+        image = mapper(record)["image"]
+        assert image.shape[0] == channels
+        assert min(image.shape[1:]) == 50
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"INPUT__FORMAT": "CMYK"}, '"CMYK"; legal values: BGR, RGB, L, HSV, YCbCr, YUV-BT.601'),
+        ({"INPUT__FORMAT": "no such"}, 'INPUT.FORMAT is "no such"; legal values: '),
+        ({"MODEL__PIXEL_MEAN": [1.0]}, "INPUT.FORMAT is BGR, which has 3 channels, but MODEL.PIXEL_MEAN "
+         "has 1 numbers and MODEL.PIXEL_STD 3: give both 3"),
+        ({"INPUT__FORMAT": "L", "MODEL__PIXEL_MEAN": [1.0]}, "MODEL.PIXEL_STD 3: give both 1"),
+        ({"INPUT__FORMAT": "HSV", "INPUT__FOCAL__CONTRAST": 0.1}, '"HSV"; legal values: BGR, RGB, L'),
+    ],
+)  # fmt: skip
+def test_formats_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        FocalDatasetMapper(make_cfg(**settings), is_train=True)
 
 
 @pytest.mark.parametrize("image_format", ["BGR", "RGB"])

@@ -13,12 +13,15 @@ from PIL import Image, PngImagePlugin
 
 from focal_d2.data import pixels
 from focal_d2.data.pixels import (
+    FORMATS,
     UNREADABLE,
     OpenCVInput,
+    from_array,
     read_pixels,
     read_with_pillow,
     resize,
     to_planes,
+    to_rgb,
     upright_size,
 )
 
@@ -130,6 +133,29 @@ def test_read_pixels_is_detectron2s(tmp_path, opened_by_pillow, kind, image_form
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(read_with_pillow(str(path), image_format), expected)
     assert bool(opened_by_pillow) == (kind in BY_PILLOW)
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "P", "LA", "1"])
+def test_every_format_reads_every_kind_of_file_and_array(tmp_path, image_format, mode):
+    colours = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    path = str(tmp_path / "image.tif")
+    Image.fromarray(colours).convert(mode).save(path)
+    pixels = read_with_pillow(path, image_format)
+    assert pixels.shape == (20, 30, FORMATS[image_format])
+    assert pixels.dtype == (np.float32 if image_format == "YUV-BT.601" else np.uint8)
+    if mode in ("RGB", "L") and (mode, image_format) != ("L", "HSV"):
+        np.testing.assert_allclose(pixels, read_image(path, image_format), rtol=1e-6)
+    if mode in ("RGB", "L"):
+        grey = np.asarray(Image.fromarray(colours).convert("L"))
+        as_opencv = colours[:, :, ::-1] if mode == "RGB" else grey
+        np.testing.assert_array_equal(from_array(as_opencv, image_format), pixels)
+    rgb = read_with_pillow(path, "RGB")
+    if image_format != "L":
+        most = {"HSV": 10, "YCbCr": 3}.get(image_format, 0)
+        assert np.abs(to_rgb(pixels, image_format).astype(int) - rgb).max() <= most
+    else:
+        np.testing.assert_array_equal(to_rgb(pixels, "L"), np.repeat(pixels, 3, axis=2))
 
 
 READERS = pytest.mark.parametrize("read", [read_pixels, read_with_pillow])

@@ -1,8 +1,9 @@
-"""`train_net.py`, run in the test's process, and small disks."""
+"""`train_net.py` and the tools, run in the test's process, and small disks."""
 
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import REPOSITORY
 from train_net import command_line, main
 
 
@@ -20,6 +22,16 @@ def run_main(monkeypatch, *argv: object) -> int:
     try:
         with command_line():
             main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def run_tool(monkeypatch, name: str, *argv: object) -> int:
+    """Run a command of tools/ in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
+    try:
+        runpy.run_path(str(REPOSITORY / "tools" / name), run_name="__main__")
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

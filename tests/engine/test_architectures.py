@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ from torch import nn
 from focal_d2 import Predictor, UserError
 from focal_d2.architectures import class_key, known_architecture
 from focal_d2.engine import FocalTrainer, load_config
-from tests.conftest import REPOSITORY, make_cfg
-from tests.engine.runs import metrics, run_main
+from tests.conftest import make_cfg
+from tests.engine.runs import metrics, run_main, run_tool
 
 PYRAMID = ["p2", "p3", "p4", "p5"]
 FASTER_RCNN = {
@@ -86,15 +84,6 @@ def test_mistakes_with_faster_rcnn_give_one_line(faster_rcnn, monkeypatch, capfd
     errors = capfd.readouterr().err.splitlines()
     assert len([x for x in errors if expected in x]) == 1
     assert "Traceback" not in "".join(errors)
-
-
-def run_tool(monkeypatch, name: str, *argv: object) -> int:
-    monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
-    try:
-        runpy.run_path(str(REPOSITORY / "tools" / name), run_name="__main__")
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def test_doctor_says_what_it_does_not_examine_of_faster_rcnn(faster_rcnn, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from focal_d2.data.pixels import from_array
 from focal_d2.engine import FocalTrainer, load_config
 from focal_d2.engine.live import TrainingPictures, draw_example
 from tests.conftest import make_cfg
@@ -47,7 +48,7 @@ def test_training_is_the_same_bit_by_bit_with_figures_and_pictures(job, tmp_path
     assert "weight/" not in (tmp_path / "plain/metrics.json").read_text()
 
 
-@pytest.mark.parametrize("input_format", ["BGR", "RGB"])
+@pytest.mark.parametrize("input_format", ["BGR", "RGB", "HSV", "YCbCr", "YUV-BT.601"])
 def test_draw_example_has_truth_on_the_left_and_detections_on_the_right(input_format):
     class Detector(torch.nn.Module):
         def forward(self, inputs):
@@ -55,18 +56,21 @@ def test_draw_example_has_truth_on_the_left_and_detections_on_the_right(input_fo
             boxes = torch.tensor([[20.0, 20, 40, 30], *[[50.0, 2, 60, 8]] * 30])
             return [{"instances": Instances((40, 64), pred_boxes=Boxes(boxes))}]
 
-    channels = torch.tensor([10, 20, 200] if input_format == "BGR" else [200, 20, 10], dtype=torch.uint8)
+    pixels = from_array(np.full((40, 64, 3), [10, 20, 200], np.uint8), input_format)
     instances = Instances((40, 64), gt_boxes=Boxes(torch.tensor([[4.0, 6, 30, 36]])))
-    example = {"image": channels.view(3, 1, 1).expand(3, 40, 64), "instances": instances}
+    example = {"image": torch.from_numpy(pixels.transpose(2, 0, 1).copy()), "instances": instances}
     model = Detector().train()
     picture = draw_example(model, example, input_format)
     assert model.training
     assert picture.shape == (3, 40, 64 + 8 + 64)
-    assert picture[:, 1, 1].tolist() == [200, 20, 10]  # the image, red
+    # The image, red; formats of 8 bits round colours.
+    assert np.abs(picture[:, 1, 1].astype(int) - [200, 20, 10]).max() <= (
+        2 if input_format in "HSV YCbCr" else 0
+    )
     # Lines are smoothed, so they keep a little of the image's red.
     assert np.abs(picture[:, 20, 4] - np.array([80, 255, 80])).max() < 40  # ground truth, green
     assert np.abs(picture[:, 20, 64 + 8 + 30] - np.array([255, 220, 0])).max() < 40  # a detection, yellow
-    assert picture[:, 20, 64 + 8 + 4].tolist() == [200, 20, 10]
+    assert np.array_equal(picture[:, 20, 64 + 8 + 4], picture[:, 1, 1])
 
 
 def test_pictures_are_off_unless_asked_for_and_left_to_models_that_draw(job, tmp_path):

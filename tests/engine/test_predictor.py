@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 
 from focal_d2 import Detections, Predictor, UserError
 from focal_d2.data import FocalDatasetMapper, register_datasets
+from focal_d2.data.pixels import FORMATS
 from tests.conftest import make_cfg
 
 
@@ -63,6 +64,38 @@ def test_predictor_resizes_as_the_test_loader_does(cfg_and_image):
         Predictor(cfg)
 
 
+def weights_for(cfg) -> None:
+    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "image_format, means", [("L", 1), ("L", 3), ("HSV", 3), ("YCbCr", 3), ("YUV-BT.601", 3), ("RGB", 3)]
+)
+def test_predictor_feeds_what_evaluation_feeds_in_every_format(cfg_and_image, image_format, means):
+    cfg, path = cfg_and_image
+    cfg.INPUT.FORMAT = image_format
+    cfg.MODEL.PIXEL_MEAN = cfg.MODEL.PIXEL_STD = [50.0] * means
+    weights_for(cfg)
+    predictor = Predictor(cfg)
+    seen: list[torch.Tensor] = []
+    predictor.model.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]["image"]))
+    predictor(path)
+    predictor(read_image(str(path), "BGR"))
+    expected = FocalDatasetMapper(cfg, is_train=False)({"file_name": str(path)})["image"]
+    assert expected.shape[0] == FORMATS[image_format]
+    assert all(torch.equal(x, expected) for x in seen)
+
+
+def test_predictor_takes_grey_pixels(cfg_and_image):
+    cfg, _ = cfg_and_image
+    grey = np.random.default_rng(0).integers(0, 256, (60, 80), dtype=np.uint8)
+    predictor = Predictor(cfg)
+    expected = predictor(np.repeat(grey[:, :, None], 3, axis=2))  # what a grey file is read as
+    for pixels in (grey, grey[:, :, None]):
+        for a, b in zip(predictor(pixels), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_predictor_names_the_unreadable_image(cfg_and_image, tmp_path):
     predictor = Predictor(cfg_and_image[0])
     bad = tmp_path / "bad.png"
@@ -72,7 +105,13 @@ def test_predictor_names_the_unreadable_image(cfg_and_image, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "image", [np.zeros((40, 40), np.uint8), np.zeros((40, 40, 4), np.uint8), np.zeros((40, 40, 3))]
+    "image",
+    [
+        np.zeros((40, 40, 2), np.uint8),
+        np.zeros((40, 40, 4), np.uint8),
+        np.zeros((40, 40, 3)),
+        np.zeros((0, 9)),
+    ],
 )
 def test_predictor_refuses_other_arrays(cfg_and_image, image):
     with pytest.raises(UserError, match=r"\(H, W, 3\) uint8"):

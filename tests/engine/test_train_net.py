@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 import yaml
@@ -16,7 +17,7 @@ import yaml
 from focal_d2.data.readers import read_coco
 from tests.conftest import REPOSITORY
 from tests.data import formats
-from tests.engine.runs import metrics, mounted, run_main
+from tests.engine.runs import metrics, mounted, run_main, run_tool
 from tests.storage.test_files import Evil
 from train_net import command_line
 
@@ -221,6 +222,32 @@ def test_resume_passes_over_a_damaged_checkpoint(job, tmp_path, monkeypatch, cap
     assert "; trying model_0000001.pth" in console
     assert "Starting training from iteration 2" in (out / "log.txt").read_text()
     assert not list(out.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("image_format, means", [("L", 1), ("L", 3), ("YUV-BT.601", 3)])
+def test_a_format_that_trains_evaluates_predicts_and_is_examined(
+    job, tmp_path, monkeypatch, capsys, image_format, means
+):
+    config, data = job
+    content = yaml.safe_load(config.read_text())
+    content["INPUT"] |= {"FORMAT": image_format}
+    content["MODEL"] |= {"PIXEL_MEAN": [0.5] * means, "PIXEL_STD": [0.3] * means}
+    config.write_text(yaml.safe_dump(content))
+    assert run_main(monkeypatch, "--config-file", config, "SOLVER.MAX_ITER", 2, "VIS_PERIOD", 1) == 0
+    evaluated = json.loads(
+        (tmp_path / "out/inference" / data.name / "coco_instances_results.json").read_text()
+    )
+    given = ["--config-file", config, "--input", data.images, "--output", tmp_path / "drawn"]
+    wanted = ["--json", "--threshold", 0, "MODEL.WEIGHTS", tmp_path / "out/model_final.pth"]
+    capsys.readouterr()
+    assert run_tool(monkeypatch, "predict.py", *given, *wanted) == 0
+    predicted = [json.loads(x) for x in capsys.readouterr().out.splitlines() if x.startswith("{")]
+    assert [x["scores"] for x in predicted] == [
+        pytest.approx([y["score"] for y in evaluated if y["image_id"] == i]) for i in range(6)
+    ]
+    assert cv2.imread(str(tmp_path / "drawn/0.png")).shape == (64, 64, 3)
+    assert run_tool(monkeypatch, "doctor.py", *given[:2], "DATASETS.TEST", "()") == 0
+    assert "Memory of a training step" in capsys.readouterr().out
 
 
 def empty_all_images(data) -> None:

@@ -125,9 +125,10 @@ def test_a_mistake_in_the_last_cell_shows_before_the_first_runs(command, tmp_pat
     assert not (tmp_path / "study").exists()
 
 
-def test_a_failed_run_is_reported_and_ends_with_status_2(command, tmp_path):
-    # The check reads no image.
-    result = run(command("DATALOADER.NUM_WORKERS", "0", "INPUT.FORMAT", "no such", cells=[{"NAME": "a"}]))
+def test_a_failed_run_is_reported_and_ends_with_status_2(command, job):
+    for path in job[1].images.iterdir():  # the check reads no image
+        path.write_bytes(b"no image")
+    result = run(command("DATALOADER.NUM_WORKERS", "0", cells=[{"NAME": "a"}]))
     assert result.returncode == 2
     assert "1 of 1 runs failed; the same command tries them again" in result.stderr
     assert "console.txt" in result.stderr

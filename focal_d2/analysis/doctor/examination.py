@@ -29,8 +29,7 @@ from focal_d2.data.checks import (
     without_boxes,
 )
 from focal_d2.data.findings import ERROR, SEVERITIES, Finding
-from focal_d2.data.mapper import input_backend
-from focal_d2.data.pixels import read_pixels, read_with_pillow
+from focal_d2.data.mapper import build_reader
 from focal_d2.errors import UserError
 from focal_d2.modeling import FocalRetinaNet
 
@@ -127,10 +126,8 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
         found += check_dataset(name, table)
     known = {}
     if decode:
-        reader = read_pixels if input_backend(cfg) == "opencv" else read_with_pillow
         names = [file_name for table in tables.values() for file_name in table.file_names]
-        image_format = cfg.INPUT.FORMAT
-        known = decode_all(names, lambda file_name: reader(file_name, image_format))
+        known = decode_all(names, build_reader(cfg).read)
         for name, table in tables.items():
             found += check_images(name, table, known)
     else:

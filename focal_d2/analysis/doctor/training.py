@@ -340,7 +340,8 @@ def memory_facts(cfg: CfgNode, model: Any, train: Mapping[str, Table]) -> Memory
     seen = -(-seen // divisibility) * divisibility
     height, width = seen[seen.prod(1).argmax()].tolist()
     images = cfg.SOLVER.IMS_PER_BATCH
-    activations = _kept_for_backward(model.train(), images, height, width)
+    shape = (images, len(cfg.MODEL.PIXEL_MEAN), height, width)
+    activations = _kept_for_backward(model.train(), shape)
     focal = cfg.MODEL.FOCAL
     weights = sum(x.numel() * x.element_size() for x in [*model.parameters(), *model.buffers()])
     trained = [x for x in model.parameters() if x.requires_grad]
@@ -359,7 +360,7 @@ def memory_facts(cfg: CfgNode, model: Any, train: Mapping[str, Table]) -> Memory
     )
 
 
-def _kept_for_backward(model: Any, images: int, height: int, width: int) -> int:
+def _kept_for_backward(model: Any, shape: tuple[int, int, int, int]) -> int:
     """Count the bytes that autograd keeps, each storage once, and those of the outputs' gradients."""
     own = {x.untyped_storage()._cdata for x in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -370,8 +371,8 @@ def _kept_for_backward(model: Any, images: int, height: int, width: int) -> int:
             kept[storage._cdata] = storage
         return x
 
-    batch = torch.empty(images, 3, height, width, device="meta")
+    batch = torch.empty(shape, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        outputs = model.network(ImageList(batch, [(height, width)] * images))[1]
+        outputs = model.network(ImageList(batch, [shape[2:]] * shape[0]))[1]
     gradients = sum(x.numel() * x.element_size() for level in outputs for x in level)
     return sum(storage.nbytes() for storage in kept.values()) + gradients

@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from focal_d2.analysis.doctor import as_text, examination, examine
+from focal_d2.data import pixels
 from focal_d2.data.findings import KINDS, NOTE
 from focal_d2.errors import UserError
 from tests.analysis.doctor.world import HEIGHT, WIDTH, World
@@ -368,7 +369,7 @@ def test_images_are_read_as_training_reads_them(backend, reader, tmp_path, monke
     def read(file_name, image_format):
         raise OSError(f"read by {reader}")
 
-    monkeypatch.setattr(examination, reader, read)
+    monkeypatch.setattr(pixels, reader, read)
     assert f"read by {reader}" in as_text(world.examine())
 
 
