@@ -18,19 +18,13 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from focal_d2.architectures import class_key, needs_beyond_boxes
-from focal_d2.config import check_choice, key_value
-from focal_d2.data.readers import READERS
-from focal_d2.data.readers.common import ImageFolder, class_names, listed, read_list
+from focal_d2.config import key_value
+from focal_d2.data.entries import check_entry, images_of, read_entry
+from focal_d2.data.readers.common import listed
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-# Keys of an entry of DATASETS.FOCAL, and those that some formats have besides.
-_KEYS = ("NAME", "FORMAT", "IMAGES", "ANNOTATIONS", "CLASSES", "NAMES")
-_OWN_KEYS = {"coco": ("OUTSIDE",), "csv": ("OUTSIDE",), "voc": ("LIST", "OUTSIDE"), "yolo": ("LIST",)}
-_NEEDED = ("NAME", "IMAGES", "ANNOTATIONS")
-_NAMES = ("path", "basename")
 
 
 def register_datasets(entries: list[dict[str, Any]]) -> None:
@@ -39,11 +33,7 @@ def register_datasets(entries: list[dict[str, Any]]) -> None:
     The files are read when a dataset is first asked for, and once.
 
     Args:
-        entries: each {NAME, FORMAT: coco (default), voc, yolo or csv, IMAGES: folder, ANNOTATIONS: file or
-            folder, CLASSES: names, or a file of them (default: of the data), NAMES: path (default) or
-            basename, which takes the last part of the images' names}, voc and yolo also {LIST: file of the
-            images' names (default: all)}, all but yolo {OUTSIDE: whether images may lie outside IMAGES
-            (default: false)}.
+        entries: each a mapping with the keys that docs/data.md lists.
 
     Raises:
         UserError: for a missing or unknown key, a value of the wrong type, or a name that detectron2 already
@@ -51,25 +41,8 @@ def register_datasets(entries: list[dict[str, Any]]) -> None:
     """
     for i, entry in enumerate(entries):
         place = f"DATASETS.FOCAL[{i}]"
-        if not isinstance(entry, dict):
-            raise UserError(f"{place} is {entry!r}; it must have {', '.join(_NEEDED)}")
-        style = check_choice(f"{place}.FORMAT", entry.get("FORMAT", "coco"), tuple(READERS))
-        legal = (*_KEYS, *_OWN_KEYS.get(style, ()))
-        for key in (*_NEEDED, *entry):
-            if key not in legal:
-                raise UserError(f"{place} has {key}; of format {style} it can have {', '.join(legal)}")
-            value = entry.get(key)
-            if key == "OUTSIDE" and not isinstance(value, bool):
-                raise UserError(f"{place}.OUTSIDE is {value!r}; it must be true or false")
-            if key not in ("CLASSES", "OUTSIDE") and not (isinstance(value, str) and value.strip()):
-                raise UserError(f"{place}.{key} is {value!r}; it must be a text")
-        check_choice(f"{place}.NAMES", entry.get("NAMES", "path"), _NAMES)
-        classes = entry.get("CLASSES")
-        if not isinstance(classes, (str, list, tuple, type(None))):
-            raise UserError(f"{place}.CLASSES is {classes!r}; it must be a list of names, or a file of them")
+        check_entry(place, entry)
         name = entry["NAME"]
-        if os.path.basename(name) != name or name in (os.curdir, os.pardir):
-            raise UserError(f'{place}.NAME "{name}" becomes the name of a folder: it can have no slash')
         if any(name == earlier["NAME"] for earlier in entries[:i]):
             raise UserError(f'{place}.NAME "{name}" stands in an earlier entry, too')
         if name in DatasetCatalog:
@@ -77,29 +50,14 @@ def register_datasets(entries: list[dict[str, Any]]) -> None:
                 raise UserError(f'{place}.NAME "{name}" is the name of another dataset')
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
-        read = functools.partial(_read_entry, style, dict(entry))
+        read = functools.partial(read_entry, dict(entry))
         register_table(
             name,
             functools.cache(read),
             from_focal_yaml=True,
             source=entry["ANNOTATIONS"],
-            images=_images(entry),
+            images=images_of(entry),
         )
-
-
-def _read_entry(style: str, entry: dict[str, Any]) -> Table:
-    options: dict[str, Any] = {}
-    if entry.get("CLASSES") is not None:
-        options["classes"] = class_names(entry["CLASSES"])
-    if "LIST" in entry:
-        options["chosen"] = read_list(entry["LIST"])
-    # By name in every format, so that the format makes no difference to what is drawn.
-    return READERS[style](entry["ANNOTATIONS"], _images(entry), **options).by_name()
-
-
-def _images(entry: dict[str, Any]) -> ImageFolder:
-    by_last_part = entry.get("NAMES") == "basename"
-    return ImageFolder(entry["IMAGES"], outside=entry.get("OUTSIDE", False), basename=by_last_part)
 
 
 def register_table(name: str, read: Callable[[], Table], **metadata: Any) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import get_worker_info
 from focal_d2.architectures import known_architecture
 from focal_d2.config import check_choice
 from focal_d2.data.augmentations import build_augmentations
-from focal_d2.data.pixels import FORMATS, UNREADABLE, ImageReader
+from focal_d2.data.pixels import FORMATS, UNREADABLE, ImageReader, why_unreadable
 from focal_d2.errors import UserError
 
 
@@ -75,7 +75,8 @@ class FocalDatasetMapper(DatasetMapper):
                 return sample
             return self._map(dataset_dict)
         except (*UNREADABLE, SizeMismatchError) as error:
-            raise UserError(f"cannot read image {dataset_dict['file_name']}: {error}") from error
+            name = dataset_dict["file_name"]
+            raise UserError(f"cannot read image {name}: {why_unreadable(name, error)}") from error
 
     def _map(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Do what detectron2's `__call__` does to an image and its boxes."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -41,6 +42,9 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".we
 # What Pillow raises for files that it cannot or will not read.
 UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 
+# How a file starts that Git LFS put in the place of a large one.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 # EXIF orientation: what brings the picture upright.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda image: cv2.flip(image, 1),
@@ -60,6 +64,23 @@ _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _PNG_CHUNKS = frozenset(b"IHDR IDAT IEND bKGD cHRM gAMA iCCP pHYs sBIT sRGB tEXt tIME".split())
 # Texts in which Pillow looks for an orientation.
 _PNG_ORIENTATION_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+
+
+def why_unreadable(file_name: str, error: Exception) -> str:
+    """Say in a few words why an image can't be read.
+
+    Args:
+        file_name: of the image.
+        error: one of `UNREADABLE`.
+    """
+    try:
+        if os.path.isfile(file_name):
+            with open(file_name, "rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    return "it is a Git LFS pointer, not the image itself: run `git lfs pull`"
+    except OSError:
+        pass  # the error says so
+    return getattr(error, "strerror", None) or str(error)
 
 
 def read_with_pillow(file_name: str, image_format: str) -> np.ndarray:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from detectron2.structures import BoxMode
 
+from focal_d2.errors import UserError
+
 # Sides in pixels that are not longer are as good as none: detectron2 drops such boxes after clipping.
 SHORTEST_SIDE = 1e-5
 
@@ -74,6 +76,55 @@ class Table:
             sizes=self.sizes[order],
             image=image[rows],
             **{name: getattr(self, name)[rows] for name in ("boxes", "labels", "ignored", "areas")},
+        )
+
+    def keep(self, classes: Sequence[str], *, ignore_others: bool) -> Table:
+        """Return the same with some of the classes.
+
+        Args:
+            classes: the K names to keep, in the order of the labels to come. Those that are not among the
+                table's are classes without boxes, named in `notes`.
+            ignore_others: boxes of other classes become ignored regions; False: they are left out, which
+                makes them background. An ignored region has a class: there is one for each class to keep.
+
+        Raises:
+            UserError: if the table has none of the classes.
+        """
+        known = {name: label for label, name in enumerate(self.classes)}
+        notes = list(self.notes)
+        unknown = [name for name in classes if name not in known]
+        if len(unknown) == len(classes):
+            shown = ", ".join(self.classes[:5]) + (", …" if len(self.classes) > 5 else "")
+            raise UserError(f"KEEP: {', '.join(classes[:5])}: none of these is a class of the data ({shown})")
+        if unknown:
+            notes.append(f"KEEP: no class of the data is called {', '.join(unknown)}")
+        new_label = np.full(len(self.classes), -1)
+        for label, name in enumerate(classes):
+            if name in known:
+                new_label[known[name]] = label
+        labels = new_label[self.labels]
+        rows = np.flatnonzero(labels >= 0)
+        labels = labels[rows]
+        ignored = self.ignored[rows]
+        if ignore_others:
+            others = np.flatnonzero(new_label[self.labels] < 0)
+            rows = np.concatenate([rows, np.repeat(others, len(classes))])
+            labels = np.concatenate([labels, np.tile(np.arange(len(classes)), len(others))])
+            ignored = np.concatenate([ignored, np.ones(len(others) * len(classes), dtype=bool)])
+            order = np.argsort(self.image[rows], kind="stable")
+            rows, labels, ignored = rows[order], labels[order], ignored[order]
+        # A class that the data lack still needs a number of its own in prediction files.
+        free = iter(range(max(self.category_ids) + 1, max(self.category_ids) + 1 + len(classes)))
+        return replace(
+            self,
+            classes=tuple(classes),
+            category_ids=tuple(self.category_ids[known[x]] if x in known else next(free) for x in classes),
+            image=self.image[rows],
+            boxes=self.boxes[rows],
+            labels=labels,
+            ignored=ignored,
+            areas=self.areas[rows],
+            notes=notes,
         )
 
     def records(self) -> list[dict[str, Any]]:

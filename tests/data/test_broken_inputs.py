@@ -227,7 +227,7 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     "coco: compressed": (
         "coco",
         lambda b: b.main.write_bytes(gzip.compress(b.main.read_bytes())),
-        "not UTF-8",
+        r"annotations\.json is a gzip archive: unpack it",
     ),
     "coco: UTF-16": ("coco", recode("utf-16"), r"annotations\.json: not UTF-8 text \(byte 0\)"),
     "coco: Latin-1": ("coco", recode("latin-1", "cat", "châat"), "not UTF-8"),
@@ -533,7 +533,7 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
             b.replace("a.xml", "a.jpg", "old.jpg")
             or (b.images / "a.JPEG").write_bytes((b.images / "a.jpg").read_bytes())
         ),
-        r"a\.xml: <filename> is 'old\.jpg', which is not there, and 2 images .*: a\.JPEG, a\.jpg",
+        r"a\.xml: <filename> is 'old\.jpg', and 2 images .*: a\.JPEG, a\.jpg",
     ),
     "voc: a name of Windows": (
         "voc",
@@ -581,6 +581,75 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
         lambda b: (b.folder / "a.txt").write_bytes(bytes(range(256))),
         r"a\.txt: not UTF-8",
     ),
+    "yolo: other texts beside the labels": (
+        "yolo",
+        lambda b: (
+            (b.folder / "README.txt").write_bytes(b"made by m\xe9\n")
+            and (b.folder / "train.txt").write_text("data/obj_train_data/a.jpg\n")
+            and (b.folder / "empty.txt").write_text("")
+        ),
+        None,
+    ),
+    "yolo: a list of CVAT": (
+        "yolo",
+        lambda b: (
+            (b.folder / "train.txt").write_text(
+                "data/obj_train_data/a.jpg\ndata/obj_train_data/b.png\nc:\\x\\c.png"
+            )
+            and b.entry.update(LIST=str(b.folder / "train.txt"))
+        ),
+        None,
+    ),
+    "yolo: a list whose names mean one image": (
+        "yolo",
+        lambda b: (
+            (b.folder / "train.txt").write_text("x/a.jpg\ny/a.jpg\n")
+            and b.entry.update(LIST=str(b.folder / "train.txt"))
+        ),
+        r"LIST: 'x/a\.jpg' and 'y/a\.jpg' both mean the image .*images/a\.jpg",
+    ),
+    "yolo: VOC files": (
+        "yolo",
+        lambda b: (
+            [path.unlink() for path in b.folder.glob("*.txt")]
+            and (b.folder / "a.xml").write_text("<annotation><object><bndbox></bndbox></object></annotation>")
+        ),
+        r"annotations is a folder of VOC files: set FORMAT: voc \(FORMAT is yolo\)",
+    ),
+    "yolo: no labels": (
+        "yolo",
+        lambda b: [path.unlink() for path in b.folder.glob("*.txt")],
+        r"annotations: no label file of any of the 3 images is there",
+    ),
+    "yolo: a folder without FORMAT": (
+        "yolo",
+        lambda b: b.entry.pop("FORMAT"),
+        r"annotations is a folder of YOLO label files: set FORMAT: yolo \(FORMAT is coco\)",
+    ),
+    "voc: a folder without FORMAT": (
+        "voc",
+        lambda b: b.entry.pop("FORMAT"),
+        r"annotations is a folder of VOC files: set FORMAT: voc \(FORMAT is coco\)",
+    ),
+    "csv: a file without FORMAT": (
+        "csv",
+        lambda b: b.entry.pop("FORMAT"),
+        r"annotations\.csv is a table of text: set FORMAT: csv \(FORMAT is coco\)",
+    ),
+    "images: Git LFS pointers": (
+        "yolo",
+        lambda b: (b.images / "a.jpg").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+        ),
+        r"cannot read the image .*a\.jpg: it is a Git LFS pointer.*git lfs pull",
+    ),
+    "images: Git LFS pointers, sizes given": (
+        "coco",
+        lambda b: (b.images / "a.jpg").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+        ),
+        r"a\.jpg: it is a Git LFS pointer.*git lfs pull",
+    ),
     "yolo: labels without an image": (
         "yolo",
         lambda b: (b.folder / "q.txt").write_text("0 .5 .5 .1 .1"),
@@ -624,12 +693,31 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     "csv: a column is missing": (
         "csv",
         line(1, "image,xmin,ymin,xmax,label,ignored"),
-        r"annotations\.csv: .*no column ymax",
+        r"annotations\.csv: the header .* has no column ymax, which may be called ymax or y2",
     ),
     "csv: semicolons": (
         "csv",
         lambda b: b.main.write_text(b.main.read_text().replace(",", ";")),
-        r"annotations\.csv: .*no column",
+        None,
+    ),
+    "csv: tabs": ("csv", lambda b: b.main.write_text(b.main.read_text().replace(",", "\t")), None),
+    "csv: semicolons and decimal commas": (
+        "csv",
+        lambda b: b.main.write_text(b.main.read_text().replace(",", ";").replace(".0;", ",00;")),
+        None,
+    ),
+    "csv: columns of another name": (
+        "csv",
+        lambda b: (
+            b.main.write_text(b.main.read_text().replace("xmin", "Left Edge").replace("label", "species"))
+            and b.entry.update(COLUMNS={"xmin": "left edge", "label": "species"})
+        ),
+        None,
+    ),
+    "csv: a column that the header has not": (
+        "csv",
+        lambda b: b.entry.update(COLUMNS={"xmin": "x0"}),
+        r"annotations\.csv: the header image, xmin, .* has no column xmin, which may be called x0, or as COL",
     ),
     "csv: a corner is a text": (
         "csv",

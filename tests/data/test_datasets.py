@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import logging
 
+import cv2
+import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -49,6 +51,20 @@ def test_register_again_replaces(coco_dataset):
         ({"CLASSES": 3}, "CLASSES is 3; it must be a list of names, or a file"),
         ({"OUTSIDE": "yes"}, r"FOCAL\[0\].OUTSIDE is 'yes'; it must be true or false"),
         ({"NAMES": "short"}, r'FOCAL\[0\].NAMES is "short"; legal values: path, basename'),
+        ({"KEEP": 3}, "KEEP is 3; it must be a list of names, or a file"),
+        ({"OTHERS": "ignored"}, "has OTHERS, but KEEP names no classes"),
+        ({"KEEP": ["x"], "OTHERS": "none"}, 'OTHERS is "none"; legal values: background, ignored'),
+        ({"COLUMNS": {}}, "has COLUMNS; of format coco"),
+        ({"COLUMNS": ["x"], "FORMAT": "csv"}, "COLUMNS is .* it must be a mapping"),
+        (
+            {"COLUMNS": {"x0": "xmin"}, "FORMAT": "csv"},
+            'COLUMNS has a column that is "x0"; legal values: image',
+        ),
+        ({"ROWS": "pose", "FORMAT": "yolo"}, 'ROWS is "pose"; legal values: polygons, keypoints'),
+        (
+            {"ANNOTATIONS": "data.yaml", "FORMAT": "yolo"},
+            "has IMAGES; of format yolo with a data.yaml .* SPLIT",
+        ),
         ({"OUTSIDE": True, "FORMAT": "yolo"}, "has OUTSIDE; of format yolo it can have"),
     ],
 )
@@ -291,3 +307,41 @@ def test_a_set_without_annotations_can_be_tested_on_only(coco_dataset):
         UserError, match="DATASETS.TRAIN: dataset .* has no annotations: it can be in DATASETS.T"
     ):
         check_datasets(cfg, training=True)
+
+
+def test_keep_makes_the_other_classes_background_or_ignored_regions(coco_dataset):
+    data = coco_dataset(images=1, classes=3)
+    for others, boxes in (({}, 1), ({"OTHERS": "background"}, 1), ({"OTHERS": "ignored"}, 3)):
+        register_datasets([{**data.entry, "KEEP": ["class1"], **others}])
+        (record,) = DatasetCatalog.get(data.name)
+        assert len(record["annotations"]) == boxes
+        assert {x["category_id"] for x in record["annotations"]} == {0}
+        assert sum(x["iscrowd"] for x in record["annotations"]) == boxes - 1
+        assert MetadataCatalog.get(data.name).thing_classes == ["class1"]
+        assert MetadataCatalog.get(data.name).thing_dataset_id_to_contiguous_id == {2: 0}
+    register_datasets([{**data.entry, "KEEP": ["klass1"]}])
+    with pytest.raises(
+        UserError, match=r"KEEP: klass1: none of these is a class of the data \(class0, class1"
+    ):
+        load_table(data.name)
+
+
+def test_a_data_file_is_an_entry_without_images(tmp_path):
+    (tmp_path / "train/images").mkdir(parents=True)
+    (tmp_path / "train/labels").mkdir()
+    cv2.imwrite(str(tmp_path / "train/images/a.png"), np.zeros((20, 40, 3), np.uint8))
+    (tmp_path / "train/labels/a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "data.yaml").write_text("path: .\ntrain: train/images\nnames: [x]\n")
+    entry = {
+        "NAME": "yolo_train",
+        "FORMAT": "yolo",
+        "ANNOTATIONS": str(tmp_path / "data.yaml"),
+        "SPLIT": "train",
+    }
+    register_datasets([entry])
+    cfg = make_cfg(DATASETS__TRAIN=("yolo_train",), DATASETS__TEST=(), MODEL__RETINANET__NUM_CLASSES=1)
+    check_datasets(cfg, training=True)
+    assert load_table("yolo_train").boxes.tolist() == [[10, 5, 20, 10]]
+    del entry["SPLIT"]
+    with pytest.raises(UserError, match="SPLIT is None; it must be a text"):
+        register_datasets([entry])

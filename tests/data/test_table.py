@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from detectron2.structures import BoxMode
 
+from focal_d2 import UserError
 from focal_d2.data.table import Table
 
 XYWH = BoxMode.XYWH_ABS
@@ -68,3 +69,33 @@ def test_boxes_without_area_are_no_records():
     assert table.objects.tolist() == [True, False, False, False, False]
     kept = [[a["category_id"] for a in record["annotations"]] for record in table.records()]
     assert kept == [[0], [4]]
+
+
+@pytest.mark.parametrize("ignore_others", [False, True])
+def test_keep_takes_some_classes_and_the_others_are_background_or_ignored(ignore_others):
+    table = Table(
+        classes=("cat", "dog", "cow"),
+        category_ids=(1, 5, 9),
+        file_names=["a", "b"],
+        image_ids=np.array([1, 2]),
+        sizes=np.full((2, 2), 50),
+        image=np.array([0, 0, 1]),
+        boxes=np.array([[0.0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 3, 3]]),
+        labels=np.array([0, 2, 1]),
+        ignored=np.array([False, True, False]),
+        areas=np.array([1.0, 4, 9]),
+    )
+    kept = table.keep(["cow", "bird", "cat"], ignore_others=ignore_others)
+    assert kept.classes == ("cow", "bird", "cat")
+    assert kept.category_ids == (9, 10, 1)
+    assert kept.notes == ["KEEP: no class of the data is called bird"]
+    assert kept.file_names == ["a", "b"]
+    others = 3 if ignore_others else 0  # a detection of any class is ignored there
+    assert kept.image.tolist() == [0, 0] + [1] * others
+    assert kept.labels.tolist() == [2, 0, *range(others)]
+    assert kept.ignored.tolist() == [False, True] + [True] * others
+    assert kept.areas.tolist() == [1, 4] + [9] * others
+    with pytest.raises(
+        UserError, match=r"KEEP: bird: none of these is a class of the data \(cat, dog, cow\)"
+    ):
+        table.keep(["bird"], ignore_others=False)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
-from focal_d2.data.pixels import IMAGE_SUFFIXES, UNREADABLE, upright_size
+from focal_d2.data.pixels import IMAGE_SUFFIXES, UNREADABLE, upright_size, why_unreadable
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
@@ -143,6 +143,18 @@ class ImageFolder:
         """Return the names of the images that are called `stem` (`folder/name`) and have a known ending."""
         return self._by_stem.get(os.path.normpath(stem), [])
 
+    def shortened(self, name: str) -> str:
+        """Return a name without its first folders, as few as needed for a file to be there; else as it is.
+
+        Lists of images are often relative to a folder above the images.
+
+        Args:
+            name: of an image, with `/` or `\\`.
+        """
+        parts = re.split(r"[\\/]", name)
+        tails = (os.path.join(*parts[i:]) for i in range(1, len(parts)) if all(parts[i:]))
+        return name if self.holds(name) else next(filter(self.holds, tails), name)
+
     def hint(self, path: str) -> str:
         """Return the end of a message on an image that is missing: what would find it, if anything would."""
         if self.basename or os.path.exists(path) or not os.path.isdir(self.root):
@@ -202,7 +214,7 @@ def image_size(path: str) -> tuple[int, int]:
             raise OSError("not a file")  # a pipe would be waited for
         return upright_size(path)
     except UNREADABLE as error:
-        raise UserError(f"cannot read the image {path}: {_reason(error)}") from error
+        raise UserError(f"cannot read the image {path}: {why_unreadable(path, error)}") from error
 
 
 def last_part(name: str) -> str:
@@ -244,20 +256,21 @@ def read_list(path: str | Path) -> list[str]:
     return lines
 
 
-def class_names(classes: Sequence[object] | str) -> tuple[str, ...]:
+def class_names(classes: Sequence[object] | str, key: str = "CLASSES") -> tuple[str, ...]:
     """Return class names: as they are given, or of a file.
 
     Args:
         classes: names; or a file with a name a line; or a YAML file with `names`, as YOLO has it: a list, or
             a mapping from 0, 1, … to names.
+        key: that holds them, for messages.
 
     Raises:
         UserError: if there are none, or two alike.
     """
-    source = "CLASSES"
+    source = key
     if isinstance(classes, str):
         source = classes
-        classes = _yaml_names(classes) if classes.lower().endswith((".yaml", ".yml")) else read_list(classes)
+        classes = _yaml_names(classes) if is_yaml(classes) else read_list(classes)
     # Types first: of aliases in YAML, the text of a list can be too long for any memory.
     if not classes or any(type(name) not in (str, int) or not str(name).strip() for name in classes):
         raise UserError(f"{source}: class names are {short(classes)}; they must be texts, at least one")
@@ -268,14 +281,28 @@ def class_names(classes: Sequence[object] | str) -> tuple[str, ...]:
     return names
 
 
-def _yaml_names(path: str) -> list[object]:
+def is_yaml(path: str) -> bool:
+    """Tell whether a file is YAML, by its ending."""
+    return path.lower().endswith((".yaml", ".yml"))
+
+
+def read_yaml(path: str) -> dict[str, object]:
+    """Read a YAML file of key: value pairs, without code.
+
+    Raises:
+        UserError: naming the file, if it is none.
+    """
     try:
         content = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:200]}") from error
-    names = content.get("names") if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
+
+
+def _yaml_names(path: str) -> list[object]:
+    names = read_yaml(path).get("names")
     if isinstance(names, dict):
         if sorted(names, key=str) != sorted(range(len(names)), key=str):
             raise UserError(f"{path}: names has the keys {short(list(names))}; they must be 0, 1, …")
@@ -283,6 +310,21 @@ def _yaml_names(path: str) -> list[object]:
     if not isinstance(names, list):
         raise UserError(f"{path}: no list `names` in it")
     return names
+
+
+def is_label_row(line: str) -> bool:
+    """Tell whether a line can be a YOLO label: a class and at least four numbers."""
+    fields = line.split()
+    return len(fields) >= 5 and fields[0].isdecimal() and all(map(is_number, fields[1:]))
+
+
+def is_number(text: str) -> bool:
+    """Tell whether a text is a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def corner_problem(corners: Sequence[float]) -> str | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from focal_d2.data.readers.common import Box, ImageFolder, Rows, read_text, short
+from focal_d2.data.readers.common import Box, ImageFolder, Rows, is_number, listed, read_text, short
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
 # What columns are called, of which the first is ours.
-_COLUMNS = {
+COLUMNS = {
     "image": ("image", "image_path", "filename", "file_name", "path"),
     "xmin": ("xmin", "x1", "left"),
     "ymin": ("ymin", "y1", "top"),
@@ -28,7 +28,12 @@ _CORNERS = _NEEDED[1:5]
 _FLAGS = {"": False, "0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 
 
-def read_csv(annotations: str, images: ImageFolder | str, classes: Sequence[str] | None = None) -> Table:
+def read_csv(
+    annotations: str,
+    images: ImageFolder | str,
+    classes: Sequence[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Table:
     """Read a CSV file with a line a box.
 
     Columns, in any order under a header, or the first six in this order without one: image, xmin, ymin, xmax,
@@ -38,51 +43,68 @@ def read_csv(annotations: str, images: ImageFolder | str, classes: Sequence[str]
     DeepForest writes it; the label of such a line does not count.
 
     Args:
-        annotations: the file, UTF-8, separated by commas.
+        annotations: the file, UTF-8, separated by commas, semicolons or tabs, whichever part its first line
+            into most fields. Under semicolons, numbers may have a decimal comma.
         images: folder of the images.
         classes: K names in the order of labels; None: those that occur, sorted.
+        columns: what the header calls the columns above, where it calls them otherwise.
 
     Raises:
         UserError: naming the file, if there is nothing to read.
     """
     rows = Rows(ImageFolder.of(images), classes, annotations)
-    reader = csv.reader(io.StringIO(read_text(annotations), newline=""), strict=True)
-    columns: dict[str, int] | None = None
+    text = read_text(annotations)
+    separator = _separator(text)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
+    places: dict[str, int] | None = None
     try:
         for fields in reader:
             if not any(field.strip() for field in fields):
                 continue
-            if columns is None:
-                columns, is_header = _columns(annotations, fields)
+            if places is None:
+                places, is_header = _places(annotations, fields, columns or {})
                 if is_header:
                     continue
-            _add(rows, columns, [field.strip() for field in fields], f"{annotations}: line {reader.line_num}")
+            row = [field.strip() for field in fields]
+            _add(rows, places, row, f"{annotations}: line {reader.line_num}", decimal_comma=separator == ";")
     except csv.Error as error:
         raise UserError(f"{annotations}: line {reader.line_num}: {error}") from error
     return rows.table()
 
 
-def _columns(path: str, first: Sequence[str]) -> tuple[dict[str, int], bool]:
+def _separator(text: str) -> str:
+    """Return what parts the first line that is not blank into most fields."""
+    line = next((x for x in text.splitlines() if x.strip()), "")
+    return max(",;\t", key=line.count)
+
+
+def _places(path: str, first: Sequence[str], renamed: Mapping[str, str]) -> tuple[dict[str, int], bool]:
     """Return the place of each column, and whether the first line names them."""
-    if len(first) >= len(_NEEDED) and all(_is_number(x) or not x.strip() for x in first[1:5]):
+    corners = [x.strip().replace(",", ".") for x in first[1:5]]
+    if not renamed and len(first) >= len(_NEEDED) and all(is_number(x) or not x for x in corners):
         return dict(zip(_NEEDED, range(len(_NEEDED)), strict=True)), False
     names = [name.strip().lower() for name in first]
-    columns = {
-        column: names.index(alias)
-        for column, aliases in _COLUMNS.items()
-        for alias in reversed(aliases)
-        if alias in names
+    aliases = {column: (renamed[column],) if column in renamed else COLUMNS[column] for column in COLUMNS}
+    places = {
+        column: names.index(alias.strip().lower())
+        for column in COLUMNS
+        for alias in reversed(aliases[column])
+        if alias.strip().lower() in names
     }
-    missing = [column for column in _NEEDED if column not in columns]
+    missing = [column for column in COLUMNS if column not in places and column in (*_NEEDED, *renamed)]
     if missing:
+        accepted = "; ".join(" or ".join(aliases[column]) for column in missing)
+        header = listed([short(x)[1:-1] for x in first])
         raise UserError(
-            f"{path}: the header {short(names)} has no column {', '.join(missing)}; it must have "
-            f"{', '.join(_NEEDED)}"
+            f"{path}: the header {header} has no column {', '.join(missing)}, which may be called "
+            f"{accepted}, or as COLUMNS of the entry says"
         )
-    return columns, True
+    return places, True
 
 
-def _add(rows: Rows, columns: dict[str, int], fields: Sequence[str], item: str) -> None:
+def _add(
+    rows: Rows, columns: dict[str, int], fields: Sequence[str], item: str, *, decimal_comma: bool
+) -> None:
     if len(fields) <= max(columns.values()):
         rows.problem(item, f"{len(fields)} fields; at least {max(columns.values()) + 1} are needed")
         return
@@ -102,10 +124,10 @@ def _add(rows: Rows, columns: dict[str, int], fields: Sequence[str], item: str) 
     if size is not None and size != known:
         rows.problem(item, f"the image's height and width are {size}, in an earlier line {known}")
         return
-    corners = [row[column] for column in _CORNERS]
+    corners = [row[column].replace(",", ".") if decimal_comma else row[column] for column in _CORNERS]
     if not any(corners) and not row["label"]:
         return
-    if not all(map(_is_number, corners)):
+    if not all(map(is_number, corners)):
         rows.problem(item, f"the corners are {short(corners)}; they must be numbers, or all empty")
         return
     left, top, right, bottom = map(float, corners)
@@ -125,11 +147,3 @@ def _whole(text: str) -> int:
     if not number.is_integer():
         raise ValueError(text)
     return int(number)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

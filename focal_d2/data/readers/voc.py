@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,9 +39,10 @@ def read_voc(
 
     Args:
         annotations: folder of the XML files; those in folders below it are found, too.
-        images: folder of the images. An XML file's image is the one that its `filename` names, in the same
-            subfolder or in `images` itself; where neither is there, the image in the same subfolder that has
-            the XML file's stem and a known ending.
+        images: folder of the images. An XML file's image is the one in the same subfolder that has the XML
+            file's stem and a known ending; without such an image, the one that its `filename` names, in the
+            same subfolder or in `images` itself. Files that were renamed keep an old `filename`, which may
+            meanwhile be the name of another image.
         classes: K names in the order of labels; None: those that occur, sorted.
         chosen: names of XML files without ending, as in VOC's ImageSets/Main; None: all.
 
@@ -49,15 +51,23 @@ def read_voc(
     """
     rows = Rows(ImageFolder.of(images), classes, annotations)
     names = list_files(annotations, (".xml",)) if chosen is None else [f"{name}.xml" for name in chosen]
+    renamed = []
     for name in names:
         try:
             path = path_under(annotations, name)
             if path is None:
                 raise UserError(f"LIST: {short(name)} is not a path under {annotations}")
-            _read_file(path, os.path.splitext(name)[0], rows)
+            if _read_file(path, os.path.splitext(name)[0], rows):
+                renamed.append(name)
         except UserError as error:
             rows.problems.append(str(error))
-    return rows.table()
+    notes = []
+    if renamed:
+        notes.append(
+            f"{annotations}: in {len(renamed)} of {len(names)} files <filename> is the name of another image "
+            f"than the one with the file's own name, which is taken; the first is {renamed[0]}"
+        )
+    return dataclasses.replace(rows.table(), notes=notes)
 
 
 def read_voc_boxes(path: str | Path) -> np.ndarray:
@@ -79,8 +89,8 @@ def read_voc_boxes(path: str | Path) -> np.ndarray:
     return boxes
 
 
-def _read_file(path: str, stem: str, rows: Rows) -> None:
-    """Add an XML file's image and boxes.
+def _read_file(path: str, stem: str, rows: Rows) -> bool:
+    """Add an XML file's image and boxes; return whether its `filename` means another image.
 
     Args:
         path: of the file.
@@ -96,36 +106,36 @@ def _read_file(path: str, stem: str, rows: Rows) -> None:
             raise UserError(f"{path}: size has the height and width {sides}; not whole numbers")
         # Some tools write 0 for a size that they don't know.
         size = None if 0 in numbers else (int(numbers[0] or 0), int(numbers[1] or 0))
-    name = _image_name(path, root, stem, rows.images)
+    name, differs = _image_name(path, root, stem, rows.images)
     if name in rows:
         raise UserError(f"{path}: another file has the annotations of {name} already")
-    if rows.add_image(name, path, size) is None:
-        return
-    for box in _boxes(path, root, rows.problem):
-        rows.add_box(name, box)
+    if rows.add_image(name, path, size) is not None:
+        for box in _boxes(path, root, rows.problem):
+            rows.add_box(name, box)
+    return differs
 
 
-def _image_name(path: str, root: ElementTree.Element, stem: str, images: ImageFolder) -> str:
-    """Return the name of an XML file's image; see `read_voc`.
+def _image_name(path: str, root: ElementTree.Element, stem: str, images: ImageFolder) -> tuple[str, bool]:
+    """Return the name of an XML file's image, and whether `filename` means another image; see `read_voc`.
 
     Raises:
         UserError: naming the file, if it names no image or the stem means several.
     """
     given = root.findtext("filename", "").strip()
-    for name in (os.path.join(os.path.dirname(stem), given), given):
-        if images.holds(name):
-            return os.path.normpath(name)
-    same_stem = images.with_stem(stem)
-    if len(same_stem) > 1:
+    own = images.with_stem(stem)
+    named = [os.path.join(os.path.dirname(stem), given), given]
+    named = [os.path.normpath(name) for name in named if images.holds(name)]
+    both = [name for name in own if name in named]
+    if len(both or own) > 1:
         raise UserError(
-            f"{path}: <filename> is {short(given)}, which is not there, and {len(same_stem)} images have the "
-            f"name of this file: {listed(same_stem)}"
+            f"{path}: <filename> is {short(given)}, and {len(own)} images have the name of this file: "
+            f"{listed(own)}"
         )
-    if not (same_stem or given):
+    if not (own or given):
         raise UserError(
             f"{path}: no <filename> in <{root.tag}> and no image {stem}.* in {images.root}: not a VOC file"
         )
-    return same_stem[0] if same_stem else given
+    return [*both, *own, *named, given][0], bool(named and own and not both)
 
 
 def _parse(path: str | Path) -> ElementTree.Element:

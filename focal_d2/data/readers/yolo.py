@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-from focal_d2.data.pixels import IMAGE_SUFFIXES
+import numpy as np
+
 from focal_d2.data.readers.common import (
     Box,
     ImageFolder,
     Rows,
     class_names,
-    list_files,
+    is_label_row,
+    is_yaml,
     listed,
+    read_bytes,
     read_text,
     short,
 )
+from focal_d2.data.readers.yolo_files import about_classes, files_of_folder, files_of_split
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
-# Annotation tools leave the class names beside the labels under this name.
-_NAMES = "classes.txt"
 # Where nobody named the classes, a larger number is a slip of a column.
 _MOST_CLASSES = 10_000
+ROWS = ("polygons", "keypoints")
+
+
+class _Row(NamedTuple):
+    """A line of a label file."""
+
+    image: str
+    item: str  # the line, for messages
+    name: str  # of the class
+    texts: list[str]  # of the numbers after the class
+    numbers: list[float]
 
 
 def read_yolo(
@@ -30,64 +45,86 @@ def read_yolo(
     images: ImageFolder | str,
     classes: Sequence[str] | None = None,
     chosen: Sequence[str] | None = None,
+    *,
+    split: str | None = None,
+    rows: str | None = None,
 ) -> Table:
-    """Read a folder of YOLO label files.
+    """Read YOLO label files: those of a folder, or of a data.yaml.
 
-    A line is "class x y width height", the centre and the size as shares of the image's width and height, or
-    "class x1 y1 x2 y2 x3 y3 …", a polygon, of which the extent is taken. The image of a/b.jpg has its labels
-    in a/b.txt; without such a file it has no boxes.
+    A line is "class x y width height", the centre and the size as shares of the image's width and height;
+    or "class x1 y1 x2 y2 x3 y3 …", a polygon, of which the extent is taken; or a box followed by keypoints,
+    which are left out. The image of a/b.jpg has its labels in a/b.txt; without such a file it has no boxes.
+    Other text files beside the labels are passed over.
 
     An edge that lies within the text's rounding of a whole pixel is at that pixel, so that boxes of whole
     pixels come back exactly from six digits.
 
     Args:
-        annotations: folder of the label files.
-        images: folder of the images; those in folders below it are found, too.
-        classes: K names; None: those of classes.txt in `annotations`, else numbers.
-        chosen: names of images under `images`; None: all.
+        annotations: folder of the label files; or a YAML file as ultralytics has it, with `names`, optional
+            `path` and `kpt_shape`, and for each split a folder, a text file that lists images, or several.
+            Its labels are where ultralytics looks for them: the last folder `images` of a path becomes
+            `labels`.
+        images: folder of the images; those in folders below it are found, too. With a YAML file, only its
+            options count.
+        classes: K names; None: those of a file that annotation tools leave (classes.txt, obj.names,
+            data.yaml, …) in `annotations` or up to two folders above, else numbers.
+        chosen: names of images under `images`, or relative to a folder above it; None: all.
+        split: which images of the YAML file: train, val or test.
+        rows: what lines of more than four numbers are, "polygons" or "keypoints"; None: as `kpt_shape` says,
+            else as the numbers say.
 
     Raises:
-        UserError: naming the folder or file, if there is nothing to read.
+        UserError: naming the folder or file, if there is nothing to read, or lines may be polygons as well as
+            boxes with keypoints.
     """
     images = ImageFolder.of(images)
-    if classes is None and os.path.isfile(os.path.join(annotations, _NAMES)):
-        classes = class_names(os.path.join(annotations, _NAMES))
-    rows = Rows(images, classes, annotations)
-    label_files = [x for x in list_files(annotations, (".txt",)) if os.path.basename(x) != _NAMES]
-    labels = {os.path.splitext(name)[0]: name for name in label_files}
-    there = list_files(images.root, IMAGE_SUFFIXES)
-    names = there
-    if chosen is not None:
-        names = list(dict.fromkeys(_relative(name, images) for name in chosen))
-    for name in names:
-        label_file = labels.get(os.path.splitext(name)[0])
-        path = (
-            os.path.join(images.root, name) if label_file is None else os.path.join(annotations, label_file)
-        )
-        size = rows.add_image(name, path)
-        if size is not None and label_file is not None:
+    names_file, keypoint_shape = about_classes(annotations)
+    notes: list[str] = []
+    if classes is None and names_file:
+        classes = class_names(names_file)
+        notes.append(f"{annotations}: the class names are those of {names_file}")
+    elif classes is None:
+        notes.append(f"{annotations}: no class names found; the classes are numbers (CLASSES names them)")
+    if is_yaml(annotations):
+        files = files_of_split(annotations, split, images)
+    else:
+        files = files_of_folder(annotations, images, chosen)
+    table = Rows(files.images, classes, annotations)
+    lines: list[_Row] = []
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, label_file in files.labels.items():
+        there = os.path.exists(label_file)
+        size = table.add_image(name, label_file if there else os.path.join(files.images.root, name))
+        if size is not None and there:
+            sizes[name] = size
             try:
-                for box in _boxes(path, size, rows):
-                    rows.add_box(name, box)
+                lines += _read_lines(label_file, name, table)
             except UserError as error:
-                rows.problems.append(str(error))
+                table.problems.append(str(error))
+    _add_boxes(table, lines, sizes, rows, keypoint_shape, notes)
     # Labels in a wrong place would look like images without objects.
-    stems = {os.path.splitext(name)[0] for name in (*there, *names)}
-    for stem, name in labels.items():
-        if stem not in stems:
-            rows.problem(os.path.join(annotations, name), f"no image of that name in {images.root}")
+    for path in files.without_image:
+        if _has_labels(path, table):
+            table.problem(path, f"no image of that name in {files.images.root}")
+    if not table.problems and not files.any_labels:
+        raise UserError(f"{annotations}: no label file of any of the {len(files.labels)} images is there")
     if classes is None:
         # Numbers stand for themselves: that 0 occurs nowhere must not make 1 the first class.
-        rows.classes = [str(k) for k in range(1 + max(map(int, rows.names()), default=-1))]
-    return rows.table()
+        table.classes = [str(k) for k in range(1 + max(map(int, table.names()), default=-1))]
+    return dataclasses.replace(table.table(), notes=notes)
 
 
-def _relative(name: str, images: ImageFolder) -> str:
-    path, _ = images.path(name)
-    return name if path is None else os.path.relpath(path, images.root)
+def _has_labels(path: str, table: Rows) -> bool:
+    """Tell whether a text file without an image begins as labels do; lists and READMEs do not."""
+    try:
+        text = read_bytes(path).decode("utf-8", errors="replace")
+    except UserError as error:
+        table.problems.append(str(error))
+        return False
+    return is_label_row(next((line for line in text.splitlines() if line.strip()), ""))
 
 
-def _boxes(path: str, size: tuple[int, int], rows: Rows) -> Iterator[Box]:
+def _read_lines(path: str, image: str, table: Rows) -> Iterator[_Row]:
     for i, line in enumerate(read_text(path).splitlines(), 1):
         item, fields = f"{path}: line {i}", line.split()
         if not fields:
@@ -95,19 +132,126 @@ def _boxes(path: str, size: tuple[int, int], rows: Rows) -> Iterator[Box]:
         try:
             label, numbers = float(fields[0]), [float(x) for x in fields[1:]]
         except ValueError:
-            rows.problem(item, f"{short(line)}: it must be a class's number and four numbers")
+            table.problem(item, f"{short(line)}: it must be a class's number and four numbers")
             continue
-        most = _MOST_CLASSES if rows.classes is None else len(rows.classes)
-        if len(numbers) != 4 and (len(numbers) < 6 or len(numbers) % 2):
-            rows.problem(item, f"{short(line)}: {len(numbers)} numbers after the class; it must be four")
-        elif not all(-0.5 <= x <= 1.5 for x in numbers):
-            rows.problem(item, f"{short(line)}: numbers must be shares of the image, from 0 to 1")
+        most = _MOST_CLASSES if table.classes is None else len(table.classes)
+        if len(numbers) < 4:
+            table.problem(item, f"{short(line)}: {len(numbers)} numbers after the class; it must be four")
         elif label not in range(most):
-            names = "" if rows.classes is None else f" ({listed(rows.classes)})"
-            rows.problem(item, f"the class {short(fields[0])}; it must be from 0 to {most - 1}{names}")
+            names = "" if table.classes is None else f" ({listed(table.classes)})"
+            table.problem(item, f"the class {short(fields[0])}; it must be from 0 to {most - 1}{names}")
         else:
-            name = str(int(label)) if rows.classes is None else rows.classes[int(label)]
-            yield Box(_corners(fields[1:], numbers, size), name, False, item)
+            name = str(int(label)) if table.classes is None else table.classes[int(label)]
+            yield _Row(image, item, name, fields[1:], numbers)
+
+
+def _add_boxes(
+    table: Rows,
+    lines: Sequence[_Row],
+    sizes: dict[str, tuple[int, int]],
+    rows: str | None,
+    keypoint_shape: Any,
+    notes: list[str],
+) -> None:
+    """Add the lines' boxes to the table; see `read_yolo`."""
+    long_lines = [line.numbers for line in lines if len(line.numbers) != 4]
+    count = len(long_lines[0]) if long_lines else 4
+    length = None  # of lines with keypoints, where it is known
+    if rows is None and keypoint_shape is not None:
+        length = _keypoint_length(table.source, keypoint_shape)
+    elif rows is None and long_lines:
+        rows = _tell_rows(long_lines, len(lines))
+        if rows is None:
+            raise UserError(
+                f"{table.source}: lines with {count} numbers after the class may be polygons, or boxes with "
+                f"keypoints: set ROWS to {' or '.join(ROWS)}"
+            )
+        if rows == "keypoints":
+            notes.append(
+                f"{table.source}: lines have {count} numbers after the class: they are read as a box and "
+                "keypoints, which are left out (ROWS: polygons reads them as polygons)"
+            )
+    for line in lines:
+        count, numbers, texts = len(line.numbers), line.numbers, line.texts
+        if length is not None and count not in (4, length):
+            table.problem(line.item, f"{count} numbers after the class; by kpt_shape they must be {length}")
+            continue
+        if length is not None or rows == "keypoints":
+            numbers, texts = numbers[:4], texts[:4]
+        elif count != 4 and (count < 6 or count % 2):
+            table.problem(
+                line.item, f"{count} numbers after the class; they must be four, or pairs of a polygon"
+            )
+            continue
+        if not all(-0.5 <= x <= 1.5 for x in numbers):
+            shown = short(" ".join(texts))
+            table.problem(line.item, f"{shown}: numbers must be shares of the image, from 0 to 1")
+            continue
+        table.add_box(
+            line.image, Box(_corners(texts, numbers, sizes[line.image]), line.name, False, line.item)
+        )
+
+
+def _keypoint_length(source: str, shape: Any) -> int:
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(x) is int and x > 0 for x in shape)):
+        raise UserError(f"{source}: kpt_shape is {short(shape)}; it must be [keypoints, numbers of each]")
+    return 4 + shape[0] * shape[1]
+
+
+def _tell_rows(long_lines: Sequence[Sequence[float]], count: int) -> str | None:
+    """Tell polygons from boxes with keypoints.
+
+    Keypoints are all of one number, follow every box, and lie in it; as a polygon, the size of the box would
+    be a point near the others. A polygon near the middle of its image can pass as a box with keypoints: all
+    lines are looked at.
+
+    Args:
+        long_lines: numbers of the lines that have not four.
+        count: of all lines.
+
+    Returns:
+        "polygons", "keypoints" or None if it may be either.
+    """
+    length = len(long_lines[0])
+    if count > len(long_lines) or any(len(numbers) != length for numbers in long_lines) or length < 6:
+        return "polygons"
+    values = np.array(long_lines)
+    keypoints = max(_share_with_keypoints(values, size) for size in (2, 3))
+    polygons = _share_of_polygons(values)
+    if max(keypoints, polygons) < 0.9 or keypoints == polygons:
+        return None
+    return "keypoints" if keypoints > polygons else "polygons"
+
+
+def _share_with_keypoints(values: np.ndarray, size: int) -> float:
+    """Return the share of lines (M, length) whose first four numbers are a box that holds the other points.
+
+    A keypoint has `size` numbers, of which the third says whether it is seen. (0, 0) is none.
+    """
+    if (values.shape[1] - 4) % size:
+        return 0.0
+    boxes, points = values[:, None, :4], values[:, 4:].reshape(len(values), -1, size)
+    half = boxes[..., 2:] / 2
+    margin = 0.01  # points on the edge, and their rounding
+    in_image = (half > 0) & (boxes[..., :2] - half >= -margin) & (boxes[..., :2] + half <= 1 + margin)
+    seen = (points[..., :2] != 0).any(axis=-1)
+    held = (np.abs(points[..., :2] - boxes[..., :2]) <= half + margin).all(axis=-1) | ~seen
+    flags = np.isin(points[..., 2], (0, 1, 2)) if size == 3 else np.ones_like(held)
+    return float((in_image.all(axis=(1, 2)) & (held & flags).all(axis=1)).mean())
+
+
+def _share_of_polygons(values: np.ndarray) -> float:
+    """Return the share of lines (M, length) whose second point is as near to the others as these are wide."""
+    if values.shape[1] % 2:
+        return 0.0
+    points = values.reshape(len(values), -1, 2)
+    second, others = points[:, 1], np.delete(points, 1, axis=1)
+    # A keypoint that is not seen is (0, 0), which would be near to everything.
+    nowhere = (others == 0).all(axis=-1, keepdims=True)
+    low = np.where(nowhere, np.inf, others).min(axis=1)
+    high = np.where(nowhere, -np.inf, others).max(axis=1)
+    near = (second >= 2 * low - high) & (second <= 2 * high - low)
+    return float(near.all(axis=1).mean())
 
 
 def _corners(

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
+from focal_d2 import UserError
 from focal_d2.data.readers import read_csv
 
 
@@ -67,3 +68,30 @@ def test_quoted_line_breaks_keep_the_count(read):
     table = read('a.png,0,0,1,1,"x\ny"\na.png,0,0,q,1,x\n')
     assert table.classes == ("x\ny",)
     assert "line 3: the corners are" in table.problems[0]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_separators_are_recognised(read, separator):
+    text = "image,xmin,ymin,xmax,ymax,label\na.png,1,2,10,4.5,tree\n"
+    assert read(text.replace(",", separator)).boxes.tolist() == [[1, 2, 9, 2.5]]
+    # Without a header, too.
+    assert read("a.png,1,2,10,4.5,tree\n".replace(",", separator)).boxes.tolist() == [[1, 2, 9, 2.5]]
+
+
+def test_decimal_commas_go_with_semicolons(read):
+    assert read("a.png;1,5;2;10;4,5;tree\n").boxes.tolist() == [[1.5, 2, 8.5, 2.5]]
+
+
+def test_columns_may_be_named(read):
+    table = read("Bild;x;y;x2;y2;Art\na.png;1;2;10;4;tree\n",
+                 columns={"image": "bild", "xmin": "x", "ymin": "y", "label": "Art"})  # fmt: skip
+    assert table.boxes.tolist() == [[1, 2, 9, 2]]
+    with pytest.raises(UserError, match="has no column xmin, ignored, which may be called x0; flag, or as"):
+        read("image,xmin,ymin,xmax,ymax,label\n", columns={"xmin": "x0", "ignored": "flag"})
+
+
+def test_a_header_with_unknown_names_tells_the_known_ones(read):
+    with pytest.raises(
+        UserError, match="has no column image, which may be called image or image_path or filename"
+    ):
+        read("bild,xmin,ymin,xmax,ymax,label\n")

@@ -95,3 +95,22 @@ def test_an_image_under_another_name_is_the_one_with_the_files_stem(folder):
     table = read_voc(str(folder), str(images), chosen=["b_png.rf.0a1b"])
     assert [os.path.basename(name) for name in table.file_names] == ["b_png.rf.0a1b.JPG"]
     assert not table.problems
+
+
+def test_an_old_filename_that_is_now_another_images_does_not_count(folder):
+    """A set of renumbered files: 7.xml still names 1.png, of which 1.xml has the boxes."""
+    images = folder / "images"
+    images.mkdir()
+    for stem, left in (("1", 3), ("7", 5)):
+        (images / f"{stem}.png").write_bytes(b"")
+        text = f"<annotation>{HEAD.format(1)}{OBJECT.format('dog', 0, left, 1, 9, 9)}</annotation>"
+        (folder / f"{stem}.xml").write_text(text)
+    table = read_voc(str(folder), str(images), chosen=["1", "7"])
+    assert [os.path.basename(name) for name in table.file_names] == ["1.png", "7.png"]
+    assert table.boxes[:, 0].tolist() == [2, 4]
+    assert "in 1 of 2 files <filename> is the name of another image" in table.notes[0]
+    # Of two images with the file's stem, filename says which.
+    (images / "1.jpg").write_bytes(b"")
+    assert [os.path.basename(x) for x in read_voc(str(folder), str(images), chosen=["1"]).file_names] == [
+        "1.png"
+    ]

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
+from focal_d2 import UserError
 from focal_d2.data.readers import read_yolo
 
 WIDTH, HEIGHT = 640, 427
@@ -83,3 +84,134 @@ def test_only_chosen_images_are_read_and_once(folder):
     table = read(folder, classes=["x"], chosen=chosen)
     assert len(table) == len(table.boxes) == 1
     assert not table.problems
+
+
+@pytest.mark.parametrize(
+    "place, text, source",
+    [
+        ("classes.txt", "x\ny\n", "classes.txt"),
+        ("labels/obj.names", "x\ny\n", "labels/obj.names"),
+        ("data.yaml", "names: [x, y]\ntrain: images\n", "data.yaml"),
+    ],
+)
+def test_class_names_are_found_beside_and_above_the_labels(folder, place, text, source):
+    (folder / place).write_text(text)
+    (folder / "labels/below/c.txt").write_text("1 0.5 0.5 0.5 0.5\n")
+    table = read(folder)
+    assert table.classes == ("x", "y")
+    assert table.notes == [f"{folder}/labels: the class names are those of {folder}/{source}"]
+    # Roboflow: data.yaml is above train/labels.
+    table = read_yolo(str(folder / "labels/below"), str(folder / "images/below"))
+    assert table.classes == ("x", "y")
+
+
+def test_classes_that_are_numbers_are_told(folder):
+    (folder / "data.yaml").write_text("services: [x]")
+    (folder / "labels/a.txt").write_text("1 0.5 0.5 0.5 0.5\n")
+    table = read(folder)
+    assert table.classes == ("0", "1")
+    assert "no class names found; the classes are numbers" in table.notes[0]
+
+
+# Box and three keypoints; the last is not seen.
+POSE = ["0 0.5 0.5 0.2 0.4 0.45 0.4 0.55 0.6 0 0", "0 0.2 0.3 0.2 0.4 0.15 0.2 0.25 0.4 0.2 0.3"]
+
+
+def test_boxes_with_keypoints_are_told_from_polygons(folder):
+    (folder / "labels/a.txt").write_text("\n".join(POSE))
+    table = read(folder, classes=["x"])
+    assert table.boxes.tolist() == pytest.approx(np.array([[256, 128.1, 128, 170.8], [64, 42.7, 128, 170.8]]))
+    assert "lines have 10 numbers after the class: they are read as a box and keypoints" in table.notes[0]
+    # With a third number for each keypoint, whether it is seen.
+    pose = [" ".join([*row.split()[:5], "0.45", "0.4", "2", "0.5", "0.45", "1"]) for row in POSE[:1]]
+    (folder / "labels/a.txt").write_text("\n".join(pose))
+    assert read(folder, classes=["x"], rows="keypoints").boxes[0, 2:].tolist() == pytest.approx([128, 170.8])
+
+
+def test_polygons_of_four_corners_are_no_keypoints(folder):
+    rng = np.random.default_rng(0)
+    centres = rng.uniform(0.3, 0.7, (50, 1, 2))
+    corners = centres + 0.05 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+    rows = [" ".join(["0", *(f"{x:.6f}" for x in row)]) for row in corners.reshape(50, 8)]
+    (folder / "labels/a.txt").write_text("\n".join(rows))
+    table = read(folder, classes=["x"])
+    assert table.boxes[:, 2] == pytest.approx(np.full(50, 64), abs=0.01)
+    assert not table.notes
+
+
+def test_lines_that_may_be_either_are_refused_unless_the_user_says(folder):
+    # A small square in the middle of the image: as a box and two points, both lie in the box.
+    (folder / "labels/a.txt").write_text("0 0.5 0.5 0.52 0.5 0.52 0.52 0.5 0.52\n")
+    with pytest.raises(UserError, match="lines with 8 numbers .* set ROWS to polygons or keypoints"):
+        read(folder, classes=["x"])
+    polygon, box = (read(folder, classes=["x"], rows=rows).boxes[0] for rows in ("polygons", "keypoints"))
+    assert polygon.tolist() == pytest.approx([320, 213.5, 12.8, 8.54])
+    assert box.tolist() == pytest.approx([0.5 * 640 - 0.26 * 640, 0.25 * 427, 0.52 * 640, 0.5 * 427])
+
+
+def test_kpt_shape_decides(folder):
+    square = "0 0.5 0.5 0.52 0.5 0.52 0.52 0.5 0.52"
+    (folder / "labels/a.txt").write_text(f"{square}\n{square} 0.5\n0 0.5 0.5 0.1 0.1\n")
+    (folder / "data.yaml").write_text("names: [x]\nkpt_shape: [2, 2]\n")
+    table = read(folder)
+    assert table.boxes[:, 2].tolist() == pytest.approx([0.52 * 640, 64])
+    assert "line 2: 9 numbers after the class; by kpt_shape they must be 8" in table.problems[0]
+
+
+@pytest.fixture
+def data_file(folder):
+    """What Roboflow writes: data.yaml beside train and valid, and ../ before them."""
+    for split, image in (("train", "a.png"), ("valid", "b.png")):
+        (folder / split / "labels").mkdir(parents=True)
+        (folder / split / "images").mkdir()
+        (folder / "images" / image).rename(folder / split / "images" / image)
+        (folder / split / "labels" / image).with_suffix(".txt").write_text("1 0.5 0.5 0.5 0.5\n")
+    path = folder / "data.yaml"
+    path.write_text("train: ../train/images\nval: ../valid/images\nnc: 2\nnames: ['x', 'y']\n")
+    return path
+
+
+def test_a_data_file_is_a_dataset(data_file):
+    for split, image in (("train", "train/images/a.png"), ("val", "valid/images/b.png")):
+        table = read_yolo(str(data_file), str(data_file.parent), split=split)
+        assert table.file_names == [str(data_file.parent / image)]
+        assert table.boxes.tolist() == [[160, 106.75, 320, 213.5]]
+        assert (table.classes, table.labels.tolist()) == (("x", "y"), [1])
+        assert not table.problems
+    with pytest.raises(UserError, match=r"data\.yaml: SPLIT is test; the file has train, val$"):
+        read_yolo(str(data_file), "", split="test")
+
+
+@pytest.mark.parametrize(
+    "content, lists",
+    [
+        ("path: PLACE\ntrain: train/images\nnames: {0: x, 1: y}", {}),
+        ("path: /content/elsewhere\ntrain: train/images\nnames: {0: x, 1: y}", {}),
+        ("path: .\ntrain: [train/images, valid/images]\nnames: [x, y]", {}),
+        ("train: list.txt\nnames: [x, y]", {"list.txt": "./train/images/a.png\n"}),
+        ("train: list.txt\nnames: [x, y]", {"list.txt": "/content/data/train/images/a.png\n"}),
+        ("train: train/list.txt\nnames: [x, y]", {"train/list.txt": "images/a.png\ntrain\\images\\a.png\n"}),
+    ],
+)
+def test_images_of_a_data_file_are_found(data_file, content, lists):
+    data_file.write_text(content.replace("PLACE", str(data_file.parent)))
+    for name, text in lists.items():
+        (data_file.parent / name).write_text(text)
+    table = read_yolo(str(data_file), str(data_file.parent), split="train")
+    images = ["train/images/a.png", *(["valid/images/b.png"] if "[train" in content else [])]
+    assert table.file_names == [str(data_file.parent / name) for name in images]
+    assert len(table.boxes) == len(images)
+    assert not table.problems
+
+
+def test_a_split_that_is_not_there_is_named(data_file):
+    data_file.write_text("path: /content/x\ntrain: no/images\nnames: [x]")
+    with pytest.raises(UserError, match=r"data\.yaml: train: 'no/images' is not there; it was looked for in"):
+        read_yolo(str(data_file), "", split="train")
+
+
+def test_labels_of_a_data_file_without_an_image_are_a_mistake(data_file):
+    (data_file.parent / "train/labels/q.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (data_file.parent / "train/labels/README.txt").write_text("made by hand\n")
+    (problem,) = read_yolo(str(data_file), "", split="train").problems
+    assert "train/labels/q.txt: no image of that name" in problem

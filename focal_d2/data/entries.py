@@ -1,0 +1,114 @@
+"""Entries of DATASETS.FOCAL: their keys, and reading what they name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from focal_d2.config import check_choice
+from focal_d2.data.readers import READERS
+from focal_d2.data.readers.common import ImageFolder, class_names, is_yaml, read_list
+from focal_d2.data.readers.csv_file import COLUMNS
+from focal_d2.data.readers.sniff import describe
+from focal_d2.data.readers.yolo import ROWS
+from focal_d2.data.table import Table
+from focal_d2.errors import UserError
+
+# Keys that an entry can have, beside those of its format.
+_KEYS = ("NAME", "FORMAT", "ANNOTATIONS", "CLASSES", "KEEP", "OTHERS", "NAMES")
+_OF_FORMAT = {
+    "coco": ("IMAGES", "OUTSIDE"),
+    "csv": ("IMAGES", "OUTSIDE", "COLUMNS"),
+    "voc": ("IMAGES", "OUTSIDE", "LIST"),
+    "yolo": ("IMAGES", "LIST", "ROWS"),
+    "yolo with a data.yaml": ("SPLIT", "OUTSIDE", "ROWS"),
+}
+_NEEDED = ("NAME", "IMAGES", "ANNOTATIONS", "SPLIT")
+_CHOICES = {"NAMES": ("path", "basename"), "OTHERS": ("background", "ignored"), "ROWS": ROWS}
+
+
+def check_entry(place: str, entry: Any) -> None:
+    """Check the keys and the types of the values of an entry.
+
+    Args:
+        place: the config key that holds it.
+        entry: it must be a mapping.
+
+    Raises:
+        UserError: for a missing or unknown key, or a value of the wrong type.
+    """
+    if not isinstance(entry, dict):
+        raise UserError(f"{place} is {entry!r}; it must have NAME, IMAGES, ANNOTATIONS")
+    style = check_choice(f"{place}.FORMAT", entry.get("FORMAT", "coco"), tuple(READERS))
+    if style == "yolo" and _is_data_file(entry):
+        style = "yolo with a data.yaml"
+    legal = (*_KEYS[:2], *_OF_FORMAT[style][:1], *_KEYS[2:], *_OF_FORMAT[style][1:])
+    for key in entry:
+        if key not in legal:
+            raise UserError(f"{place} has {key}; of format {style} it can have {', '.join(legal)}")
+    for key in dict.fromkeys((*(x for x in _NEEDED if x in legal), *entry)):
+        _check_value(f"{place}.{key}", key, entry.get(key))
+    if "OTHERS" in entry and entry.get("KEEP") is None:
+        raise UserError(f"{place} has OTHERS, but KEEP names no classes to keep")
+    name = entry["NAME"]
+    if os.path.basename(name) != name or name in (os.curdir, os.pardir):
+        raise UserError(f'{place}.NAME "{name}" becomes the name of a folder: it can have no slash')
+
+
+def _check_value(place: str, key: str, value: Any) -> None:
+    if key in _CHOICES:
+        check_choice(place, value, _CHOICES[key])
+    elif key == "OUTSIDE":
+        if not isinstance(value, bool):
+            raise UserError(f"{place} is {value!r}; it must be true or false")
+    elif key in ("CLASSES", "KEEP"):
+        if not isinstance(value, (str, list, tuple, type(None))):
+            raise UserError(f"{place} is {value!r}; it must be a list of names, or a file of them")
+    elif key == "COLUMNS":
+        if not isinstance(value, dict) or not all(isinstance(x, str) and x.strip() for x in value.values()):
+            raise UserError(
+                f"{place} is {value!r}; it must be a mapping, such as {{xmin: x0, label: species}}"
+            )
+        for column in value:
+            check_choice(f"{place} has a column that", column, tuple(COLUMNS))
+    elif not (isinstance(value, str) and value.strip()):
+        raise UserError(f"{place} is {value!r}; it must be a text")
+
+
+def _is_data_file(entry: dict[str, Any]) -> bool:
+    return isinstance(entry.get("ANNOTATIONS"), str) and is_yaml(entry["ANNOTATIONS"])
+
+
+def images_of(entry: dict[str, Any]) -> ImageFolder:
+    """Return the folder of an entry's images; that of a data.yaml is the file's own."""
+    return ImageFolder(
+        entry.get("IMAGES") or os.path.dirname(entry["ANNOTATIONS"]),
+        outside=entry.get("OUTSIDE", False),
+        basename=entry.get("NAMES") == "basename",
+    )
+
+
+def read_entry(entry: dict[str, Any]) -> Table:
+    """Read the annotations of an entry that was checked.
+
+    Images come in the order of their names in every format, so that the format makes no difference to what is
+    drawn.
+
+    Raises:
+        UserError: if they can't be read; it says what the file is, if another format or tool is recognised.
+    """
+    style, path = entry.get("FORMAT", "coco"), entry["ANNOTATIONS"]
+    options: dict[str, Any] = {}
+    if entry.get("CLASSES") is not None:
+        options["classes"] = class_names(entry["CLASSES"])
+    if "LIST" in entry:
+        options["chosen"] = read_list(entry["LIST"])
+    options |= {key.lower(): entry[key] for key in ("SPLIT", "ROWS", "COLUMNS") if key in entry}
+    try:
+        table = READERS[style](path, images_of(entry), **options)
+    except UserError as error:
+        kind = describe(path, style)
+        raise UserError(f"{path} {kind} (FORMAT is {style})") if kind else error from error
+    if entry.get("KEEP") is not None:
+        table = table.keep(class_names(entry["KEEP"], "KEEP"), ignore_others=entry.get("OTHERS") == "ignored")
+    return table.by_name()

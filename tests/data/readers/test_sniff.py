@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import pytest
+
+from focal_d2 import UserError
+from focal_d2.data import load_table, register_datasets
+from focal_d2.data.readers.sniff import describe
+
+FILES = {
+    "pointer.json": (
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+        "Git LFS pointer",
+    ),
+    "roads.shp": ("\0\0\x27\x0a\0\0\0\0", "shapefile"),
+    "page.json": ("<!DOCTYPE html>\n<html><body>404</body></html>", "web page"),
+    "cvat.xml": ("<?xml version='1.0'?>\n<annotations><version>1.1</version></annotations>", "CVAT's XML"),
+    "imglab.xml": ("<?xml version='1.0'?>\n<?xml-stylesheet?>\n<dataset><images/></dataset>", "dlib's XML"),
+    "dota.txt": ("imagesource:GoogleEarth\ngsd:0.1\n1 2 3 2 3 4 1 4 plane 0\n", "DOTA"),
+    "dota2.txt": ("2753 2408 2861 2385 2888 2468 2805 2502 small-vehicle 0\n", "DOTA"),
+    "kitti.txt": (
+        "Car 0.00 0 -1.58 587.01 173.33 614.12 200.12 1.65 1.67 3.64 -0.65 1.71 46.7 -1.59\n",
+        "KITTI",
+    ),
+    "gt.txt": ("1,1,199,813,140,268,1,1,0.83014\n", "MOTChallenge"),
+    "openimages.csv": (
+        "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded\n0,x,/m/0,1,0.1,0.2,0.3,0.4,0\n",
+        "Open Images",
+    ),
+    "makesense.csv": ("cat,10,20,30,40,a.jpg,640,480\n", "makesense's CSV"),
+    "makesense2.csv": (
+        "label_name,bbox_x,bbox_y,bbox_width,bbox_height,image_name,image_width,image_height\n",
+        "makesense's CSV",
+    ),
+    "wheat.csv": ('image_id,width,height,bbox,source\na,9,9,"[1, 2, 3, 4]",x\n', "boxes as text"),
+    "labelme.json": (
+        '{"version": "5.0", "flags": {}, "shapes": [], "imagePath": "a.jpg", "imageData": null}',
+        "labelme",
+    ),
+    "map.geojson": ('{"type": "FeatureCollection", "features": []}', "GeoJSON"),
+    "via.json": ('{"_via_settings": {}, "_via_img_metadata": {}}', "VIA"),
+    "via_export.json": ('{"a.jpg123": {"filename": "a.jpg", "size": 1, "regions": []}}', "VIA"),
+    "vott.json": ('{"asset": {"name": "a.jpg"}, "regions": [], "version": "2.1.0"}', "VoTT"),
+    "supervisely.json": (
+        '{"description": "", "size": {"height": 9, "width": 9}, "objects": []}',
+        "Supervisely",
+    ),
+    "label_studio.json": ('[{"id": 1, "annotations": [], "data": {"image": "a.jpg"}}]', "Label Studio"),
+    "createml.json": ('[{"image": "a.jpg", "annotations": []}]', "CreateML"),
+    "bdd.json": ('[{"name": "a.jpg", "labels": []}]', "BDD100K"),
+    "results.json": (
+        '[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}]',
+        "COCO detections",
+    ),
+    "archive.zip": ("PK\x03\x04", "zip archive"),
+    "photo.jpg": (b"\xff\xd8\xff\xe0", "is an image"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("style", ["coco", "csv"])
+def test_a_file_of_another_kind_is_told(tmp_path, name, style):
+    data, kind = FILES[name]
+    path = tmp_path / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    register_datasets([{"NAME": "x", "FORMAT": style, "IMAGES": str(tmp_path), "ANNOTATIONS": str(path)}])
+    with pytest.raises(UserError) as error:
+        load_table("x")
+    message = str(error.value)
+    assert message.startswith(f"{path} ")
+    assert kind in message
+    assert "\n" not in message
+    assert len(message.replace(str(path), "")) < 200
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_folder_of_such_files_is_told(tmp_path, name):
+    data, kind = FILES[name]
+    for i in range(3):
+        (tmp_path / f"{i}{name}").write_bytes(data if isinstance(data, bytes) else data.encode())
+    for style in ("coco", "voc", "yolo"):
+        message = describe(str(tmp_path), style)
+        assert kind in message
+        assert message.startswith(f"is a folder whose file 0{name} ")
+
+
+GOOD = {
+    "coco.json": ('{"images": [], "annotations": [], "categories": []}', "coco"),
+    "boxes.csv": ("image,xmin,ymin,xmax,ymax,label\n", "csv"),
+    "a.xml": ("<annotation><object><bndbox/></object></annotation>", "voc"),
+    "a.txt": ("0 0.5 0.5 0.1 0.1\n", "yolo"),
+    "dataset.yaml": ("train: x\nnames: [x]\n", "yolo"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("style", ["coco", "csv", "voc", "yolo"])
+def test_files_that_are_read_are_sent_to_their_format(tmp_path, name, style):
+    text, own = GOOD[name]
+    (tmp_path / name).write_text(text)
+    message = describe(str(tmp_path / name), style)
+    assert message is None if style == own else f"set FORMAT: {own}" in message
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[1]", "{", "hello", "<", "a,b\n", '{"a": 1}', "\xff\xfe"])
+def test_what_is_not_known_is_not_guessed(tmp_path, text):
+    (tmp_path / "a").write_text(text)
+    assert describe(str(tmp_path / "a"), "coco") is None
+    assert describe(str(tmp_path), "coco") is None
+    assert describe(str(tmp_path / "no such"), "coco") is None
