@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -18,6 +19,7 @@ from focal_d2.data.loader import check_sampler
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.best import check_best
 from focal_d2.engine.checkpoint import FocalCheckpointer, check_file
+from focal_d2.engine.output_lock import output_lock
 from focal_d2.engine.ranks import check_backend, check_devices, restarted_by_torchrun, start
 from focal_d2.engine.setup import building, load_config, set_up_job
 from focal_d2.engine.trainer import FocalTrainer, check_training
@@ -57,8 +59,18 @@ def run(args: argparse.Namespace) -> None:
         # Often it is the key that was not read that should have prevented this.
         raise UserError("; ".join([str(error), *unread])) from error
     check_backend(torch.device(cfg.MODEL.DEVICE).type)
-    if not args.eval_only:
+    if args.eval_only:
+        _set_up(cfg, args, unread)
+        _evaluate(cfg, args)
+        return
+    # Before anything is written there, config.yaml and log.txt included.
+    with output_lock(cfg.OUTPUT_DIR):
         args.resume = args.resume or restarted_by_torchrun(cfg.OUTPUT_DIR)
+        _set_up(cfg, args, unread)
+        _train(cfg, args)
+
+
+def _set_up(cfg: CfgNode, args: argparse.Namespace, unread: list[str]) -> None:
     set_up_job(cfg, args)
     if comm.is_main_process():
         for line in unread:
@@ -68,30 +80,34 @@ def run(args: argparse.Namespace) -> None:
             announce(name)
         for line in annotation_warnings(cfg, training=not args.eval_only):
             logger.warning(line)
-    if args.eval_only:
-        with building("model"):
-            model = FocalTrainer.build_model(cfg)
-        checkpointer = FocalCheckpointer(
-            model,
-            cfg.OUTPUT_DIR,
-            partial=False,
-            trust_files=args.trust_files,
-            allow_download=args.allow_download,
-        )
-        if not (cfg.MODEL.WEIGHTS or (args.resume and checkpointer.has_checkpoint())):
-            where = f" (--resume finds none in {cfg.OUTPUT_DIR})" if args.resume else ""
-            raise UserError(f"--eval-only needs a checkpoint: add MODEL.WEIGHTS FILE{where}")
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = FocalTrainer.test(cfg, model)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return
+
+
+def _train(cfg: CfgNode, args: argparse.Namespace) -> None:
     with building("trainer"):
         trainer = FocalTrainer(resolve_alpha(cfg))
     trainer.checkpointer.trust_files = args.trust_files
     trainer.checkpointer.allow_download = args.allow_download
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
+
+
+def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
+    with building("model"):
+        model = FocalTrainer.build_model(cfg)
+    checkpointer = FocalCheckpointer(
+        model,
+        cfg.OUTPUT_DIR,
+        partial=False,
+        trust_files=args.trust_files,
+        allow_download=args.allow_download,
+    )
+    if not (cfg.MODEL.WEIGHTS or (args.resume and checkpointer.has_checkpoint())):
+        where = f" (--resume finds none in {cfg.OUTPUT_DIR})" if args.resume else ""
+        raise UserError(f"--eval-only needs a checkpoint: add MODEL.WEIGHTS FILE{where}")
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    results = FocalTrainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
 
 
 def check_job(config_file: str, overrides: Sequence[str] = (), *, num_gpus: int = 1) -> str:

@@ -35,6 +35,7 @@ from focal_d2.engine.failures import end_hung_workers, tell
 from focal_d2.engine.forensics import examine, save_step
 from focal_d2.engine.live import TrainingPictures
 from focal_d2.engine.loop import FocalLoop, MovingAverage, Stopped
+from focal_d2.engine.output_lock import output_lock
 from focal_d2.engine.progress import ProgressBar
 from focal_d2.engine.ranks import StopRequest, remember_torchrun
 from focal_d2.engine.resume import SolverSettings, check_state, set_aside
@@ -225,8 +226,10 @@ class FocalTrainer(DefaultTrainer):
             )
         if not resumes and self.average is not None:
             self._trainer.bare.load_state_dict(self.average.module.state_dict())
-        if not resumes and comm.is_main_process() and self.checkpointer.has_checkpoint():
-            set_aside(Path(self.cfg.OUTPUT_DIR))
+        if comm.all_gather(not resumes and self.checkpointer.has_checkpoint())[0]:
+            with output_lock(self.cfg.OUTPUT_DIR):
+                if comm.is_main_process():
+                    set_aside(Path(self.cfg.OUTPUT_DIR))
         remember_torchrun(self.cfg.OUTPUT_DIR)
         comm.synchronize()
 
@@ -294,8 +297,14 @@ class FocalTrainer(DefaultTrainer):
         """Train; see `DefaultTrainer.train`.
 
         SIGTERM and Ctrl-C end it after a step and a checkpoint, `TEST.FOCAL.PATIENCE` as if it had been over.
+
+        Raises:
+            UserError: if another training runs in OUTPUT_DIR, or for what stops this one from outside.
         """
-        with StopRequest(_say_that_it_stops) as self._stop:
+        with (
+            output_lock(self.cfg.OUTPUT_DIR),
+            StopRequest(_say_that_it_stops) as self._stop,
+        ):
             try:
                 return super().train()
             except TrainingEnded:
