@@ -6,6 +6,8 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from focal_d2.modeling.traced import is_recording
+
 
 class FoldedConv2d(Conv2d):
     """detectron2's convolution whose frozen norm scales the weights instead of the output.
@@ -13,14 +15,14 @@ class FoldedConv2d(Conv2d):
     The same function of the same parameters, but no passes over the output, forward or backward. Instead
     there are passes over the weights and, until backward, a copy of them: so the norm is applied to whichever
     is smaller. The norm stays a submodule: names in checkpoints do not change, and what is loaded into it
-    counts at the next call.
+    counts at the next call. In a recorded network the norm is always applied to the weights, which are
+    constants there: the choice must not depend on the image.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """See detectron2's `Conv2d`."""
         norm = self.norm
-        cells = x.shape[0] * x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
-        if not isinstance(norm, FrozenBatchNorm2d) or cells < self.weight[0].numel():
+        if not isinstance(norm, FrozenBatchNorm2d) or not (is_recording() or self._folding_pays(x)):
             return super().forward(x)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - norm.running_mean * scale
@@ -29,6 +31,10 @@ class FoldedConv2d(Conv2d):
         weight = self.weight * scale.view(-1, 1, 1, 1)
         x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
+
+    def _folding_pays(self, x: Tensor) -> bool:
+        cells = x.shape[0] * x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
+        return cells >= self.weight[0].numel()
 
 
 def fold_norms(module: nn.Module) -> int:

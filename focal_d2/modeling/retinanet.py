@@ -1,4 +1,4 @@
-"""FocalRetinaNet: RetinaNet on detectron2's `DenseDetector`.
+"""FocalRetinaNet: detectron2's RetinaNet with other losses, matching, decoding and training.
 
 Shapes: N images, L levels, A anchors a cell, R anchors an image (all levels), K classes, P positive anchors
 of the batch. Boxes are XYXY in absolute pixels. Labels are int64: [0, K) a class, K background, -1 ignored.
@@ -22,13 +22,14 @@ from detectron2.modeling import (
 )
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from focal_d2.config import check_choice, focal_config, loss_parameters
 from focal_d2.errors import UserError
+from focal_d2.modeling import traced
 from focal_d2.modeling.anchors import AnchorCache, Anchors
 from focal_d2.modeling.candidates import find_candidates
 from focal_d2.modeling.figures import put_figures
@@ -51,11 +52,12 @@ logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
-class FocalRetinaNet(DenseDetector):
+class FocalRetinaNet(RetinaNet):
     """RetinaNet (arXiv 1708.02002), interchangeable with detectron2's.
 
     It reads the same `MODEL.RETINANET.*` keys, gives the same losses, gradients and detections, and its
-    state dict has the same names plus `loss_normalizer.ema`.
+    state dict has the same names plus `loss_normalizer.ema`. It is a subclass so that tools which ask for
+    detectron2's class accept it.
     """
 
     @configurable
@@ -109,7 +111,10 @@ class FocalRetinaNet(DenseDetector):
             fold_frozen_norms: compute convolution and frozen batch norm as one convolution.
             compile_network: hand backbone and head to `torch.compile`.
         """
-        super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
+        # Not RetinaNet's own constructor: it would store settings of losses that this class does not use.
+        super(RetinaNet, self).__init__(
+            backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
         self.num_classes = num_classes
         self.anchor_generator = anchor_generator
         self.anchors_of = AnchorCache(anchor_generator)
@@ -132,6 +137,7 @@ class FocalRetinaNet(DenseDetector):
         self._strides = [shapes[name].stride for name in head_in_features]
         if fold_frozen_norms:
             fold_norms(self.backbone)
+        self.compiled = compile_network
         if compile_network:
             self.backbone.compile()
             self.head.compile()
@@ -216,6 +222,8 @@ class FocalRetinaNet(DenseDetector):
         """
         if not self.training:
             with self.precision():
+                if traced.is_recording():
+                    return traced.detect(self, batched_inputs)
                 return super().forward(batched_inputs)
         if not all("instances" in x for x in batched_inputs) or not batched_inputs:
             raise UserError("training needs images with instances, which this batch has not")
@@ -251,9 +259,12 @@ class FocalRetinaNet(DenseDetector):
         Returns:
             L × (N, C, H, W) features; L × (N, A·C, H, W) logits and L × (N, A·4, H, W) deltas.
         """
-        outputs = self.backbone(images.tensor)
+        backbone, head = self.backbone, self.head
+        if self.compiled and traced.is_recording():  # compiled modules refuse to be traced
+            backbone, head = backbone.forward, head.forward
+        outputs = backbone(images.tensor)
         features = [outputs[name] for name in self.head_in_features]
-        return features, self.head(features)
+        return features, head(features)
 
     def _move_to_current_device(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
