@@ -88,7 +88,8 @@ def check_dataset(name: str, table: Table) -> list[Finding]:
         name: the dataset's.
         table: its annotations.
     """
-    return [*check_items(name, table), *check_boxes(name, table)]
+    notes = [Finding("annotations-read", note, name) for note in table.notes]
+    return [*check_items(name, table), *check_boxes(name, table), *notes]
 
 
 def check_against_config(

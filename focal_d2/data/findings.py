@@ -125,6 +125,7 @@ KINDS = {
     "key-unread": Kind(WARNING, "a key of another detector was set", "set the key that is read"),
     # Facts.
     "images-without-boxes": Kind(NOTE, "images without boxes, and whether they are trained on", ""),
+    "annotations-read": Kind(NOTE, "what the reader decided that may surprise", "see docs/data.md"),
     "boxes-ignored": Kind(NOTE, "crowds and difficult objects, neither trained nor counted in AP", ""),
     "images-unchecked": Kind(NOTE, "--no-images: no image was opened", ""),
     "learning-rate-unchecked": Kind(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from focal_d2.data.pixels import LFS_POINTER
+from focal_d2.data.pixels import IMAGE_SUFFIXES, LFS_POINTER
 from focal_d2.data.readers.common import is_label_row, list_files, read_bytes
 from focal_d2.errors import UserError
 
@@ -135,6 +135,8 @@ def _folder(path: str) -> Kind | None:
     by_ending: dict[str, list[str]] = {}
     for name in list_files(path, ("",)):
         by_ending.setdefault(os.path.splitext(name)[1].lower(), []).append(name)
+    # Images may lie beside their annotations.
+    by_ending = {k: v for k, v in by_ending.items() if k not in IMAGE_SUFFIXES} or by_ending
     for names in sorted(by_ending.values(), key=len, reverse=True):
         for name in names[:3]:  # the first may be a README
             kind = _file(os.path.join(path, name), _FOLDERS)

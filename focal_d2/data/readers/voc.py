@@ -67,7 +67,14 @@ def read_voc(
             f"{annotations}: in {len(renamed)} of {len(names)} files <filename> is the name of another image "
             f"than the one with the file's own name, which is taken; the first is {renamed[0]}"
         )
-    return dataclasses.replace(rows.table(), notes=notes)
+    table = rows.table()
+    from_zero = (table.boxes[:, :2] == -1).any(axis=1) | (table.boxes % 1 != 0).any(axis=1)
+    if from_zero.any():
+        notes.append(
+            f"{annotations}: {from_zero.sum()} of {len(from_zero)} boxes have a corner of 0 or one that is "
+            "not whole, as tools write that count pixels from 0; VOC counts from 1: boxes may be a pixel off"
+        )
+    return dataclasses.replace(table, notes=notes)
 
 
 def read_voc_boxes(path: str | Path) -> np.ndarray:

@@ -117,14 +117,14 @@ def files_of_split(path: str, split: str | None, options: ImageFolder) -> YoloFi
             f"{path}: SPLIT is {split}; the file has {', '.join(splits) or 'no train, val or test'}"
         )
     beside = os.path.dirname(os.path.abspath(path))
-    base = str(content.get("path") or "")
+    base = _paths(path, "path", content.get("path") or "")[0]
+    places = _paths(path, split or "", content[split])
     # Relative to the file, else to the working directory; else the file was moved together with its images.
     roots = [x for x in (os.path.join(beside, base), os.path.abspath(base), beside) if os.path.isdir(x)]
-    value = content[split]
     images: list[str] = []
     label_files: list[str] = []
-    for place in value if isinstance(value, list) else [value]:
-        source = _first_there(str(place), roots)
+    for place in places:
+        source = _first_there(place, roots)
         if source is None:
             tried = ", ".join(dict.fromkeys(map(os.path.normpath, roots)))
             raise UserError(f"{path}: {split}: {short(place)} is not there; it was looked for in {tried}")
@@ -150,6 +150,16 @@ def files_of_split(path: str, split: str | None, options: ImageFolder) -> YoloFi
         any_labels=any(map(os.path.isfile, labels.values())),
         without_image=[x for stem, x in stems.items() if stem not in known],
     )
+
+
+def _paths(source: str, key: str, value: object) -> list[str]:
+    """Return a path, or several, as a list."""
+    paths: list[str] = []
+    for path in value if isinstance(value, list) and value else [value]:
+        if not isinstance(path, str):
+            raise UserError(f"{source}: {key} is {short(path)}; it must be a path")
+        paths.append(path)
+    return paths
 
 
 def _first_there(name: str, roots: Sequence[str]) -> str | None:

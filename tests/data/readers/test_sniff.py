@@ -83,6 +83,13 @@ def test_a_folder_of_such_files_is_told(tmp_path, name):
         assert message.startswith(f"is a folder whose file 0{name} ")
 
 
+def test_images_beside_annotations_do_not_count(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "_annotations.coco.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    assert describe(str(tmp_path), "coco") == "is a folder: name the COCO file in it"
+
+
 GOOD = {
     "coco.json": ('{"images": [], "annotations": [], "categories": []}', "coco"),
     "boxes.csv": ("image,xmin,ymin,xmax,ymax,label\n", "csv"),

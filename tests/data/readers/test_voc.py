@@ -5,6 +5,7 @@ import os
 import pytest
 
 from focal_d2 import UserError
+from focal_d2.data.checks import check_dataset
 from focal_d2.data.readers import read_voc
 from focal_d2.data.readers.voc import read_voc_boxes
 
@@ -114,3 +115,15 @@ def test_an_old_filename_that_is_now_another_images_does_not_count(folder):
     assert [os.path.basename(x) for x in read_voc(str(folder), str(images), chosen=["1"]).file_names] == [
         "1.png"
     ]
+
+
+@pytest.mark.parametrize("corners, count", [((0, 5, 9, 9), 1), ((3, 4.5, 9, 9), 1), ((1, 1, 9, 9), 0)])
+def test_corners_that_count_from_zero_are_noted(folder, corners, count):
+    (folder / "a.xml").write_text(
+        f"<annotation>{HEAD.format('a')}{OBJECT.format('x', 0, *corners)}</annotation>"
+    )
+    table = read_voc(str(folder), str(folder))
+    assert len(table.notes) == count
+    assert all("1 of 3 boxes have a corner of 0 or one that is not whole" in note for note in table.notes)
+    codes = [finding.code for finding in check_dataset("x", table)]
+    assert codes.count("annotations-read") == count

@@ -215,3 +215,12 @@ def test_labels_of_a_data_file_without_an_image_are_a_mistake(data_file):
     (data_file.parent / "train/labels/README.txt").write_text("made by hand\n")
     (problem,) = read_yolo(str(data_file), "", split="train").problems
     assert "train/labels/q.txt: no image of that name" in problem
+
+
+def test_places_of_a_data_file_are_texts(data_file):
+    rows = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    for key in ("train", "path"):
+        text = "names: [x]\ntrain: train\n" if key == "path" else "names: [x]\n"
+        data_file.write_text("\n".join([*rows, f"{text}{key}: {'*a11' if key == 'path' else '[*a11]'}"]))
+        with pytest.raises(UserError, match=rf"data\.yaml: {key} is .* it must be a path"):
+            read_yolo(str(data_file), "", split="train")
