@@ -84,10 +84,10 @@ def add_focal_config(cfg: CfgNode) -> None:
     # Backbone and head under autocast, losses and decoding in float32, in training and evaluation.
     # SOLVER.AMP.ENABLED turns this on in focal_d2's trainer and tools.
     focal.AMP.ENABLED = False
-    # "bfloat16" needs no loss scaling and works on CPU and CUDA; "auto" is bfloat16, but float32 on a CPU
-    # that does not know it, where it is some 30 times as slow. "float16" is for CUDA only; focal_d2's
-    # trainer then scales the loss, as detectron2's does for SOLVER.AMP.ENABLED.
-    focal.AMP.DTYPE = "bfloat16"
+    # "auto": bfloat16, but on a CPU only where it pays and is sound (amx_bf16, or avx512_bf16 on an AMD CPU),
+    # else float32; the log says which. "bfloat16" needs no loss scaling and is obeyed everywhere. "float16"
+    # is for CUDA only; focal_d2's trainer then scales the loss, as detectron2's does for SOLVER.AMP.ENABLED.
+    focal.AMP.DTYPE = "auto"
     # Let CUDA's matrix products and convolutions round float32 inputs to TF32 (10 bits of mantissa).
     # PyTorch, and so detectron2, does so in convolutions. Read by focal_d2's trainer.
     focal.TF32 = True

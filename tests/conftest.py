@@ -15,8 +15,16 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 import focal_d2
+from focal_d2.modeling.precision import bfloat16_support
 
 REPOSITORY = Path(__file__).parent.parent
+
+# For tests that run a network in bfloat16: with layers of multiples of 32 channels, on images wider than 64
+# pixels (narrower ones are computed in float32). Tests that only store numbers in bfloat16 need no mark.
+_SUPPORT = bfloat16_support()
+runs_bfloat16 = pytest.mark.skipif(
+    not _SUPPORT.trusted, reason=f"bfloat16 is not trusted here: this CPU {_SUPPORT.reason}"
+)
 
 
 @pytest.fixture(autouse=True)

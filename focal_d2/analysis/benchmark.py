@@ -192,7 +192,7 @@ def build_pair(cfg: CfgNode, setting: Setting) -> Pair:
     cfg.defrost()
     cfg.MODEL.DEVICE = setting.device
     cfg.MODEL.RETINANET.NUM_CLASSES = setting.classes
-    cfg.MODEL.FOCAL.AMP.ENABLED = setting.precision == "bf16"
+    cfg.MODEL.FOCAL.AMP.ENABLED, cfg.MODEL.FOCAL.AMP.DTYPE = setting.precision == "bf16", "bfloat16"
     if torch.device(setting.device).type == "cuda":
         torch.cuda.set_device(setting.device)  # whose time and memory are taken
     torch.manual_seed(0)

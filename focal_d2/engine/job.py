@@ -136,7 +136,9 @@ def check_job(config_file: str, overrides: Sequence[str] = (), *, num_gpus: int 
     comparable.OUTPUT_DIR, comparable.SEED = "", -1
     cfg = resolve_alpha(cfg).clone()
     cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"  # where building leaves no context and no memory behind
+    if cfg.MODEL.DEVICE != "cpu":
+        # Where building leaves no context and no memory behind, but another precision would be chosen.
+        cfg.MODEL.DEVICE, cfg.MODEL.FOCAL.AMP.ENABLED = "cpu", False
     with building("trainer"):
         check_training(cfg)
         model = build_model(cfg)

@@ -6,7 +6,6 @@ of the batch. Boxes are XYXY in absolute pixels. Labels are int64: [0, K) a clas
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -45,10 +44,9 @@ from focal_d2.modeling.losses import (
     build_loss,
     gather_deltas,
 )
+from focal_d2.modeling.precision import configured_type, is_narrow
 from focal_d2.modeling.targets import AnchorTargets, build_matcher, label_anchors
 from focal_d2.ops.detect import best_boxes
-
-logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
@@ -209,7 +207,7 @@ class FocalRetinaNet(RetinaNet):
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "amp": _autocast_type(cfg),
+            "amp": configured_type(cfg),
             "channels_last": focal.CHANNELS_LAST,
             "fold_frozen_norms": focal.FOLD_FROZEN_NORMS,
             "compile_network": focal.COMPILE,
@@ -262,9 +260,13 @@ class FocalRetinaNet(RetinaNet):
         backbone, head = self.backbone, self.head
         if self.compiled and traced.is_recording():  # compiled modules refuse to be traced
             backbone, head = backbone.forward, head.forward
-        outputs = backbone(images.tensor)
-        features = [outputs[name] for name in self.head_in_features]
-        return features, head(features)
+        # In evaluation nothing needs gradients, which are what is wrong there.
+        narrow = self.training and self.amp == torch.bfloat16
+        narrow = narrow and is_narrow(images.tensor, coarsest_stride=self._strides[-1])
+        with torch.autocast(self.device.type, enabled=False) if narrow else nullcontext():
+            outputs = backbone(images.tensor)
+            features = [outputs[name] for name in self.head_in_features]
+            return features, head(features)
 
     def _move_to_current_device(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
@@ -374,25 +376,6 @@ class FocalRetinaNet(RetinaNet):
             return results
 
 
-_AUTOCAST_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def _autocast_type(cfg: CfgNode) -> torch.dtype | None:
-    focal = focal_config(cfg)
-    name = check_choice("MODEL.FOCAL.AMP.DTYPE", focal.AMP.DTYPE, ("auto", *_AUTOCAST_TYPES))
-    if not focal.AMP.ENABLED:
-        return None
-    on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
-    if name == "float16" and on_cpu:
-        raise UserError("MODEL.FOCAL.AMP.DTYPE is float16, which needs a GPU; on a CPU use bfloat16")
-    if on_cpu and not _cpu_has_bfloat16():
-        what = "computing in float32" if name == "auto" else "convolutions take some 30 times as long"
-        logger.warning(f"MODEL.FOCAL.AMP.DTYPE is {name}, but this CPU does not know bfloat16: {what}")
-        if name == "auto":
-            return None
-    return _AUTOCAST_TYPES["bfloat16" if name == "auto" else name]
-
-
 def precision_around(cfg: CfgNode, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
     """Return what makes the autocast context in which another model than `FocalRetinaNet` is trained.
 
@@ -401,13 +384,7 @@ def precision_around(cfg: CfgNode, model: nn.Module) -> Callable[[], AbstractCon
     Raises:
         UserError: for a type that the device does not have.
     """
-    dtype = None if isinstance(model, FocalRetinaNet) else _autocast_type(cfg)
+    dtype = None if isinstance(model, FocalRetinaNet) else configured_type(cfg)
     if dtype is None:
         return nullcontext
     return partial(torch.autocast, torch.device(cfg.MODEL.DEVICE).type, dtype=dtype)
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16; True where PyTorch can't tell."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return not capabilities or any(has for name, has in capabilities.items() if "bf16" in name)

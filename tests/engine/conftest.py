@@ -15,9 +15,9 @@ def small_job(job) -> Path:
     content = yaml.safe_load(config.read_text())
     content["MODEL"]["RESNETS"] = {
         "DEPTH": 50,
-        "STEM_OUT_CHANNELS": 8,
-        "WIDTH_PER_GROUP": 8,
-        "RES2_OUT_CHANNELS": 16,
+        "STEM_OUT_CHANNELS": 32,
+        "WIDTH_PER_GROUP": 32,
+        "RES2_OUT_CHANNELS": 32,
         "NORM": "BN",
     }
     content["MODEL"]["FPN"]["OUT_CHANNELS"] = 32

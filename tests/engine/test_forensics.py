@@ -16,25 +16,25 @@ from torch import nn
 
 from focal_d2.engine.forensics import Report, Step, examine, load_step, save_step
 from focal_d2.engine.forensics.report import LargestWeight
-from tests.conftest import make_cfg
+from tests.conftest import make_cfg, runs_bfloat16
 
 INF, NAN = float("inf"), float("nan")
 ANCHORS_A_CELL = 9
 
 
-def make_sample(i: int) -> dict:
-    """An image of 64 × 64 with two boxes."""
-    instances = Instances((64, 64))
+def make_sample(i: int, size: int = 64) -> dict:
+    """A square image with two boxes."""
+    instances = Instances((size, size))
     instances.gt_boxes = Boxes(torch.tensor([[4.0, 4.0, 30.0, 30.0], [20.0, 20.0, 60.0, 50.0]]))
     instances.gt_classes = torch.tensor([0, 1])
     return {
-        "image": torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8),
+        "image": torch.randint(0, 255, (3, size, size), dtype=torch.uint8),
         "instances": instances,
         "ignored_boxes": torch.zeros(0, 4),
         "file_name": f"images/{i}.png",
         "image_id": i,
-        "height": 64,
-        "width": 64,
+        "height": size,
+        "width": size,
     }
 
 
@@ -286,10 +286,10 @@ def train_until_it_breaks(model: nn.Module, batch: list[dict], rate: float) -> l
     raise AssertionError("it did not break")
 
 
-@pytest.mark.parametrize("amp", [False, True])
-def test_examine_tells_divergence_from_its_symptoms(batch, amp):
+@pytest.mark.parametrize("amp", [False, pytest.param(True, marks=runs_bfloat16)])
+def test_examine_tells_divergence_from_its_symptoms(amp):
     model = make_model(MODEL__FOCAL__AMP__ENABLED=amp)
-    batch = batch[:1]
+    batch = [make_sample(0, size=96)]
     steps = train_until_it_breaks(model, batch, 100.0)
     report = examine(model, batch, steps=steps)
     assert report.cause == "diverged"
@@ -329,8 +329,9 @@ def test_verdict_takes_usual_changes_for_no_divergence(norms, losses, cause):
     assert replace(report, largest_weight=LargestWeight("x", 1001.0)).cause == "diverged"
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-def test_examine_runs_in_the_precision_of_training(batch, precision):
+@pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=runs_bfloat16), "float32"])
+def test_examine_runs_in_the_precision_of_training(precision):
+    batch = [make_sample(i, size=96) for i in range(2)]
     model = make_model(MODEL__FOCAL__AMP__ENABLED=precision == "bfloat16")
     with torch.no_grad():
         model.head.cls_score.bias[0] = NAN
@@ -338,8 +339,10 @@ def test_examine_runs_in_the_precision_of_training(batch, precision):
     assert (module.name, module.precision) == ("head.cls_score", precision)
 
 
+@runs_bfloat16
 @pytest.mark.parametrize("processes", [1, 2])
-def test_examine_proves_overflow_of_half_precision(batch, monkeypatch, processes):
+def test_examine_proves_overflow_of_half_precision(monkeypatch, processes):
+    batch = [make_sample(i, size=96) for i in range(2)]
     model = make_model(MODEL__FOCAL__AMP__ENABLED=True)
     # On a CPU there is no float16 autocast for the whole model: the module makes it.
     layer = model.head.cls_score

@@ -134,3 +134,11 @@ def test_lvis_is_read_and_evaluated_by_detectron2(coco_dataset, monkeypatch):
         UserError, match='reads dataset "lvis_v1_tiny" with the package lvis: pip install lvis'
     ):
         check_files("DATASETS.TEST", "lvis_v1_tiny")
+
+
+def test_check_job_of_a_gpu_job_leaves_its_precision_to_the_gpu(job, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    overrides = ["MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "True", "MODEL.FOCAL.AMP.DTYPE"]
+    assert "DTYPE: float16" in check_job(str(job[0]), [*overrides, "float16"])
+    check_job(str(job[0]), [*overrides, "auto"])
+    assert "this CPU" not in caplog.text

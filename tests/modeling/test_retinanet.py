@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 
 import focal_d2
 from focal_d2 import UserError
-from tests.conftest import make_cfg
+from tests.conftest import make_cfg, runs_bfloat16
 
 SIZE = (128, 160)
 
@@ -229,30 +229,6 @@ def test_empty_images_train_without_nan():
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_float16_on_a_cpu_and_unknown_types_are_refused():
-    with pytest.raises(UserError, match="float16, which needs a GPU"):
-        build_model(make_cfg(MODEL__FOCAL__AMP__ENABLED=True, MODEL__FOCAL__AMP__DTYPE="float16"))
-    with pytest.raises(UserError, match='DTYPE is "half"; legal values: auto, bfloat16, float16'):
-        build_model(make_cfg(MODEL__FOCAL__AMP__DTYPE="half"))
-
-
-@pytest.mark.parametrize(
-    "capabilities, dtype, expected, warning",
-    [
-        ({"avx2": True, "avx512_bf16": False}, "auto", None, "computing in float32"),
-        ({"avx2": True, "avx512_bf16": False}, "bfloat16", torch.bfloat16, "some 30 times as long"),
-        ({"avx512_bf16": True}, "auto", torch.bfloat16, None),
-        ({}, "auto", torch.bfloat16, None),
-    ],
-)
-def test_bfloat16_on_a_cpu_that_does_not_know_it(monkeypatch, caplog, capabilities, dtype, expected, warning):
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
-    model = build_model(make_cfg(MODEL__FOCAL__AMP__ENABLED=True, MODEL__FOCAL__AMP__DTYPE=dtype))
-    assert model.amp == expected
-    found = [x.getMessage() for x in caplog.records if "does not know bfloat16" in x.getMessage()]
-    assert (warning is None and not found) or warning in found[0]
-
-
 def test_compile_takes_backbone_and_head(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
@@ -272,6 +248,7 @@ def test_a_backbone_that_rounds_its_sizes_down_is_labelled_by_what_it_gives():
     torch.testing.assert_close(model(batch), expected, rtol=0, atol=0)
 
 
+@runs_bfloat16
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_amp_and_channels_last_change_little(channels_last):
     overrides = {"MODEL__RETINANET__SCORE_THRESH_TEST": 0.012, "MODEL__FOCAL__CHANNELS_LAST": channels_last}
@@ -290,6 +267,17 @@ def test_amp_and_channels_last_change_little(channels_last):
     assert actual.scores.dtype == actual.pred_boxes.tensor.dtype == torch.float32
     assert actual.scores.max() != expected.scores.max()
     torch.testing.assert_close(actual.scores[:5], expected.scores[:5], rtol=0.02, atol=0)
+
+
+def test_images_64_pixels_wide_compute_in_float32_under_bfloat16():
+    plain = build_model(make_cfg())
+    amp = build_model(make_cfg(MODEL__FOCAL__AMP__ENABLED=True, MODEL__FOCAL__AMP__DTYPE="bfloat16"))
+    amp.load_state_dict(plain.state_dict())
+    batch = [make_image(3, 3, size=(96, 64))]
+    for model in (plain, amp):
+        sum(model(batch).values()).backward()
+    for (name, expected), actual in zip(plain.named_parameters(), amp.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=0, atol=0, msg=name)
 
 
 def test_channels_last_is_the_same_function_in_another_layout():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from focal_d2.analysis import benchmark
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, runs_bfloat16
 
 SMALL = [
     "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.FPN.OUT_CHANNELS", "32",
@@ -33,7 +33,7 @@ def options(*more):
     return ["--device", "cpu", "--size", 64, "--batch", 1, "--classes", 3, "--repeats", 1, *more, *SMALL]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=runs_bfloat16)])
 @pytest.mark.parametrize("what", ["loss", "assign", "step", "inference", "input", "memory", "evaluation"])
 def test_each_measures_both_and_a_limit(what, precision, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, what, *options("--precision", precision, "--json"))

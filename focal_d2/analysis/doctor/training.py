@@ -24,6 +24,7 @@ from focal_d2.data.resolution import training_boxes, training_inputs
 from focal_d2.data.table import Table
 from focal_d2.modeling import FocalRetinaNet
 from focal_d2.modeling.anchors import build_layout
+from focal_d2.modeling.precision import configured_type
 
 # The paper, section 4.1, and detectron2's baselines: SGD at these rates for 16 images a step. Batches of
 # another size scale them linearly (arXiv 1706.02677, section 2.1).
@@ -318,7 +319,8 @@ def memory_facts(cfg: CfgNode, model: Any, train: Mapping[str, Table]) -> Memory
 
     Weights, gradients and optimizer are exact. Activations are what autograd keeps of backbone and head for
     a batch of the largest image, at the largest size of `INPUT.*`, and the outputs' gradients; half of
-    it under autocast. All of it at once is more than is needed: gradients come as activations go.
+    it where autocast lowers the precision. All of it at once is more than is needed: gradients come as
+    activations go.
 
     Args:
         cfg: full config.
@@ -342,7 +344,7 @@ def memory_facts(cfg: CfgNode, model: Any, train: Mapping[str, Table]) -> Memory
     images = cfg.SOLVER.IMS_PER_BATCH
     shape = (images, len(cfg.MODEL.PIXEL_MEAN), height, width)
     activations = _kept_for_backward(model.train(), shape)
-    focal = cfg.MODEL.FOCAL
+    precision = configured_type(cfg)
     weights = sum(x.numel() * x.element_size() for x in [*model.parameters(), *model.buffers()])
     trained = [x for x in model.parameters() if x.requires_grad]
     gradients = sum(x.numel() * x.element_size() for x in trained)
@@ -353,7 +355,7 @@ def memory_facts(cfg: CfgNode, model: Any, train: Mapping[str, Table]) -> Memory
         gradients=gradients,
         # Momentum; two moments.
         optimizer=gradients * (2 if cfg.SOLVER.FOCAL.OPTIMIZER == "AdamW" else 1),
-        activations=activations // 2 if focal.AMP.ENABLED else activations,
+        activations=activations if precision is None else activations // 2,
         images=images,
         height=height,
         width=width,

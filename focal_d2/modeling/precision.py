@@ -1,0 +1,125 @@
+"""In which number format backbone and head compute: `MODEL.FOCAL.AMP.*`.
+
+With the vector instructions of `avx512_bf16` alone, a step of R50 in bfloat16 took 1 / 2.4 of detectron2's
+float32 time on an AMD EPYC. On an Intel CPU it took 1.6 times our own float32 time, and convolutions of odd
+widths wrote outside their memory (PyTorch 2.14.1). So bfloat16 is trusted on AMD CPUs, where it was measured,
+and on CPUs with matrix units for it (`amx_bf16`); every other CPU computes in float32.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from focal_d2.config import check_choice, focal_config
+from focal_d2.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_AMD = "AuthenticAMD"
+
+
+class Bfloat16Support(NamedTuple):
+    """Whether a CPU's bfloat16 is fast and sound."""
+
+    trusted: bool
+    reason: str  # completes "this CPU …"
+
+
+def judge_cpu(capabilities: Mapping[str, Any], vendor: str | None) -> Bfloat16Support:
+    """Decide whether convolutions on a CPU shall compute in bfloat16.
+
+    Args:
+        capabilities: of `torch.cpu.get_capabilities()`; empty if PyTorch does not report them.
+        vendor: the CPU's vendor id, such as "AuthenticAMD"; None if it cannot be read.
+    """
+    if not capabilities:
+        return Bfloat16Support(False, f"is not described by PyTorch {torch.__version__}")
+    if capabilities.get("amx_bf16"):
+        return Bfloat16Support(True, "has amx_bf16")
+    if not capabilities.get("avx512_bf16"):
+        return Bfloat16Support(False, "has neither amx_bf16 nor avx512_bf16")
+    if vendor == _AMD:
+        return Bfloat16Support(True, "has avx512_bf16 and is AMD's")
+    who = f"its vendor is {vendor}, not {_AMD}" if vendor else "its vendor cannot be read"
+    return Bfloat16Support(False, f"has avx512_bf16 without amx_bf16, and {who}")
+
+
+def bfloat16_support() -> Bfloat16Support:
+    """Judge the CPU of this machine; see `judge_cpu`."""
+    # Missing in the oldest versions of PyTorch that we accept.
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
+    return judge_cpu(get_capabilities(), _vendor())
+
+
+def _vendor() -> str | None:
+    """Return the CPU's vendor id, as Linux tells it; None where that can't be read."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # another system, or one that hides it
+        return None
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "vendor_id":
+            return value.strip()
+    return None
+
+
+def autocast_type(name: str, *, enabled: bool, device: str) -> torch.dtype | None:
+    """Return the type that backbone and head compute in under autocast, None for that of their weights.
+
+    On a CPU the log says what "auto" decides and why; "bfloat16" on one that is not trusted gives a warning.
+
+    Args:
+        name: `MODEL.FOCAL.AMP.DTYPE`.
+        enabled: `MODEL.FOCAL.AMP.ENABLED`.
+        device: `MODEL.DEVICE`, not "auto".
+
+    Raises:
+        UserError: for an unknown type, or one that the device does not have.
+    """
+    check_choice("MODEL.FOCAL.AMP.DTYPE", name, ("auto", *_TYPES))
+    if not enabled:
+        return None
+    if torch.device(device).type != "cpu":
+        return _TYPES["bfloat16" if name == "auto" else name]
+    if name == "float16":
+        raise UserError("MODEL.FOCAL.AMP.DTYPE is float16, which needs a GPU; on a CPU use auto")
+    trusted, reason = bfloat16_support()
+    if name == "auto":
+        chosen = "bfloat16" if trusted else "float32"
+        logger.info(f"MODEL.FOCAL.AMP.DTYPE auto: computing in {chosen}, because this CPU {reason}")
+        return _TYPES.get(chosen)
+    if not trusted:
+        logger.warning(
+            f"MODEL.FOCAL.AMP.DTYPE is bfloat16, but this CPU {reason}: bfloat16 may be slower than float32 "
+            "there, and wrong; auto computes in float32"
+        )
+    return _TYPES[name]
+
+
+def configured_type(cfg: CfgNode) -> torch.dtype | None:
+    """Return the `autocast_type` of a full config, whose device is not "auto"."""
+    amp = focal_config(cfg).AMP
+    return autocast_type(amp.DTYPE, enabled=amp.ENABLED, device=cfg.MODEL.DEVICE)
+
+
+def is_narrow(images: Tensor, *, coarsest_stride: int) -> bool:
+    """Whether images on a CPU are too narrow to train on in bfloat16: the network must compute in float32.
+
+    If a convolution of stride 2 reads a map that is one cell wide, some of its weights see padding only. On a
+    CPU, PyTorch 2.14.1 never writes the bfloat16 gradient of those weights: it is what was in memory before.
+    Seen on an AMD EPYC with 3 × 3 and 7 × 7 kernels, at any height and number of channels.
+
+    Args:
+        images: (N, C, H, W).
+        coarsest_stride: of the last level, which has the narrowest map.
+    """
+    return images.device.type == "cpu" and images.shape[-1] <= coarsest_stride // 2
