@@ -7,11 +7,10 @@ MODEL.DEVICE "auto", are read by focal_d2's trainer and tools.
 from __future__ import annotations
 
 import functools
-import json
 import operator
 from typing import Any
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
 from focal_d2.errors import UserError
 
@@ -220,77 +219,3 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise UserError(f'{key} is "{value}"; legal values: {", ".join(choices)}')
     return value
-
-
-# Where other detectors of detectron2 keep what a RetinaNet keeps elsewhere, under MODEL.
-_COUNTERPARTS = {
-    "ROI_HEADS.NUM_CLASSES": "RETINANET.NUM_CLASSES",
-    "ROI_HEADS.SCORE_THRESH_TEST": "RETINANET.SCORE_THRESH_TEST",
-    "ROI_HEADS.NMS_THRESH_TEST": "RETINANET.NMS_THRESH_TEST",
-    "ROI_HEADS.IOU_THRESHOLDS": "RETINANET.IOU_THRESHOLDS",
-    "ROI_HEADS.IOU_LABELS": "RETINANET.IOU_LABELS",
-    "ROI_HEADS.IN_FEATURES": "RETINANET.IN_FEATURES",
-    "ROI_BOX_HEAD.NORM": "RETINANET.NORM",
-    "ROI_BOX_HEAD.NUM_CONV": "RETINANET.NUM_CONVS",
-    "ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": "RETINANET.BBOX_REG_LOSS_TYPE",
-    "ROI_BOX_HEAD.BBOX_REG_WEIGHTS": "RETINANET.BBOX_REG_WEIGHTS",
-    "ROI_BOX_HEAD.SMOOTH_L1_BETA": "RETINANET.SMOOTH_L1_LOSS_BETA",
-    "RPN.BBOX_REG_LOSS_TYPE": "RETINANET.BBOX_REG_LOSS_TYPE",
-    "RPN.BBOX_REG_WEIGHTS": "RETINANET.BBOX_REG_WEIGHTS",
-    "RPN.SMOOTH_L1_BETA": "RETINANET.SMOOTH_L1_LOSS_BETA",
-    "RPN.IN_FEATURES": "RETINANET.IN_FEATURES",
-    "RPN.IOU_THRESHOLDS": "RETINANET.IOU_THRESHOLDS",
-    "RPN.IOU_LABELS": "RETINANET.IOU_LABELS",
-    "RPN.NMS_THRESH": "RETINANET.NMS_THRESH_TEST",
-    "RPN.PRE_NMS_TOPK_TEST": "RETINANET.TOPK_CANDIDATES_TEST",
-    "SEM_SEG_HEAD.NUM_CLASSES": "RETINANET.NUM_CLASSES",
-}
-# Sections under MODEL that no RetinaNet reads.
-_OTHER_DETECTORS = (
-    "MASK_ON",
-    "KEYPOINT_ON",
-    "PROPOSAL_GENERATOR",
-    "RPN",
-    "ROI_HEADS",
-    "ROI_BOX_HEAD",
-    "ROI_BOX_CASCADE_HEAD",
-    "ROI_MASK_HEAD",
-    "ROI_KEYPOINT_HEAD",
-    "SEM_SEG_HEAD",
-    "PANOPTIC_FPN",
-)
-
-
-def unread_keys(cfg: CfgNode) -> list[str]:
-    """Say of each key of another detector that was set what a RetinaNet reads in its place.
-
-    Args:
-        cfg: full config. Of another meta-architecture than the RetinaNets nothing is said.
-
-    Returns:
-        A line a key; keys without a counterpart share one.
-    """
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if architecture not in ("FocalRetinaNet", "RetinaNet"):
-        return []
-    defaults = get_cfg().MODEL
-    lines, others = [], []
-    for section in _OTHER_DETECTORS:
-        node = cfg.MODEL[section]
-        for name in node if isinstance(node, CfgNode) else [None]:
-            key = section if name is None else f"{section}.{name}"
-            value, default = (x if name is None else x[name] for x in (node, defaults[section]))
-            if json.dumps(value) == json.dumps(default):  # lists and tuples alike, as YAML has no tuples
-                continue
-            if key not in _COUNTERPARTS:
-                others.append(f"MODEL.{key}")
-                continue
-            of_ours = _COUNTERPARTS[key]
-            node_of_ours, leaf = of_ours.split(".")
-            lines.append(
-                f"MODEL.{key} is {value}, which {architecture} does not read: it reads MODEL.{of_ours}, "
-                f"which is {cfg.MODEL[node_of_ours][leaf]}"
-            )
-    if others:
-        lines.append(f"{architecture} does not read {', '.join(others)}")
-    return lines

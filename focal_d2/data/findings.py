@@ -122,7 +122,9 @@ KINDS = {
         "0.02 (R-CNN)",
         "set SOLVER.BASE_LR, unless it was tuned",
     ),
-    "key-unread": Kind(WARNING, "a key of another detector was set", "set the key that is read"),
+    "key-unread": Kind(
+        WARNING, "a key was set that nothing reads", "set the key that is read instead, or remove it"
+    ),
     # Facts.
     "images-without-boxes": Kind(NOTE, "images without boxes, and whether they are trained on", ""),
     "annotations-read": Kind(NOTE, "what the reader decided that may surprise", "see docs/data.md"),

@@ -12,7 +12,6 @@ from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
-from focal_d2.config import unread_keys
 from focal_d2.data import FocalDatasetMapper, announce, check_datasets
 from focal_d2.data.checks import annotation_warnings
 from focal_d2.data.loader import check_sampler
@@ -24,6 +23,7 @@ from focal_d2.engine.ranks import check_backend, check_devices, restarted_by_tor
 from focal_d2.engine.setup import building, load_config, set_up_job
 from focal_d2.engine.trainer import FocalTrainer, check_training
 from focal_d2.errors import UserError
+from focal_d2.unread_keys import unread_keys
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from focal_d2.analysis.doctor.training import (
     memory_facts,
 )
 from focal_d2.architectures import is_retinanet, known_architecture
-from focal_d2.config import unread_keys
 from focal_d2.data import FocalDatasetMapper, Table, check_annotations, load_table
 from focal_d2.data.checks import (
     check_against_config,
@@ -32,6 +31,7 @@ from focal_d2.data.findings import ERROR, SEVERITIES, Finding
 from focal_d2.data.mapper import build_reader
 from focal_d2.errors import UserError
 from focal_d2.modeling import FocalRetinaNet
+from focal_d2.unread_keys import unread_keys
 
 
 @dataclass(frozen=True)
