@@ -13,7 +13,7 @@ with warnings.catch_warnings():
     from focal_d2.config import add_focal_config
     from focal_d2.engine import Detections, Predictor
     from focal_d2.errors import UserError
-    from focal_d2.modeling import FocalRetinaNet, build_focal_resnet_fpn_backbone
+    from focal_d2.modeling import FocalRetinaNet, build_focal_resnet_fpn_backbone, build_focal_retinanet
 
 __version__ = "0.1.0"
 
@@ -24,4 +24,5 @@ __all__ = [
     "UserError",
     "add_focal_config",
     "build_focal_resnet_fpn_backbone",
+    "build_focal_retinanet",
 ]

@@ -147,33 +147,23 @@ class FocalRetinaNet(RetinaNet):
         Raises:
             UserError: for a value outside a key's choices.
         """
-        retinanet, focal = cfg.MODEL.RETINANET, focal_config(cfg)
-        if retinanet.FOCAL_LOSS_ALPHA > 1 or retinanet.FOCAL_LOSS_GAMMA < 0:
-            raise UserError(
-                f"MODEL.RETINANET.FOCAL_LOSS_ALPHA is {retinanet.FOCAL_LOSS_ALPHA} and FOCAL_LOSS_GAMMA "
-                f"{retinanet.FOCAL_LOSS_GAMMA}; at most 1 and at least 0 are needed"
-            )
+        retinanet = cfg.MODEL.RETINANET
         if cfg.TEST.DETECTIONS_PER_IMAGE < 1:
             raise UserError(f"TEST.DETECTIONS_PER_IMAGE is {cfg.TEST.DETECTIONS_PER_IMAGE}; at least 1")
         if not 0 < retinanet.PRIOR_PROB < 1:
             raise UserError(
                 f"MODEL.RETINANET.PRIOR_PROB is {retinanet.PRIOR_PROB}; it must lie between 0 and 1"
             )
-        if not focal.IGNORE_OVERLAP > 0:
-            raise UserError(f"MODEL.FOCAL.IGNORE_OVERLAP is {focal.IGNORE_OVERLAP}; it must be above 0")
+        box2box_transform = Box2BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS)
+        parts = build_focal_parts(cfg, box2box_transform)
+        cls_loss = parts["cls_loss"]
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         for name in retinanet.IN_FEATURES:
             check_choice("MODEL.RETINANET.IN_FEATURES entry", name, tuple(shapes))
         feature_shapes = [shapes[name] for name in retinanet.IN_FEATURES]
-        cls_loss = build_loss(
-            focal.LOSS.NAME,
-            num_classes=retinanet.NUM_CLASSES,
-            parameters=loss_parameters(cfg),
-            implementation=focal.LOSS.IMPLEMENTATION,
-        )
-        box2box_transform = Box2BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS)
         return {
+            **parts,
             "backbone": backbone,
             "head": FocalRetinaNetHead(
                 cfg,
@@ -185,32 +175,13 @@ class FocalRetinaNet(RetinaNet):
             "anchor_generator": build_anchor_generator(cfg, feature_shapes),
             "box2box_transform": box2box_transform,
             "anchor_matcher": build_matcher(cfg),
-            "region_share": focal.IGNORE_OVERLAP,
             "num_classes": retinanet.NUM_CLASSES,
-            "cls_loss": cls_loss,
-            "box_loss": BoxLoss(
-                kind=check_choice(
-                    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", retinanet.BBOX_REG_LOSS_TYPE, BOX_LOSSES
-                ),
-                transform=box2box_transform,
-                smooth_l1_beta=retinanet.SMOOTH_L1_LOSS_BETA,
-                ghm_mu=focal.GHM_R.MU,
-                ghm_bins=focal.GHM_R.BINS,
-                ghm_momentum=focal.GHM_R.MOMENTUM,
-            ),
-            "loss_normalizer": LossNormalizer(
-                kind=check_choice("MODEL.FOCAL.LOSS.NORMALIZER", focal.LOSS.NORMALIZER, NORMALIZERS)
-            ),
             "test_score_thresh": retinanet.SCORE_THRESH_TEST,
             "test_topk_candidates": retinanet.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": retinanet.NMS_THRESH_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "amp": configured_type(cfg),
-            "channels_last": focal.CHANNELS_LAST,
-            "fold_frozen_norms": focal.FOLD_FROZEN_NORMS,
-            "compile_network": focal.COMPILE,
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
@@ -374,6 +345,50 @@ class FocalRetinaNet(RetinaNet):
                     )
                 )
             return results
+
+
+def build_focal_parts(cfg: CfgNode, box2box_transform: Box2BoxTransform) -> dict[str, Any]:
+    """Build what detectron2's RetinaNet does not have: the arguments of `FocalRetinaNet` from `MODEL.FOCAL`.
+
+    Args:
+        cfg: full config; of `MODEL.RETINANET` the class count and the losses' keys are read.
+        box2box_transform: the model's.
+
+    Raises:
+        UserError: for a value outside a key's choices.
+    """
+    retinanet, focal = cfg.MODEL.RETINANET, focal_config(cfg)
+    if retinanet.FOCAL_LOSS_ALPHA > 1 or retinanet.FOCAL_LOSS_GAMMA < 0:
+        raise UserError(
+            f"MODEL.RETINANET.FOCAL_LOSS_ALPHA is {retinanet.FOCAL_LOSS_ALPHA} and FOCAL_LOSS_GAMMA "
+            f"{retinanet.FOCAL_LOSS_GAMMA}; at most 1 and at least 0 are needed"
+        )
+    if not focal.IGNORE_OVERLAP > 0:
+        raise UserError(f"MODEL.FOCAL.IGNORE_OVERLAP is {focal.IGNORE_OVERLAP}; it must be above 0")
+    return {
+        "region_share": focal.IGNORE_OVERLAP,
+        "cls_loss": build_loss(
+            focal.LOSS.NAME,
+            num_classes=retinanet.NUM_CLASSES,
+            parameters=loss_parameters(cfg),
+            implementation=focal.LOSS.IMPLEMENTATION,
+        ),
+        "box_loss": BoxLoss(
+            kind=check_choice("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", retinanet.BBOX_REG_LOSS_TYPE, BOX_LOSSES),
+            transform=box2box_transform,
+            smooth_l1_beta=retinanet.SMOOTH_L1_LOSS_BETA,
+            ghm_mu=focal.GHM_R.MU,
+            ghm_bins=focal.GHM_R.BINS,
+            ghm_momentum=focal.GHM_R.MOMENTUM,
+        ),
+        "loss_normalizer": LossNormalizer(
+            kind=check_choice("MODEL.FOCAL.LOSS.NORMALIZER", focal.LOSS.NORMALIZER, NORMALIZERS)
+        ),
+        "amp": configured_type(cfg),
+        "channels_last": focal.CHANNELS_LAST,
+        "fold_frozen_norms": focal.FOLD_FROZEN_NORMS,
+        "compile_network": focal.COMPILE,
+    }
 
 
 def precision_around(cfg: CfgNode, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:

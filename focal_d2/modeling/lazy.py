@@ -1,0 +1,89 @@
+"""FocalRetinaNet for detectron2's LazyConfig, where a model is a call instead of YAML."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import RetinaNet
+from torch import nn
+
+from focal_d2.config import add_focal_config
+from focal_d2.errors import UserError
+from focal_d2.modeling.losses import ClassificationLoss
+from focal_d2.modeling.retinanet import FocalRetinaNet, build_focal_parts
+
+# Keys of MODEL.FOCAL that say how to build a part which a LazyConfig hands over as it is.
+_KEYS_OF_PARTS = {
+    "FPN.INIT": "backbone",
+    "FPN.P6_FROM": "backbone.top_block",
+    "HEAD.CHANNELS": "head.conv_dims",
+    "LOW_QUALITY_MATCHES": "anchor_matcher.allow_low_quality_matches",
+}
+
+
+def build_focal_retinanet(*, focal: Mapping[str, Any] | None = None, **arguments: Any) -> FocalRetinaNet:
+    """Build `FocalRetinaNet` from the arguments of detectron2's `RetinaNet`.
+
+    For a LazyConfig: `cfg.model._target_ = focal_d2.build_focal_retinanet`.
+
+    Args:
+        focal: keys of `MODEL.FOCAL`, such as `{"LOSS": {"NAME": "quality_focal"}}`; None: their defaults.
+        arguments: detectron2's, with its defaults; `vis_period` and `input_format` change nothing.
+
+    Raises:
+        UserError: for a key that does not exist or has no effect here, a value outside its choices, or a head
+            without the logits that the loss needs.
+        TypeError: for an argument that detectron2's RetinaNet does not have, and for one that is missing.
+    """
+    signature = inspect.signature(RetinaNet.__init__).bind(None, **arguments)
+    signature.apply_defaults()
+    given = {name: value for name, value in signature.arguments.items() if name != "self"}
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    _merge(cfg.MODEL.FOCAL, focal or {})
+    retinanet = cfg.MODEL.RETINANET
+    retinanet.NUM_CLASSES = given["num_classes"]
+    retinanet.FOCAL_LOSS_ALPHA = given.pop("focal_loss_alpha")
+    retinanet.FOCAL_LOSS_GAMMA = given.pop("focal_loss_gamma")
+    retinanet.SMOOTH_L1_LOSS_BETA = given.pop("smooth_l1_beta")
+    retinanet.BBOX_REG_LOSS_TYPE = given.pop("box_reg_loss_type")
+    del given["vis_period"], given["input_format"]
+    parts = build_focal_parts(cfg, given["box2box_transform"])
+    _fit_head(given["head"], parts["cls_loss"], given["anchor_generator"].num_anchors[0])
+    return FocalRetinaNet(**given, **parts)
+
+
+def _merge(node: CfgNode, focal: Mapping[str, Any]) -> None:
+    """Merge `focal` into `MODEL.FOCAL`."""
+    for key, part in _KEYS_OF_PARTS.items():
+        section, _, name = key.rpartition(".")
+        if name in (focal.get(section, {}) if section else focal):
+            raise UserError(f"model.focal.{key} has no effect in a LazyConfig: set model.{part}")
+    try:
+        node.merge_from_other_cfg(CfgNode(_plain(focal)))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"model.focal: {error.args[0]}") from error
+
+
+def _plain(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _plain(value) if isinstance(value, Mapping) else value for name, value in node.items()}
+
+
+def _fit_head(head: nn.Module, cls_loss: ClassificationLoss, num_anchors: int) -> None:
+    """Check that a head of detectron2's has the loss's logits, and start them as the loss wants."""
+    last: Any = head.cls_score
+    if last.out_channels != num_anchors * cls_loss.num_logits:
+        raise UserError(
+            f"model.head gives {last.out_channels} logits a cell; {num_anchors} anchors with "
+            f"{cls_loss.num_logits} logits each need {num_anchors * cls_loss.num_logits}: "
+            f"set model.head.num_classes to {cls_loss.num_logits}"
+        )
+    if cls_loss.num_logits != cls_loss.num_classes:
+        with torch.no_grad():  # the head started all classes, background too, at the prior
+            prior = last.bias[0].sigmoid().item()
+            last.bias.copy_(cls_loss.prior_bias(prior).repeat(num_anchors))
