@@ -17,7 +17,9 @@ from fvcore.common.checkpoint import Checkpointer
 
 from focal_d2.errors import UserError
 from focal_d2.storage.downloads import check_address, fetch, is_address
-from focal_d2.storage.files import ASIDE, ForbiddenImportError, read_pickle, read_torch, write_aside
+from focal_d2.storage.files import ASIDE, write_aside
+from focal_d2.storage.pickles import ForbiddenImportError
+from focal_d2.storage.weights import read_pickle, read_torch
 
 # What the losses remember: not in detectron2's checkpoints, and each loss has its own.
 _OURS = ("loss_normalizer.", "cls_loss.", "box_loss.")

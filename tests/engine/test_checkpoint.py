@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from focal_d2 import UserError
 from focal_d2.engine.checkpoint import FocalCheckpointer
 from tests.conftest import make_cfg
-from tests.storage.test_files import Evil
+from tests.storage.test_weights import Evil
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from focal_d2.data.readers import read_coco
 from tests.conftest import REPOSITORY
 from tests.data import formats
 from tests.engine.runs import metrics, mounted, run_main, run_tool
-from tests.storage.test_files import Evil
+from tests.storage.test_weights import Evil
 from train_net import command_line
 
 

@@ -12,7 +12,7 @@ import yaml
 from detectron2.modeling import build_model
 
 from tests.conftest import REPOSITORY, make_cfg
-from tests.storage.test_files import Evil
+from tests.storage.test_weights import Evil
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from focal_d2.engine.forensics.report import Report, Step
 from focal_d2.engine.setup import building, resolve_device
 from focal_d2.errors import UserError
 from focal_d2.modeling.retinanet import precision_around
-from focal_d2.storage.files import read_torch, write_aside
+from focal_d2.storage.files import write_aside
+from focal_d2.storage.weights import read_torch
 
 _KEYS = {
     *("iteration", "rank", "learning_rate", "losses", "steps", "normalizer"),
