@@ -165,7 +165,7 @@ def _boxes(path: str | Path, root: ElementTree.Element, problem: Callable[[str, 
             continue
         left, top, right, bottom = (x or 0.0 for x in numbers)
         corners = (left - 1, top - 1, right - left + 1, bottom - top + 1)
-        difficult = element.findtext("difficult", "0").strip()
+        difficult = element.findtext("difficult", "").strip() or "0"  # labelme2voc writes it empty
         if difficult not in ("0", "1"):
             problem(item, f'difficult is "{difficult[:60]}"; it must be 0 or 1')
             continue

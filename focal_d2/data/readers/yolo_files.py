@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from focal_d2.data.pixels import IMAGE_SUFFIXES
-from focal_d2.data.readers.common import ImageFolder, is_yaml, list_files, read_list, read_yaml, short
+from focal_d2.data.readers.common import ImageFolder, is_yaml, list_files, listed, read_list, read_yaml, short
 from focal_d2.errors import UserError
 
 # Where tools leave class names: labelImg and makesense, CVAT, Roboflow's Darknet export, ultralytics.
 _NAMES = ("classes.txt", "obj.names", "_darknet.labels")
 _DATA_FILES = ("data.yaml", "data.yml", "dataset.yaml")
-_SPLITS = ("train", "val", "valid", "validation", "test")
+# Keys of a data.yaml that are texts or lists, but not the images of a split.
+_NO_SPLITS = ("path", "names", "nc", "kpt_shape", "flip_idx", "download", "yaml_file")
 
 
 class YoloFiles(NamedTuple):
@@ -40,8 +41,8 @@ def about_classes(annotations: str) -> tuple[str | None, Any]:
         annotations: the folder of labels, or a data.yaml.
 
     Returns:
-        The data.yaml, or of the files that tools leave in the folder, else in the one above, else in the one
-        above that, the first; None if there is none. `kpt_shape` of such a data.yaml, or None.
+        The data.yaml, or of the files that tools leave in the folder, else in one of the three above it, the
+        nearest; None if there is none. `kpt_shape` of such a data.yaml, or None.
     """
     if is_yaml(annotations):
         content = read_yaml(annotations)
@@ -53,9 +54,9 @@ def about_classes(annotations: str) -> tuple[str | None, Any]:
 
 
 def _nearby(folder: str, names: Sequence[str]) -> str | None:
-    for place in (folder, os.path.join(folder, ".."), os.path.join(folder, "..", "..")):
+    for up in range(4):  # data/labels/train or dataset/train/labels, and the file above both
         for name in names:
-            path = os.path.normpath(os.path.join(place, name))
+            path = os.path.normpath(os.path.join(folder, *[".."] * up, name))
             if os.path.isfile(path):
                 return path
     return None
@@ -104,18 +105,17 @@ def files_of_split(path: str, split: str | None, options: ImageFolder) -> YoloFi
 
     Args:
         path: of the file.
-        split: train, val or test.
+        split: train, val, test, or another key of the file.
         options: whose `outside` and `basename` hold for the names in lists of images.
 
     Raises:
         UserError: naming the file, if it has no such split, or its folders or lists are not there.
     """
     content = read_yaml(path)
-    splits = [key for key in _SPLITS if content.get(key)]
+    # CVAT gives its subsets names of the user's.
+    splits = [x for x, y in content.items() if y and isinstance(y, (str, list)) and x not in _NO_SPLITS]
     if split not in splits:
-        raise UserError(
-            f"{path}: SPLIT is {split}; the file has {', '.join(splits) or 'no train, val or test'}"
-        )
+        raise UserError(f"{path}: SPLIT is {split}; the file has {listed(splits) or 'no train, val or test'}")
     beside = os.path.dirname(os.path.abspath(path))
     base = _paths(path, "path", content.get("path") or "")[0]
     places = _paths(path, split or "", content[split])

@@ -39,6 +39,13 @@ def test_difficult_objects_are_ignored_regions(folder):
     assert table.ignored.tolist() == [False, True]
 
 
+def test_an_empty_difficult_is_none(folder):
+    (folder / "b.xml").write_text((folder / "b.xml").read_text().replace("<difficult>1<", "<difficult><"))
+    table = read_voc(str(folder), str(folder))
+    assert table.ignored.tolist() == [False, False]
+    assert not table.problems
+
+
 def test_images_and_classes_are_sorted(folder):
     table = read_voc(str(folder), str(folder))
     assert [name[-5:] for name in table.file_names] == ["a.png", "b.png"]

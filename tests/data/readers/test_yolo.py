@@ -100,7 +100,7 @@ def test_class_names_are_found_beside_and_above_the_labels(folder, place, text, 
     table = read(folder)
     assert table.classes == ("x", "y")
     assert table.notes == [f"{folder}/labels: the class names are those of {folder}/{source}"]
-    # Roboflow: data.yaml is above train/labels.
+    # Roboflow: data.yaml is above train/labels; others: above data/labels/train.
     table = read_yolo(str(folder / "labels/below"), str(folder / "images/below"))
     assert table.classes == ("x", "y")
 
@@ -126,6 +126,18 @@ def test_boxes_with_keypoints_are_told_from_polygons(folder):
     pose = [" ".join([*row.split()[:5], "0.45", "0.4", "2", "0.5", "0.45", "1"]) for row in POSE[:1]]
     (folder / "labels/a.txt").write_text("\n".join(pose))
     assert read(folder, classes=["x"], rows="keypoints").boxes[0, 2:].tolist() == pytest.approx([128, 170.8])
+
+
+def test_numbers_beyond_shares_are_flags_of_keypoints(folder):
+    """Two to a point would make 18 numbers, too; 2 says that a keypoint is seen."""
+    rows = [
+        "0 0.2 0.3 0.2 0.4 0.15 0.2 2 0.25 0.4 2 0.2 0.3 1 0.21 0.3 0",
+        "0 0.9 0.5 0.1 0.2 0.87 0.5 2 0.9 0.45 2 0.92 0.5 1 0 0 0",
+    ]
+    (folder / "labels/a.txt").write_text("\n".join(rows))
+    table = read(folder, classes=["x"])
+    assert table.boxes[:, 2].tolist() == pytest.approx([128, 64])
+    assert "lines have 16 numbers after the class: they are read as a box and keypoints" in table.notes[0]
 
 
 def test_polygons_of_four_corners_are_no_keypoints(folder):
@@ -202,6 +214,16 @@ def test_images_of_a_data_file_are_found(data_file, content, lists):
     assert table.file_names == [str(data_file.parent / name) for name in images]
     assert len(table.boxes) == len(images)
     assert not table.problems
+
+
+def test_a_split_may_have_any_name(data_file):
+    data_file.write_text("Train: Train.txt\nkpt_shape: [1, 2]\nnames: {0: x}\npath: .\n")
+    (data_file.parent / "Train.txt").write_text("data/train/images/a.png\n")
+    (data_file.parent / "train/labels/a.txt").write_text("0 0.5 0.5 0.5 0.5 0.4 0.4\n")
+    table = read_yolo(str(data_file), "", split="Train")
+    assert table.boxes.tolist() == [[160, 106.75, 320, 213.5]]
+    with pytest.raises(UserError, match=r"data\.yaml: SPLIT is train; the file has Train$"):
+        read_yolo(str(data_file), "", split="train")
 
 
 def test_a_split_that_is_not_there_is_named(data_file):
