@@ -91,6 +91,11 @@ def add_focal_config(cfg: CfgNode) -> None:
     # PyTorch, and so detectron2, does so in convolutions. Read by focal_d2's trainer.
     focal.TF32 = True
 
+    # Triton kernels on a GPU, for matching anchors and for the fused loss (LOSS.IMPLEMENTATION fused): "on",
+    # "off" or "auto", which is off: they have not run on a GPU yet. YAML that focal_d2 does not read itself
+    # needs quotes around on and off.
+    focal.KERNELS = "auto"
+
     # Store weights and images as NHWC, which convolution libraries prefer; values stay the same.
     focal.CHANNELS_LAST = False
     # Compute a convolution and the frozen batch norm after it as one convolution: the same function, and

@@ -28,6 +28,7 @@ from focal_d2.evaluation import check_backend, detection_limits
 from focal_d2.storage.downloads import is_address
 
 _OPTIMIZERS = ("SGD", "AdamW")
+_KERNELS = "MODEL.FOCAL.KERNELS"
 
 
 def load_config(
@@ -59,14 +60,14 @@ def load_config(
     if config_file:
         if not os.path.isfile(config_file):
             raise UserError(f"config file not found: {config_file}")
-        with _config_errors(cfg, config_file), _auto_classes(cfg):
+        with _config_errors(cfg, config_file), _other_types(cfg):
             if trust_files:
                 cfg.merge_from_file(config_file)
             else:
                 merge_file(cfg, config_file, allow_download=allow_download)
     if len(overrides) % 2:
         raise UserError(f"overrides must be KEY VALUE pairs; got {' '.join(overrides)}")
-    with _config_errors(cfg, "command line"), _auto_classes(cfg):
+    with _config_errors(cfg, "command line"), _other_types(cfg):
         cfg.merge_from_list(list(overrides))
     _refuse_nulls(cfg)
     if not trust_files:
@@ -95,12 +96,17 @@ def load_config(
 
 
 @contextmanager
-def _auto_classes(cfg: CfgNode) -> Iterator[None]:
-    """Let numbers of classes become "auto": yacs takes a text for a number only where there is none."""
-    before = {key: key_value(cfg, key) for key in CLASS_KEYS}
-    for key in CLASS_KEYS:
+def _other_types(cfg: CfgNode) -> Iterator[None]:
+    """Let numbers of classes be "auto", and kernels be what YAML makes of on and off, which is a boolean.
+
+    yacs takes another type than the default's only where there is no value.
+    """
+    before = {key: key_value(cfg, key) for key in (*CLASS_KEYS, _KERNELS)}
+    for key in before:
         set_value(cfg, key, None)
     yield
+    if isinstance(on := key_value(cfg, _KERNELS), bool):
+        set_value(cfg, _KERNELS, "on" if on else "off")
     for key, value in before.items():
         if key_value(cfg, key) is None:
             set_value(cfg, key, value)

@@ -107,8 +107,8 @@ def autocast_type(name: str, *, enabled: bool, device: str) -> torch.dtype | Non
 
 def configured_type(cfg: CfgNode) -> torch.dtype | None:
     """Return the `autocast_type` of a full config, whose device is not "auto"."""
-    amp = focal_config(cfg).AMP
-    return autocast_type(amp.DTYPE, enabled=amp.ENABLED, device=cfg.MODEL.DEVICE)
+    focal = focal_config(cfg)
+    return autocast_type(focal.AMP.DTYPE, enabled=focal.AMP.ENABLED, device=cfg.MODEL.DEVICE)
 
 
 def is_narrow(images: Tensor, *, coarsest_stride: int) -> bool:

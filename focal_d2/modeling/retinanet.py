@@ -6,6 +6,7 @@ of the batch. Boxes are XYXY in absolute pixels. Labels are int64: [0, K) a clas
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -82,6 +83,7 @@ class FocalRetinaNet(RetinaNet):
         amp: torch.dtype | None,
         channels_last: bool,
         fold_frozen_norms: bool,
+        use_kernels: bool,
         compile_network: bool,
     ) -> None:
         """Compose the detector.
@@ -107,6 +109,7 @@ class FocalRetinaNet(RetinaNet):
             amp: run backbone and head under autocast to this type; None: in the weights' precision.
             channels_last: keep weights and images in NHWC.
             fold_frozen_norms: compute convolution and frozen batch norm as one convolution.
+            use_kernels: match anchors with Triton kernels on a GPU; the loss has its own such argument.
             compile_network: hand backbone and head to `torch.compile`.
         """
         # Not RetinaNet's own constructor: it would store settings of losses that this class does not use.
@@ -128,6 +131,7 @@ class FocalRetinaNet(RetinaNet):
         self.max_detections_per_image = max_detections_per_image
         self.amp = amp
         self.channels_last = channels_last
+        self.use_kernels = use_kernels
         if channels_last:
             self.to(memory_format=torch.channels_last)
         shapes = backbone.output_shape()
@@ -306,6 +310,7 @@ class FocalRetinaNet(RetinaNet):
             self.num_classes,
             regions=regions or [None] * len(gt_instances),
             region_share=self.region_share,
+            use_kernels=self.use_kernels,
         )
 
     def forward_inference(
@@ -365,6 +370,7 @@ def build_focal_parts(cfg: CfgNode, box2box_transform: Box2BoxTransform) -> dict
         )
     if not focal.IGNORE_OVERLAP > 0:
         raise UserError(f"MODEL.FOCAL.IGNORE_OVERLAP is {focal.IGNORE_OVERLAP}; it must be above 0")
+    use_kernels = _use_kernels(cfg)
     return {
         "region_share": focal.IGNORE_OVERLAP,
         "cls_loss": build_loss(
@@ -372,6 +378,7 @@ def build_focal_parts(cfg: CfgNode, box2box_transform: Box2BoxTransform) -> dict
             num_classes=retinanet.NUM_CLASSES,
             parameters=loss_parameters(cfg),
             implementation=focal.LOSS.IMPLEMENTATION,
+            use_kernels=use_kernels,
         ),
         "box_loss": BoxLoss(
             kind=check_choice("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", retinanet.BBOX_REG_LOSS_TYPE, BOX_LOSSES),
@@ -387,6 +394,7 @@ def build_focal_parts(cfg: CfgNode, box2box_transform: Box2BoxTransform) -> dict
         "amp": configured_type(cfg),
         "channels_last": focal.CHANNELS_LAST,
         "fold_frozen_norms": focal.FOLD_FROZEN_NORMS,
+        "use_kernels": use_kernels,
         "compile_network": focal.COMPILE,
     }
 
@@ -403,3 +411,14 @@ def precision_around(cfg: CfgNode, model: nn.Module) -> Callable[[], AbstractCon
     if dtype is None:
         return nullcontext
     return partial(torch.autocast, torch.device(cfg.MODEL.DEVICE).type, dtype=dtype)
+
+
+def _use_kernels(cfg: CfgNode) -> bool:
+    """Whether `MODEL.FOCAL.KERNELS` asks for Triton kernels; "auto" does not until they have run on a GPU."""
+    value = check_choice("MODEL.FOCAL.KERNELS", focal_config(cfg).KERNELS, ("auto", "on", "off"))
+    on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+    if value == "on" and on_gpu and importlib.util.find_spec("triton") is None:
+        raise UserError(
+            "MODEL.FOCAL.KERNELS is on, but Triton is not installed: install triton, or set it off"
+        )
+    return value == "on"

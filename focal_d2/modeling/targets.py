@@ -97,7 +97,7 @@ def count_labels(
         own = torch.from_numpy(boxes[ends[i] : ends[i + 1]]).float()
         outcome = np.zeros(len(anchors.boxes), dtype=np.int8)
         if len(own):
-            outcome = _match(own, anchors, matcher).outcome.numpy()
+            outcome = _match(own, anchors, matcher, use_kernels=False).outcome.numpy()
         areas = [height * width for height, width in cells]
         per_cell = len(outcome) // sum(areas)
         firsts = np.cumsum([0, *areas[:-1]]) * per_cell
@@ -116,6 +116,7 @@ def label_anchors(
     *,
     regions: Sequence[Tensor | None],
     region_share: float,
+    use_kernels: bool,
 ) -> AnchorTargets:
     """Match every anchor to at most one box by IoU (paper, section 4).
 
@@ -132,6 +133,7 @@ def label_anchors(
         num_classes: K.
         regions: N × (G, 4) boxes of an image's regions, on any device, or None.
         region_share: an anchor is in a region that covers at least this share of its area.
+        use_kernels: see `match_anchors`.
 
     Raises:
         UserError: for a class that the model has not; where classes are on a GPU they are not looked at,
@@ -157,7 +159,7 @@ def label_anchors(
             labels[i].masked_fill_(inside, IGNORE_LABEL)
         if count == 0:
             continue
-        box, outcome = _match(boxes[first : first + count], anchors, matcher)
+        box, outcome = _match(boxes[first : first + count], anchors, matcher, use_kernels=use_kernels)
         torch.add(box, first, out=matched[i])
         torch.eq(outcome, 1, out=positive[i])
         labels[i].masked_fill_(outcome == -1, IGNORE_LABEL)
@@ -166,7 +168,7 @@ def label_anchors(
     return AnchorTargets(labels, positive, matched, boxes, _count(positive))
 
 
-def _match(boxes: Tensor, anchors: Anchors, matcher: Matcher) -> Matches:
+def _match(boxes: Tensor, anchors: Anchors, matcher: Matcher, *, use_kernels: bool) -> Matches:
     return match_anchors(
         boxes,
         anchors.boxes,
@@ -174,6 +176,7 @@ def _match(boxes: Tensor, anchors: Anchors, matcher: Matcher) -> Matches:
         thresholds=matcher.thresholds[1:-1],  # without the infinities around them
         labels=matcher.labels,
         low_quality_matches=matcher.allow_low_quality_matches,
+        use_kernels=use_kernels,
     )
 
 

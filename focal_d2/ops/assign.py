@@ -9,8 +9,8 @@ Windows are found in float64 and made a little larger than they need be; what li
 IoU than matters however float32 rounds. Where that can't be said (a box that hardly overlaps any anchor, or
 positives below the first threshold) all pairs are looked at, a slice of anchors at a time.
 
-On a GPU, lists whose length depends on the boxes would wait for it. There Triton kernels, if it is installed,
-look at all pairs and keep none.
+On a GPU, lists whose length depends on the boxes wait for it. With `use_kernels`, Triton kernels look at all
+pairs there, if Triton is installed, and keep none. They have not run on a GPU yet.
 
 Shapes: M boxes, R anchors, S anchor shapes (levels × anchors a cell), T listed pairs. Boxes are XYXY.
 """
@@ -67,6 +67,7 @@ def match_anchors(
     thresholds: Sequence[float],
     labels: Sequence[int],
     low_quality_matches: bool,
+    use_kernels: bool = False,
 ) -> Matches:
     """Match every anchor to at most one box, as detectron2's `Matcher` does with the IoU matrix.
 
@@ -77,9 +78,10 @@ def match_anchors(
         thresholds: T' rising IoUs, above 0.
         labels: T' + 1 of -1, 0 and 1: for IoUs below the first threshold, from it to the second, and so on.
         low_quality_matches: an anchor that is a box's best gets label 1, however low their IoU.
+        use_kernels: on a GPU with Triton, match with Triton kernels; the labels are the same.
     """
     arguments = (list(thresholds), list(labels), low_quality_matches)
-    kernels = find_kernels(boxes)
+    kernels = find_kernels(boxes) if use_kernels else None
     if kernels is not None and boxes.dtype == anchors.dtype == torch.float32:
         found = kernels.find_best_boxes(boxes, anchors, with_is_best=low_quality_matches)
         outcome = _label(found.highest, *arguments[:2])

@@ -15,7 +15,7 @@ IGNORE_LABEL = -1
 
 
 def find_kernels(x: Tensor) -> ModuleType | None:
-    """Return the module of our Triton kernels if they run on x: on a GPU, or anywhere in the interpreter."""
+    """Return the module of our Triton kernels if they can run on x: on a GPU, or in Triton's interpreter."""
     if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
         return _import_kernels()
     return None

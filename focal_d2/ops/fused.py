@@ -5,8 +5,8 @@ reading a label, in chunks that stay in cache: its value is summed and its gradi
 positives are corrected, and what ignored anchors added is taken out again. Nothing of the logits' size is
 kept but the gradient, which backward only scales, in place.
 
-On a GPU a Triton kernel reads each logit with its label and does all of this at once, without a wait for the
-GPU, but for float64 logits or where Triton is not installed.
+With `use_kernels`, a Triton kernel on a GPU reads each logit with its label and does all of this at once,
+without a wait for the GPU, but for float64 logits or where Triton is not installed. It has not run on a GPU.
 
 Shapes: N images, L levels, A anchors a cell, K classes, R anchors an image (all levels); logits
 L × (N, A·K, H, W), labels (N, R) in the order of anchors, as detectron2 has them. P entries (an anchor and
@@ -46,7 +46,13 @@ _NEAR_1 = 0.98
 
 
 def dense_focal_loss(
-    logits: Sequence[Tensor], labels: Tensor, *, num_classes: int, alpha: float | Tensor, gamma: float
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    num_classes: int,
+    alpha: float | Tensor,
+    gamma: float,
+    use_kernels: bool = False,
 ) -> Tensor:
     """Return what `sigmoid_focal_loss` returns for the same logits as (N, R, K).
 
@@ -57,6 +63,7 @@ def dense_focal_loss(
         alpha: weight of the positives in [0, 1], 1 - alpha that of the negatives, or one for each class
             (K,); a negative number leaves all weights at 1.
         gamma: focusing parameter, at least 0.
+        use_kernels: on a GPU with Triton, compute with a Triton kernel; see the top of this module.
 
     Returns:
         The sum over anchors that are not ignored and all classes, a scalar in float32 (float64 for float64
@@ -70,13 +77,19 @@ def dense_focal_loss(
     if isinstance(alpha, Tensor):
         if alpha.shape != (num_classes,):
             raise ValueError(f"alpha {tuple(alpha.shape)} must be a number or ({num_classes},)")
-        return _dense(logits, labels, None, num_classes, _Focal(gamma, 1 - alpha, alpha))
+        return _dense(logits, labels, None, num_classes, _Focal(gamma, 1 - alpha, alpha), use_kernels)
     weights = (1.0, 1.0) if alpha < 0 else (1.0 - alpha, alpha)
-    return _dense(logits, labels, None, num_classes, _Focal(gamma, *weights))
+    return _dense(logits, labels, None, num_classes, _Focal(gamma, *weights), use_kernels)
 
 
 def dense_quality_focal_loss(
-    logits: Sequence[Tensor], labels: Tensor, quality: Tensor, *, num_classes: int, beta: float
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    quality: Tensor,
+    *,
+    num_classes: int,
+    beta: float,
+    use_kernels: bool = False,
 ) -> Tensor:
     """Return what `quality_focal_loss` returns for the same logits as (N, R, K).
 
@@ -86,6 +99,7 @@ def dense_quality_focal_loss(
         quality: (N, R) float in [0, 1], read where the label is a class.
         num_classes: K.
         beta: focusing parameter, 0 or at least 1.
+        use_kernels: see `dense_focal_loss`.
 
     Returns:
         See `dense_focal_loss`.
@@ -94,11 +108,18 @@ def dense_quality_focal_loss(
         ValueError: if shapes, labels' dtype or beta do not fit.
     """
     check_quality_beta(beta)
-    return _dense(logits, labels, quality, num_classes, _Quality(beta, 1.0))
+    return _dense(logits, labels, quality, num_classes, _Quality(beta, 1.0), use_kernels)
 
 
 def dense_varifocal_loss(
-    logits: Sequence[Tensor], labels: Tensor, quality: Tensor, *, num_classes: int, alpha: float, gamma: float
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    quality: Tensor,
+    *,
+    num_classes: int,
+    alpha: float,
+    gamma: float,
+    use_kernels: bool = False,
 ) -> Tensor:
     """Return what `varifocal_loss` returns for the same logits as (N, R, K).
 
@@ -109,6 +130,7 @@ def dense_varifocal_loss(
         num_classes: K.
         alpha: weight of the negatives, in [0, 1].
         gamma: focusing parameter of the negatives, at least 0.
+        use_kernels: see `dense_focal_loss`.
 
     Returns:
         See `dense_focal_loss`.
@@ -118,7 +140,7 @@ def dense_varifocal_loss(
     """
     check_in_0_1("alpha", alpha)
     check_at_least_0("gamma", gamma)
-    return _dense(logits, labels, quality, num_classes, _Varifocal(gamma, alpha))
+    return _dense(logits, labels, quality, num_classes, _Varifocal(gamma, alpha), use_kernels)
 
 
 class _Term(NamedTuple):
@@ -181,10 +203,15 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @torch.compiler.disable
 def _dense(
-    logits: Sequence[Tensor], labels: Tensor, quality: Tensor | None, num_classes: int, loss: _Loss
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    quality: Tensor | None,
+    num_classes: int,
+    loss: _Loss,
+    use_kernels: bool,
 ) -> Tensor:
     _check_shapes(logits, labels, quality, num_classes)
-    total: Tensor = _DenseLoss.apply(labels, quality, num_classes, loss, *logits)
+    total: Tensor = _DenseLoss.apply(labels, quality, num_classes, loss, use_kernels, *logits)
     return total
 
 
@@ -205,12 +232,18 @@ def _check_shapes(logits: Sequence[Tensor], labels: Tensor, quality: Tensor | No
 class _DenseLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, labels: Tensor, quality: Tensor | None, num_classes: int, loss: _Loss, *logits: Tensor
+        ctx: Any,
+        labels: Tensor,
+        quality: Tensor | None,
+        num_classes: int,
+        loss: _Loss,
+        use_kernels: bool,
+        *logits: Tensor,
     ) -> Tensor:
         levels = tuple(x if is_dense(x) else x.contiguous() for x in logits)
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[5:]
         gradients = [torch.empty_like(x) if w else None for x, w in zip(levels, wanted, strict=True)]
-        kernels = find_kernels(labels)
+        kernels = find_kernels(labels) if use_kernels else None
         if kernels is not None and all(x.dtype in _KERNEL_DTYPES for x in levels):
             total = kernels.dense_loss(
                 levels,
@@ -240,7 +273,7 @@ class _DenseLoss(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None:
                 _scale(gradient, grad_output / _kept_scale(gradient))
-        return None, None, None, None, *gradients
+        return None, None, None, None, None, *gradients
 
 
 def _scale(gradient: Tensor, factor: Tensor) -> None:

@@ -145,3 +145,21 @@ def test_tf32_is_set(value, tmp_path, tf32):
     set_up_job(cfg, argument_parser().parse_args([]))
     assert torch.backends.cudnn.allow_tf32 == value
     assert torch.backends.cuda.matmul.allow_tf32 == value
+
+
+@pytest.mark.parametrize(
+    "yaml_text, override, expected",
+    [
+        ("on", [], "on"),  # YAML makes a boolean of it
+        ("'off'", [], "off"),
+        ("auto", [], "auto"),
+        ("off", ["on"], "on"),
+        ("on", ["off"], "off"),
+        ("on", ["auto"], "auto"),
+    ],
+)
+def test_kernels_may_be_on_or_off_in_yaml(tmp_path, yaml_text, override, expected):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"MODEL: {{FOCAL: {{KERNELS: {yaml_text}}}}}")
+    cfg = load_config(str(path), [*CPU, *[x for value in override for x in ("MODEL.FOCAL.KERNELS", value)]])
+    assert expected == cfg.MODEL.FOCAL.KERNELS

@@ -414,3 +414,23 @@ def test_a_class_that_the_model_has_not_is_named():
 def test_training_without_instances_is_refused(batch):
     with pytest.raises(UserError, match="training needs images with instances"):
         build_model(make_cfg())(batch)
+
+
+@pytest.mark.parametrize("value, wanted", [("auto", False), ("on", True), ("off", False)])
+def test_kernels_are_ruled_by_one_key(monkeypatch, value, wanted):
+    asked = {"loss": [], "matching": []}
+    monkeypatch.setattr("focal_d2.ops.fused.find_kernels", asked["loss"].append)
+    monkeypatch.setattr("focal_d2.ops.assign.find_kernels", asked["matching"].append)
+    build_model(make_cfg(MODEL__FOCAL__KERNELS=value))([make_image(3, 3)])
+    assert {what: len(calls) > 0 for what, calls in asked.items()} == {"loss": wanted, "matching": wanted}
+
+
+def test_kernels_need_triton_on_a_gpu(monkeypatch):
+    with pytest.raises(UserError, match='KERNELS is "fast"; legal values: auto, on, off'):
+        build_model(make_cfg(MODEL__FOCAL__KERNELS="fast"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    cfg = make_cfg(MODEL__FOCAL__KERNELS="on")
+    assert build_model(cfg).use_kernels  # there are none on a CPU
+    cfg.MODEL.DEVICE = "cuda"
+    with pytest.raises(UserError, match="KERNELS is on, but Triton is not installed"):
+        build_model(cfg)

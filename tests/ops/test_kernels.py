@@ -10,17 +10,22 @@ import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, pairwise_iou
 
-from focal_d2.ops import common, dense_focal_loss, dense_quality_focal_loss, sigmoid_focal_loss
-from focal_d2.ops.assign import match_anchors
+from focal_d2 import ops
+from focal_d2.ops import assign, common, fused, sigmoid_focal_loss
 from tests.conftest import REPOSITORY
 from tests.ops.test_assign import make_anchors, random_boxes
 from tests.ops.test_fused import LAYOUTS, LOSSES, flatten, make_levels, value_and_gradient
+
+dense_focal_loss = partial(ops.dense_focal_loss, use_kernels=True)
+dense_quality_focal_loss = partial(ops.dense_quality_focal_loss, use_kernels=True)
+match_anchors = partial(assign.match_anchors, use_kernels=True)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -64,10 +69,10 @@ def test_without_triton_pytorch_does_it_all():
     program = """
 import sys, torch
 sys.modules["triton"] = None  # importing it fails
-from focal_d2.ops import assign, dense_focal_loss
+from tests.ops.test_kernels import dense_focal_loss, match_anchors
 labels, box = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[0.0, 0, 1, 1]])
 print(float(dense_focal_loss([torch.zeros(1, 1, 1, 2)], labels, num_classes=1, alpha=-1.0, gamma=0.0)))
-print(assign.match_anchors(box, box, None, thresholds=[0.5], labels=[0, 1], low_quality_matches=True))
+print(match_anchors(box, box, None, thresholds=[0.5], labels=[0, 1], low_quality_matches=True))
 assert sys.modules.get("focal_d2.ops.kernels") is None
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # asks for kernels on the CPU
@@ -82,6 +87,20 @@ assert sys.modules.get("focal_d2.ops.kernels") is None
 @pytest.mark.skipif(INTERPRETED, reason="is in the interpreter")
 def test_on_a_cpu_there_are_no_kernels():
     assert common.find_kernels(torch.zeros(1)) is None
+
+
+def test_kernels_are_not_looked_for_unless_asked_for(monkeypatch):
+    asked = []
+    for module in (fused, assign):
+        monkeypatch.setattr(module, "find_kernels", asked.append)
+    labels, box = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[0.0, 0, 1, 1]])
+    for wanted in (False, True):
+        more = {"use_kernels": wanted}
+        ops.dense_focal_loss([torch.zeros(1, 1, 1, 2)], labels, num_classes=1, alpha=-1.0, gamma=0.0, **more)
+        assign.match_anchors(
+            box, box, None, thresholds=[0.5], labels=[0, 1], low_quality_matches=True, **more
+        )
+        assert len(asked) == 2 * wanted
 
 
 def compile_for_a_gpu(name, signature, constants, **options):
@@ -171,7 +190,8 @@ def test_loss_is_the_reference(name, layout, dtype, device):
         expected = in_float64(plain, logits, labels, *soft, num_classes=k, **more)
         more = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in more.items()}
         inputs = on(device, logits)
-        loss = dense(inputs, labels.to(device), *(s.to(device) for s in soft), num_classes=k, **more)
+        soft = [x.to(device) for x in soft]
+        loss = dense(inputs, labels.to(device), *soft, num_classes=k, **more, use_kernels=True)
         got = value_and_gradient(loss, inputs)
         assert got[0].dtype == torch.float32
         assert_close(got[:1], expected[:1], rtol=2e-6, atol=1e-6)
@@ -217,7 +237,8 @@ def test_loss_is_precise_for_any_logit(name, x, device):
                 soft = [] if q is None else [torch.tensor([[q]])]
                 expected = in_float64(plain, logits, labels, *soft, num_classes=1, **more)
                 inputs = on(device, logits)
-                loss = dense(inputs, labels.to(device), *(s.to(device) for s in soft), num_classes=1, **more)
+                soft = [x.to(device) for x in soft]
+                loss = dense(inputs, labels.to(device), *soft, num_classes=1, **more, use_kernels=True)
                 assert_close(value_and_gradient(loss, inputs), expected, rtol=rtol, atol=1e-30)
 
 

@@ -126,6 +126,7 @@ class ClassificationLoss(nn.Module):
     divided_by_positives = True
     has_fused = False
     implementation = "reference"
+    use_kernels = False  # of the one-pass implementation, on a GPU
 
     def __init__(self, *, num_classes: int) -> None:
         super().__init__()
@@ -139,7 +140,7 @@ class ClassificationLoss(nn.Module):
     def use_fused(self, batch: DenseBatch) -> bool:
         """Whether `MODEL.FOCAL.LOSS.IMPLEMENTATION` asks for the one-pass implementation."""
         if self.implementation == "auto":
-            # The kernels for GPUs have not run on one yet.
+            # Not measured on a GPU yet.
             return self.has_fused and batch.labels.device.type == "cpu"
         return self.implementation == "fused"
 
@@ -207,7 +208,7 @@ IMPLEMENTATIONS = ("auto", "reference", "fused")
 
 
 def build_loss(
-    name: str, *, num_classes: int, parameters: dict[str, Any], implementation: str
+    name: str, *, num_classes: int, parameters: dict[str, Any], implementation: str, use_kernels: bool
 ) -> ClassificationLoss:
     """Build the loss that YAML names.
 
@@ -216,6 +217,7 @@ def build_loss(
         num_classes: K.
         parameters: what YAML sets, by the names it uses there.
         implementation: one of `IMPLEMENTATIONS`.
+        use_kernels: whether `MODEL.FOCAL.KERNELS` asks for Triton kernels on a GPU.
 
     Raises:
         UserError: for an unknown name, a parameter that this loss does not read, or an implementation that
@@ -241,5 +243,5 @@ def build_loss(
         loss = LOSSES[name](num_classes=num_classes, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"MODEL.FOCAL.LOSS ({name}): {error}") from error
-    loss.implementation = implementation
+    loss.implementation, loss.use_kernels = implementation, use_kernels
     return loss

@@ -90,7 +90,12 @@ class _SigmoidFocal(_AlphaBalanced):
         if not self.use_fused(batch) or self.alpha == "auto":
             return super().forward(batch)
         return dense_focal_loss(
-            batch.logits, batch.labels, num_classes=self.num_classes, alpha=self.alpha, gamma=self.gamma
+            batch.logits,
+            batch.labels,
+            num_classes=self.num_classes,
+            alpha=self.alpha,
+            gamma=self.gamma,
+            use_kernels=self.use_kernels,
         )
 
     def term(self, logits: Tensor, labels: Tensor, *, reduction: str = "sum") -> Tensor:
@@ -259,7 +264,12 @@ class QualityFocalLoss(_Quality):
         """See `focal_d2.ops.quality_focal_loss`."""
         if self.use_fused(batch):
             return dense_quality_focal_loss(
-                batch.logits, batch.labels, batch.quality(), num_classes=self.num_classes, beta=self.beta
+                batch.logits,
+                batch.labels,
+                batch.quality(),
+                num_classes=self.num_classes,
+                beta=self.beta,
+                use_kernels=self.use_kernels,
             )
         return self.term(batch.all_logits(), batch.labels, batch.quality())
 
@@ -293,6 +303,7 @@ class VarifocalLoss(_Quality):
                 num_classes=self.num_classes,
                 alpha=self.alpha,
                 gamma=self.gamma,
+                use_kernels=self.use_kernels,
             )
         return self.term(batch.all_logits(), batch.labels, batch.quality())
 

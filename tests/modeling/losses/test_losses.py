@@ -45,7 +45,9 @@ NAMES = [
 def build(name: str, *, implementation: str = "auto", **parameters) -> ClassificationLoss:
     changes = {f"MODEL__FOCAL__LOSS__{k}": v for k, v in parameters.items()}
     cfg = make_cfg(MODEL__FOCAL__LOSS__NAME=name, **changes)
-    return build_loss(name, num_classes=K, parameters=loss_parameters(cfg), implementation=implementation)
+    return build_loss(
+        name, num_classes=K, parameters=loss_parameters(cfg), implementation=implementation, use_kernels=False
+    )
 
 
 def make_batch(loss: ClassificationLoss, images: int = 2, labels=None) -> DenseBatch:
@@ -256,7 +258,13 @@ def test_ohem_keeps_what_brute_force_keeps(examples, threshold, ratio):
 
 
 def test_ghm_weights_counted_by_hand():
-    loss = build_loss("ghm", num_classes=1, parameters={"BINS": 4, "MOMENTUM": 0.0}, implementation="auto")
+    loss = build_loss(
+        "ghm",
+        num_classes=1,
+        parameters={"BINS": 4, "MOMENTUM": 0.0},
+        implementation="auto",
+        use_kernels=False,
+    )
     p = torch.tensor([0.1, 0.2, 0.6, 0.9])
     logits = p.logit().reshape(1, 1, 1, 4)
     labels = torch.tensor([[1, 1, 1, 0]])
