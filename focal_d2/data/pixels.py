@@ -37,7 +37,7 @@ from focal_d2.errors import UserError
 FORMATS = {"BGR": 3, "RGB": 3, "L": 1, "HSV": 3, "YCbCr": 3, "YUV-BT.601": 3}
 
 # Endings of the files that folders of images are searched for.
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 # What Pillow raises for files that it cannot or will not read.
 UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)

@@ -526,6 +526,13 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     ),
     "voc: ..": ("voc", lambda b: b.replace("a.xml", "a.jpg", "../../a.jpg"), None),
     "voc: the image was renamed": ("voc", lambda b: b.replace("a.xml", "a.jpg", "old name.jpg"), None),
+    "voc: another ending": (
+        "voc",
+        lambda b: (
+            b.replace("a.xml", "a.jpg", "a.png") or (b.images / "a.jpg").rename(b.images / "a.jfif") and None
+        ),
+        None,
+    ),
     "voc: a name without ending": ("voc", lambda b: b.replace("a.xml", "a.jpg", "a"), None),
     "voc: two images of the file's name": (
         "voc",

@@ -192,6 +192,11 @@ def read_coco(annotations: str, images: ImageFolder | str, classes: Sequence[str
             "regions, neither trained on nor counted in AP"
         )
     crowds = np.array([bool(a.iscrowd) for a in objects], dtype=bool)
+    if len(crowds) and crowds.all():
+        notes.append(
+            f"{annotations}: all {len(crowds)} annotations have iscrowd 1, as CVAT writes masks: they are "
+            "ignored regions; export the objects as boxes or polygons to train on them"
+        )
     return Table(
         classes=names,
         category_ids=category_ids,

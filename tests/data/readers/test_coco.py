@@ -61,6 +61,13 @@ def test_ignore_makes_ignored_regions(coco_dataset):
     assert "has the ignore 'no'; it must be 0 or 1" in table.problems[0]
 
 
+def test_a_set_of_crowds_alone_is_noted(coco_dataset):
+    """CVAT exports masks so."""
+    table = read_changed(coco_dataset(images=1), lambda c: [a.update(iscrowd=1) for a in c["annotations"]])
+    assert table.ignored.all()
+    assert "all 3 annotations have iscrowd 1" in table.notes[0]
+
+
 def test_classes_set_the_order_and_may_be_absent_from_the_file(coco_dataset):
     table = read_changed(
         coco_dataset(images=1), lambda c: None, classes=["class2", "new", "class0", "class1"]
