@@ -174,7 +174,9 @@ class FocalTrainer(DefaultTrainer):
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process():
             by_dataset = {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
-            logger.info("Average precision and recall, per cent:\n" + format_results(by_dataset))
+            table = format_results(by_dataset)
+            if table:  # a test set without annotations has no results
+                logger.info(f"Average precision and recall, per cent:\n{table}")
         return results
 
     def build_hooks(self) -> list[Any]:

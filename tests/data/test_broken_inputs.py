@@ -528,9 +528,7 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     "voc: the image was renamed": ("voc", lambda b: b.replace("a.xml", "a.jpg", "old name.jpg"), None),
     "voc: another ending": (
         "voc",
-        lambda b: (
-            b.replace("a.xml", "a.jpg", "a.png") or (b.images / "a.jpg").rename(b.images / "a.jfif") and None
-        ),
+        lambda b: b.replace("a.xml", "a.jpg", "a.png") or (b.images / "a.jpg").rename(b.images / "a.jfif"),
         None,
     ),
     "voc: a name without ending": ("voc", lambda b: b.replace("a.xml", "a.jpg", "a"), None),
