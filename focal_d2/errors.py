@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 _PREFIX = "UserError: "
 # Ends the line that refuses a file: the flag is that of focal_d2.engine.add_trust_flag.
@@ -26,3 +28,10 @@ def user_message(error: BaseException) -> str | None:
     if _PREFIX in last and "\n" in text:
         return last.split(_PREFIX, 1)[1]
     return " ".join(text.split()) if isinstance(error, UserError) else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" for the known name that is nearest, upper and lower case alike, or ""."""
+    by_case = {x.lower(): x for x in known}
+    near = difflib.get_close_matches(name.lower(), by_case, n=1)
+    return f"; did you mean {by_case[near[0]]}?" if near else ""

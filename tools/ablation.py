@@ -13,16 +13,14 @@ from pathlib import Path
 import yaml
 
 from focal_d2.analysis import Result, as_json, check_seeds, load_grid, plan, run_study, write_report
-from focal_d2.engine import check_job, command_line
+from focal_d2.engine import Parser, check_job, command_line
 from focal_d2.errors import UserError
 
 TRAIN_NET = Path(__file__).resolve().parent.parent / "train_net.py"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--config-file", required=True, metavar="BASE", help="what all cells start from")
     parser.add_argument("--grid", required=True, type=Path, help="YAML of cells and seeds (configs/grids/)")
     parser.add_argument("--output", required=True, type=Path, help="the study's folder")

@@ -13,15 +13,13 @@ from typing import Any
 
 from focal_d2.analysis import benchmark
 from focal_d2.analysis.benchmark_report import as_text, plot_sweep
-from focal_d2.engine import command_line, load_config, positive
+from focal_d2.engine import Parser, command_line, load_config, positive
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "focal_retinanet_R_50_FPN_1x.yaml"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     subcommands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, run in benchmark.BENCHMARKS.items():
         add_options(subcommands.add_parser(name, help=(run.__doc__ or "").splitlines()[0]))

@@ -12,13 +12,11 @@ import sys
 from pathlib import Path
 
 from focal_d2.analysis.doctor import as_fix_list, as_page, as_text, build_without_memory, examine
-from focal_d2.engine import building, check_writable, command_line, load_config
+from focal_d2.engine import Parser, building, check_writable, command_line, load_config
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--config-file", required=True, metavar="CFG", help="what train_net.py would get")
     parser.add_argument("--json", action="store_true", help="print all findings and facts as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots and thumbnails")

@@ -14,15 +14,13 @@ from focal_d2.analysis import check_seeds
 from focal_d2.analysis.anchor_fit import compare_anchors
 from focal_d2.architectures import require_retinanet
 from focal_d2.data import check_datasets, load_table
-from focal_d2.engine import check_writable, command_line, load_config, positive
+from focal_d2.engine import Parser, check_writable, command_line, load_config, positive
 from focal_d2.engine.setup import building
 from focal_d2.modeling.anchors import build_layout
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--config-file", required=True, metavar="CFG")
     parser.add_argument("--sizes", type=positive, metavar="N", help="on each level (default: the config's)")
     parser.add_argument("--ratios", type=positive, metavar="N", help="of each size (default: the config's)")

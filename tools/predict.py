@@ -10,7 +10,7 @@ import numpy as np
 
 from focal_d2.data import check_datasets, ground_truth
 from focal_d2.data.pixels import ImageReader
-from focal_d2.engine import Predictor, add_trust_flag, command_line, load_config
+from focal_d2.engine import Parser, Predictor, add_trust_flag, command_line, load_config
 from focal_d2.engine.pictures import (
     draw_detections,
     list_images,
@@ -23,7 +23,7 @@ IN_COLOURS = ImageReader("BGR", "pil")  # what is drawn on, whatever the model i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", type=Path, help="an image, or a folder of images")

@@ -1,17 +1,16 @@
 #!/usr/bin/env python
 """Fetch the embedded aerial pictures and cut them into tiles for training and testing."""
 
-import argparse
 import json
 from pathlib import Path
 
 from focal_d2.data.embedded import datasets_root
 from focal_d2.data.neon_trees import SPLITS, prepare
-from focal_d2.engine.cli import command_line
+from focal_d2.engine.cli import Parser, command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--root", type=Path, default=datasets_root(), help="dataset folder")
     parser.add_argument("--wheel", type=Path, help="a deepforest wheel that is already here")
     args = parser.parse_args()

@@ -6,20 +6,17 @@ gradient, are not finite again, 1 if not, 2 for a mistake in the command or a da
 docs/nonfinite.md.
 """
 
-import argparse
 import json
 import logging
 import sys
 from pathlib import Path
 
-from focal_d2.engine import command_line
+from focal_d2.engine import Parser, command_line
 from focal_d2.engine.forensics import load_step, replay
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="OUTPUT_DIR/nonfinite_NNNNNNN")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: as in training, if it is here")

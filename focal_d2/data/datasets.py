@@ -19,10 +19,10 @@ from detectron2.utils.file_io import PathManager
 
 from focal_d2.architectures import class_key, needs_beyond_boxes
 from focal_d2.config import key_value
-from focal_d2.data.entries import check_entry, images_of, read_entry
+from focal_d2.data.entries import check_entry, expand_paths, images_of, read_entry
 from focal_d2.data.readers.common import listed
 from focal_d2.data.table import Table
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def register_datasets(entries: list[dict[str, Any]]) -> None:
     for i, entry in enumerate(entries):
         place = f"DATASETS.FOCAL[{i}]"
         check_entry(place, entry)
+        entry = expand_paths(entry)
         name = entry["NAME"]
         if any(name == earlier["NAME"] for earlier in entries[:i]):
             raise UserError(f'{place}.NAME "{name}" stands in an earlier entry, too')
@@ -270,8 +271,9 @@ def check_annotations(key: str, name: str) -> None:
         UserError: if not.
     """
     if name not in DatasetCatalog:
-        known = ", ".join(sorted(DatasetCatalog.list()))
-        raise UserError(f'{key}: dataset "{name}" is not registered; registered: {known}')
+        known = sorted(DatasetCatalog.list())
+        near = did_you_mean(name, known) or f"; registered: {', '.join(known)}"
+        raise UserError(f'{key}: dataset "{name}" is not registered{near}')
     is_lvis = MetadataCatalog.get(name).get("evaluator_type") == "lvis"
     if is_lvis and importlib.util.find_spec("lvis") is None:
         raise UserError(f'{key}: detectron2 reads dataset "{name}" with the package lvis: pip install lvis')

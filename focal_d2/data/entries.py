@@ -55,6 +55,12 @@ def check_entry(place: str, entry: Any) -> None:
         raise UserError(f'{place}.NAME "{name}" becomes the name of a folder: it can have no slash')
 
 
+def expand_paths(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry whose paths begin with a user's folder where they began with `~`."""
+    paths = ("IMAGES", "ANNOTATIONS", "CLASSES", "KEEP", "LIST")
+    return {k: os.path.expanduser(x) if k in paths and isinstance(x, str) else x for k, x in entry.items()}
+
+
 def _check_value(place: str, key: str, value: Any) -> None:
     if key in _CHOICES:
         check_choice(place, value, _CHOICES[key])

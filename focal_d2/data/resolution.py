@@ -75,7 +75,7 @@ def training_inputs(cfg: CfgNode, sizes: np.ndarray) -> NetworkInputs:
         edge = edges[(len(edges) - 1) // 2]
     return network_inputs(
         sizes,
-        crop_type=_crop_type(cfg),
+        crop_type=check_crop_type(cfg),
         crop_size=inputs.CROP.SIZE,
         short_edge=edge,
         max_size=inputs.MAX_SIZE_TRAIN,
@@ -100,7 +100,7 @@ def largest_windows(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
     Raises:
         UserError: for a kind of crop that detectron2 has not, or no MIN_SIZE_TRAIN.
     """
-    inputs, crop_type, edges = cfg.INPUT, _crop_type(cfg), _short_edges(cfg)
+    inputs, crop_type, edges = cfg.INPUT, check_crop_type(cfg), _short_edges(cfg)
     sizes = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
     crops = sizes
     if crop_type is not None:
@@ -123,7 +123,12 @@ def largest_windows(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
     return windows
 
 
-def _crop_type(cfg: CfgNode) -> str | None:
+def check_crop_type(cfg: CfgNode) -> str | None:
+    """Return `INPUT.CROP.TYPE`, or None where `INPUT.CROP` is not enabled.
+
+    Raises:
+        UserError: if detectron2 has no such crop.
+    """
     crop = cfg.INPUT.CROP
     return check_choice("INPUT.CROP.TYPE", crop.TYPE, _CROPS) if crop.ENABLED else None
 

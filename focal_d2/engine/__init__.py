@@ -1,7 +1,14 @@
 """Running things: configs and checks, trainer, predictor, pictures."""
 
 from focal_d2.engine.alpha import resolve_alpha
-from focal_d2.engine.cli import add_trust_flag, argument_parser, check_writable, command_line, positive
+from focal_d2.engine.cli import (
+    Parser,
+    add_trust_flag,
+    argument_parser,
+    check_writable,
+    command_line,
+    positive,
+)
 from focal_d2.engine.job import check_job, launch_job
 from focal_d2.engine.predictor import Detections, Predictor
 from focal_d2.engine.setup import building, load_config
@@ -10,6 +17,7 @@ from focal_d2.engine.trainer import FocalTrainer
 __all__ = [
     "Detections",
     "FocalTrainer",
+    "Parser",
     "Predictor",
     "add_trust_flag",
     "argument_parser",

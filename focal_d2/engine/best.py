@@ -172,7 +172,8 @@ def check_best(cfg: CfgNode) -> None:
             )
         return
     if cfg.TEST.EVAL_PERIOD < 1 or not cfg.DATASETS.TEST:
-        key = "DATASETS.TEST is empty" if cfg.TEST.EVAL_PERIOD > 0 else "TEST.EVAL_PERIOD is 0"
+        period = cfg.TEST.EVAL_PERIOD
+        key = "DATASETS.TEST is empty" if period > 0 else f"TEST.EVAL_PERIOD is {period}"
         raise UserError(f"TEST.FOCAL.BEST_METRIC is {test.BEST_METRIC}, but {key}: nothing is evaluated")
     names = []
     for dataset in cfg.DATASETS.TEST:

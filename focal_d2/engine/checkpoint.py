@@ -30,6 +30,7 @@ _BLOCK = re.compile(r"(^|\.)res[2-5]\.\d+\.")
 # A checkpoint of the schedule, by the number of its last iteration.
 _NUMBERED = re.compile(r"model_(\d+)\.pth")
 _LAST = "last_checkpoint"
+_BOX_PREDICTOR = "roi_heads.box_predictor"  # of detectron2's R-CNNs
 _UNNUMBERED = ("model_final.pth", "model_best.pth")
 # What detectron2 reads at the end of a name.
 _HEURISTICS = "?matching_heuristics=True"
@@ -283,6 +284,7 @@ class FocalCheckpointer(DetectionCheckpointer):
             missing &= needed
             surplus = {n for n in surplus if _BLOCK.search(n)}
             misshaped = {n: shapes for n, shapes in misshaped.items() if n in needed}
+        self._check_classes(misshaped)
         reasons = []
         if missing:
             reasons.append(f"lack {_some(missing)}")
@@ -295,6 +297,32 @@ class FocalCheckpointer(DetectionCheckpointer):
         if reasons:
             raise UserError(f"weights {self._source} do not fit this model: they {'; '.join(reasons)}")
         return incompatible
+
+    def _check_classes(self, misshaped: dict[str, tuple[Any, Any]]) -> None:
+        """Name the number of classes where it is all that differs between the file and the model."""
+        layers = {name.rpartition(".")[0] for name in misshaped}
+        state = self.model.state_dict()
+        if layers == {"head.cls_score"} and "head.bbox_pred.bias" in state:
+            key, owner = "MODEL.RETINANET.NUM_CLASSES", self.model
+            anchors = state["head.bbox_pred.bias"].shape[0] // 4
+        elif layers and layers <= {f"{_BOX_PREDICTOR}.cls_score", f"{_BOX_PREDICTOR}.bbox_pred"}:
+            key, owner, anchors = "MODEL.ROI_HEADS.NUM_CLASSES", getattr(self.model, "roi_heads", None), 1
+        else:
+            return
+        classes = getattr(owner, "num_classes", None)
+        scores = next((x for name, x in misshaped.items() if name.endswith("cls_score.bias")), None)
+        if classes is None or scores is None:
+            return
+        (theirs,), (ours,) = scores
+        # Some heads also score the background.
+        before = theirs // anchors - (ours // anchors - classes)
+        text = f"{self._source} was trained with {before} classes, but {key} is {classes}"
+        if self._must_be_whole:
+            text = (
+                f"--resume: {text}; to train other classes from it, choose another OUTPUT_DIR and set "
+                f"MODEL.WEIGHTS {self._source}"
+            )
+        raise UserError(text)
 
 
 def _needed(names: Iterable[str]) -> set[str]:

@@ -6,11 +6,13 @@ import argparse
 import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 from detectron2.engine import default_argument_parser
 
@@ -54,6 +56,34 @@ def command_line() -> Iterator[None]:
 
 def _is_not_user_error(record: logging.LogRecord) -> bool:
     return not (record.exc_info and record.exc_info[1] and user_message(record.exc_info[1]))
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of the tools: Python's, with three differences.
+
+    A description keeps its lines. An option among the KEY VALUE pairs is named as that. `~` becomes the
+    user's folder in `--config-file` and options of the type `Path`: a shell leaves `--output=~/x` as it is.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See `argparse.ArgumentParser`."""
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """See `argparse.ArgumentParser.parse_known_args`."""
+        values, rest = super().parse_known_args(*args, **kwargs)
+        if getattr(values, "config_file", None):
+            values.config_file = os.path.expanduser(values.config_file)
+        return values, rest
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser.error`."""
+        given = [x for x in re.findall(r"--[\w-]+", message) if x in sys.argv]
+        if "required" in message and given:
+            message = f"{given[0]} must come before the KEY VALUE pairs"
+        super().error(message)
 
 
 def argument_parser() -> argparse.ArgumentParser:

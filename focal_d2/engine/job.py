@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Sequence
 
 import torch
@@ -18,10 +19,11 @@ from focal_d2.data.loader import check_sampler
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.best import check_best
 from focal_d2.engine.checkpoint import FocalCheckpointer, check_file
+from focal_d2.engine.checks import check_training
 from focal_d2.engine.output_lock import output_lock
 from focal_d2.engine.ranks import check_backend, check_devices, restarted_by_torchrun, start
 from focal_d2.engine.setup import building, load_config, set_up_job
-from focal_d2.engine.trainer import FocalTrainer, check_training
+from focal_d2.engine.trainer import FocalTrainer
 from focal_d2.errors import UserError
 from focal_d2.unread_keys import unread_keys
 
@@ -49,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: for anything the user can mend.
     """
+    args.config_file = os.path.expanduser(args.config_file)
     cfg = load_config(
         args.config_file, args.opts, trust_files=args.trust_files, allow_download=args.allow_download
     )
@@ -130,6 +133,7 @@ def check_job(config_file: str, overrides: Sequence[str] = (), *, num_gpus: int 
     check_devices(num_gpus, 1)
     cfg = load_config(config_file, overrides)
     check_datasets(cfg, training=True)
+    check_training(cfg)
     check_best(cfg)
     comparable = cfg.clone()
     comparable.defrost()
@@ -140,7 +144,6 @@ def check_job(config_file: str, overrides: Sequence[str] = (), *, num_gpus: int 
         # Where building leaves no context and no memory behind, but another precision would be chosen.
         cfg.MODEL.DEVICE, cfg.MODEL.FOCAL.AMP.ENABLED = "cpu", False
     with building("trainer"):
-        check_training(cfg)
         model = build_model(cfg)
         optimizer = FocalTrainer.build_optimizer(cfg, model)
         FocalTrainer.build_lr_scheduler(cfg, optimizer)

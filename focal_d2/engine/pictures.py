@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def read_image(path: str | Path, reader: ImageReader) -> np.ndarray:
         UserError: naming the file, if it cannot be read.
     """
     try:
-        return reader.read(str(path))
+        return reader.read(os.path.expanduser(path))
     except UNREADABLE as error:
         raise UserError(f"cannot read image {path}: {error}") from error
 

@@ -18,7 +18,7 @@ from focal_d2.data.mapper import build_reader
 from focal_d2.data.pixels import from_array
 from focal_d2.engine.checkpoint import FocalCheckpointer
 from focal_d2.engine.pictures import read_image
-from focal_d2.engine.setup import resolve_device
+from focal_d2.engine.setup import building, resolve_device
 from focal_d2.errors import UserError
 
 
@@ -50,7 +50,8 @@ class Predictor:
             allow_download: let `MODEL.WEIGHTS` be an address outside detectron2's stores.
 
         Raises:
-            UserError: if the weights are missing or do not fit, or the device does not exist here.
+            UserError: if the weights are missing or do not fit, the device does not exist here, or
+                detectron2 refuses the config.
         """
         self.reader = build_reader(cfg)
         cfg = cfg.clone()
@@ -58,7 +59,8 @@ class Predictor:
         resolve_device(cfg)
         if not cfg.MODEL.WEIGHTS:
             raise UserError("MODEL.WEIGHTS is empty: prediction needs a checkpoint")
-        self.model = build_model(cfg).eval()
+        with building("model"):
+            self.model = build_model(cfg).eval()
         FocalCheckpointer(
             self.model, partial=False, trust_files=trust_files, allow_download=allow_download
         ).load(cfg.MODEL.WEIGHTS)
@@ -83,8 +85,13 @@ class Predictor:
         """
         if isinstance(image, np.ndarray):
             pixels = from_array(image, self.reader.image_format)
-        else:
+        elif isinstance(image, (str, Path)):
             pixels = read_image(image, self.reader)
+        else:
+            each = "; call the predictor once for each image" if isinstance(image, (list, tuple)) else ""
+            raise UserError(
+                f"an image must be the name of a file or an array of pixels, not {type(image).__name__}{each}"
+            )
         height, width = pixels.shape[:2]
         resized = self.reader.augmentation_input(pixels)
         self.resize(resized)

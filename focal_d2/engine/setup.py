@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
+import ast
 import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -23,12 +24,21 @@ from focal_d2.architectures import CLASS_KEYS
 from focal_d2.config import add_focal_config, check_choice, key_value, leaves, set_value
 from focal_d2.data import count_classes, register_datasets
 from focal_d2.engine.safe_yaml import merge_file
-from focal_d2.errors import UNLESS_TRUSTED, UserError
+from focal_d2.errors import UNLESS_TRUSTED, UserError, did_you_mean
 from focal_d2.evaluation import check_backend, detection_limits
 from focal_d2.storage.downloads import is_address
 
 _OPTIMIZERS = ("SGD", "AdamW")
 _KERNELS = "MODEL.FOCAL.KERNELS"
+_COMMAND_LINE = "command line"
+
+# What yacs says of a value of another type than the default's, and the types in other words.
+_MISMATCH = re.compile(
+    r"Type mismatch \(<class '(?:\w+\.)*(?P<type>\w+)'> vs\. <class '(?:\w+\.)*(?P<given>\w+)'>\) "
+    r"with values \(.* vs\. (?P<value>.*)\) for config key: (?P<key>\S+)",
+    re.DOTALL,
+)
+_TYPES = {"bool": "True or False", "int": "a whole number", "str": "a text", "CfgNode": "a section"}
 
 
 def load_config(
@@ -58,6 +68,7 @@ def load_config(
     cfg = get_cfg()
     add_focal_config(cfg)
     if config_file:
+        config_file = os.path.expanduser(config_file)
         if not os.path.isfile(config_file):
             raise UserError(f"config file not found: {config_file}")
         with _config_errors(cfg, config_file), _other_types(cfg):
@@ -65,11 +76,11 @@ def load_config(
                 cfg.merge_from_file(config_file)
             else:
                 merge_file(cfg, config_file, allow_download=allow_download)
-    if len(overrides) % 2:
-        raise UserError(f"overrides must be KEY VALUE pairs; got {' '.join(overrides)}")
-    with _config_errors(cfg, "command line"), _other_types(cfg):
+    _check_pairs(overrides)
+    with _config_errors(cfg, _COMMAND_LINE), _other_types(cfg):
         cfg.merge_from_list(list(overrides))
     _refuse_nulls(cfg)
+    cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = map(os.path.expanduser, (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS))
     if not trust_files:
         _refuse_ways_out(cfg)
     resolve_device(cfg)
@@ -123,16 +134,56 @@ def _config_errors(cfg: CfgNode, source: str) -> Iterator[None]:
         raise UserError(f"{source}: not a config; it must be nested lines of KEY: value") from error
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         # str() of a KeyError is its message in quotes.
-        text = error.args[0] if isinstance(error, KeyError) else error
-        reason = " ".join(str(text).split())
-        if len(reason) > 300:  # a type mismatch on a whole section quotes the section
+        text = str(error.args[0] if isinstance(error, KeyError) else error)
+        reason = " ".join(text.split())
+        if len(reason) > 300:
             reason = f"{reason[:150]} … {reason[-100:]}"
-        unknown = re.search(r"[Nn]on-existent (?:config )?key: (\S+)", reason)
-        if unknown:
-            key = unknown.group(1)
-            near = difflib.get_close_matches(key, leaves(cfg), n=1)
-            reason = f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+        if unknown := re.search(r"[Nn]on-existent (?:config )?key: (\S+)", reason):
+            key, known = unknown.group(1), leaves(cfg)
+            sections = {name.rpartition(".")[0] for name in known} - {""}
+            reason = f"unknown key {key}{did_you_mean(key, [*known, *sections])}"
+        elif mismatch := _MISMATCH.search(text):
+            reason = _wrong_type(**mismatch.groupdict(), quoted=source == _COMMAND_LINE)
         raise UserError(f"{source}: {reason}") from error
+
+
+def _wrong_type(key: str, type: str, given: str, value: str, *, quoted: bool) -> str:
+    """Say what a value must be instead.
+
+    Args:
+        key: that has the value.
+        type: name of the default's type.
+        given: name of the value's type.
+        value: as text.
+        quoted: whether a list must be written for a shell.
+    """
+    value = " ".join(value.split())
+    if len(value) > 100:
+        value = f"{value[:100]} …"
+    wanted = _TYPES.get(type, f"a {type}")
+    if type == "float":
+        wanted = f"a number with a point, such as {value}.0" if given == "int" else "a number"
+    elif type in ("tuple", "list"):
+        wanted = "a list"
+        if given in ("str", "int", "float", "bool"):
+            item = repr(value) if quoted and given == "str" else value
+            wanted = f'a list: "[{item}]"' if quoted else f"a list: [{item}]"
+    return f"{key} is {value}; it must be {wanted}"
+
+
+def _check_pairs(overrides: Sequence[str]) -> None:
+    """Check that overrides are KEY VALUE pairs.
+
+    Raises:
+        UserError: for an option among them, which argparse takes for one of them, or a key without a value.
+    """
+    for i, text in enumerate(overrides):
+        if re.match(r"--[A-Za-z]" if i % 2 else "-", text):
+            raise UserError(f"{text} must come before the KEY VALUE pairs, which begin with {overrides[0]}")
+        if i % 2 == 0 and re.match(r"[\w.]+=", text):
+            raise UserError(f"{text}: write {text.replace('=', ' ', 1)}, without =")
+    if len(overrides) % 2:
+        raise UserError(f"overrides must be KEY VALUE pairs; {overrides[-1]} has no value")
 
 
 def _refuse_nulls(cfg: CfgNode) -> None:
@@ -236,6 +287,8 @@ def quiet_console(logger: logging.Logger) -> Iterator[None]:
 def building(what: str) -> Iterator[None]:
     """Turn detectron2's checks of config values, mostly bare asserts and look-ups, into one line.
 
+    An assert is quoted: often it has the legal values.
+
     The traceback is in OUTPUT_DIR/log.txt.
 
     Raises:
@@ -249,7 +302,23 @@ def building(what: str) -> Iterator[None]:
         logger = logging.getLogger("focal_d2")
         with quiet_console(logger):
             logger.info(f"cannot build the {what}", exc_info=True)
-        reason = " ".join(str(error).split()) or "a check without a message; log.txt has its place"
+        reason = " ".join(str(error).split())
+        if isinstance(error, AssertionError):
+            check = _failed_check(error)
+            reason = f"{reason} ({check})" if reason else check
         raise UserError(
             f"cannot build the {what} from this config: {type(error).__name__}: {reason}"
         ) from error
+
+
+def _failed_check(error: AssertionError) -> str:
+    """Return the assert statement that failed."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    try:
+        with open(frame.filename, encoding="utf-8") as file:
+            statements = ast.walk(ast.parse(file.read()))
+    except (OSError, SyntaxError):
+        return "a check without a message; log.txt has its place"
+    checks = [x for x in statements if isinstance(x, ast.Assert)]
+    at = next((x for x in checks if x.lineno <= (frame.lineno or 0) <= (x.end_lineno or 0)), None)
+    return f"assert {ast.unparse(at.test)}" if at else "a check without a message; log.txt has its place"

@@ -25,12 +25,12 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from torch import distributed
 
-from focal_d2.config import check_choice
 from focal_d2.data import FocalDatasetMapper
 from focal_d2.data.loader import TrainingLoader, build_training_loader
 from focal_d2.data.seeding import kept_random_state, random_state, set_random_state
 from focal_d2.engine.best import Evaluation, TrainingEnded, check_best
 from focal_d2.engine.checkpoint import FocalCheckpointer
+from focal_d2.engine.checks import check_training
 from focal_d2.engine.failures import end_hung_workers, tell
 from focal_d2.engine.forensics import examine, save_step
 from focal_d2.engine.live import TrainingPictures
@@ -484,33 +484,6 @@ def _say_that_it_stops(number: int) -> None:
         name = signal.Signals(number).name
         # Not print: the signal may come while that very stream is written to.
         os.write(2, f"{name}: this iteration ends, then a checkpoint; once more stops at once\n".encode())
-
-
-def check_training(cfg: CfgNode) -> None:
-    """Check `SOLVER.IMS_PER_BATCH` and the numbers of `SOLVER.FOCAL` and `DATALOADER.FOCAL`.
-
-    Raises:
-        UserError: for one out of its range.
-    """
-    solver, timeout = cfg.SOLVER.FOCAL, cfg.DATALOADER.FOCAL.TIMEOUT
-    check_choice("SOLVER.FOCAL.ON_NONFINITE", solver.ON_NONFINITE, ("stop", "skip", "halve_lr"))
-    if not 0 <= solver.EMA < 1:
-        raise UserError(f"SOLVER.FOCAL.EMA is {solver.EMA}; it must be at least 0 (none) and below 1")
-    images, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
-    if images < 1 or rest:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the number of "
-            f"processes, {comm.get_world_size()}"
-        )
-    if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
-        raise UserError(f"SOLVER.CHECKPOINT_PERIOD is {cfg.SOLVER.CHECKPOINT_PERIOD}; it must be at least 1")
-    if not 1 <= solver.ACCUMULATE <= images:
-        raise UserError(
-            f"SOLVER.FOCAL.ACCUMULATE is {solver.ACCUMULATE}; it must be within 1 and the {images} images "
-            "that a process has in a batch"
-        )
-    if not timeout >= 0:
-        raise UserError(f"DATALOADER.FOCAL.TIMEOUT is {timeout}; it must be at least 0 seconds")
 
 
 def _on_terminal() -> bool:

@@ -326,12 +326,14 @@ def test_keep_makes_the_other_classes_background_or_ignored_regions(coco_dataset
         load_table(data.name)
 
 
-def test_a_data_file_is_an_entry_without_images(tmp_path):
+@pytest.mark.parametrize("root", [".", "~"])
+def test_a_data_file_is_an_entry_without_images(tmp_path, monkeypatch, root):
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "train/images").mkdir(parents=True)
     (tmp_path / "train/labels").mkdir()
     cv2.imwrite(str(tmp_path / "train/images/a.png"), np.zeros((20, 40, 3), np.uint8))
     (tmp_path / "train/labels/a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
-    (tmp_path / "data.yaml").write_text("path: .\ntrain: train/images\nnames: [x]\n")
+    (tmp_path / "data.yaml").write_text(f"path: {root}\ntrain: train/images\nnames: [x]\n")
     entry = {
         "NAME": "yolo_train",
         "FORMAT": "yolo",

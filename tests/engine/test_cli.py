@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from focal_d2 import UserError
-from focal_d2.engine.cli import check_writable
+from focal_d2.engine.cli import Parser, check_writable
 from tests.conftest import REPOSITORY
 
 PROGRAM = "from focal_d2.engine import command_line\nwith command_line():\n    "
@@ -61,3 +61,24 @@ def test_output_must_not_be_the_config(tmp_path: Path):
     check_writable(tmp_path / "b.yaml", str(config))
     with pytest.raises(UserError, match="can't be written"):
         check_writable(tmp_path / "no" / "b.yaml", str(config))
+
+
+def test_parser_names_a_needed_option_out_of_place(monkeypatch, capsys):
+    parser = Parser()
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("opts", nargs="...")
+    arguments = ["SEED", "1", "--output", "out"]
+    monkeypatch.setattr(sys, "argv", ["tool.py", *arguments])
+    with pytest.raises(SystemExit):
+        parser.parse_args(arguments)
+    assert "--output must come before the KEY VALUE pairs" in capsys.readouterr().err
+
+
+def test_parser_knows_the_users_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = Parser()
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--config-file")
+    values = parser.parse_args(["--output=~/out", "--config-file=~/a.yaml"])
+    assert (values.output, values.config_file) == (tmp_path / "out", f"{tmp_path}/a.yaml")
+    assert parser.parse_args([]).config_file is None

@@ -105,6 +105,15 @@ def test_predictor_names_the_unreadable_image(cfg_and_image, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "image, kind",
+    [([np.zeros((40, 40, 3), np.uint8)] * 2, "list; call .* for each image$"), (None, "NoneType$")],
+)
+def test_predictor_names_what_is_no_image(cfg_and_image, image, kind):
+    with pytest.raises(UserError, match=f"the name of a file or an array of pixels, not {kind}"):
+        Predictor(cfg_and_image[0])(image)
+
+
+@pytest.mark.parametrize(
     "image",
     [
         np.zeros((40, 40, 2), np.uint8),

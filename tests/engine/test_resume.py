@@ -403,13 +403,21 @@ def test_skipping_without_end_is_given_up(small_job, monkeypatch, capfd):
         ("SOLVER.FOCAL.ACCUMULATE", "3", "within 1 and the 2 images"),
         ("SOLVER.FOCAL.ACCUMULATE", "0", "within 1 and the 2 images"),
         ("SOLVER.FOCAL.ON_NONFINITE", "ignore", "legal values: stop, skip, halve_lr"),
-        ("DATALOADER.FOCAL.TIMEOUT", "-1.0", "at least 0 seconds"),
+        ("DATALOADER.FOCAL.TIMEOUT", "-1.0", "at least 0 .0: no limit"),
         ("SOLVER.CHECKPOINT_PERIOD", "0", "it must be at least 1"),
+        ("SOLVER.MAX_ITER", "0", "it must be at least 1"),
+        ("SOLVER.WARMUP_ITERS", "-1", "at least 0 .0: no warm-up"),
+        ("SOLVER.WARMUP_METHOD", "foo", "legal values: constant, linear"),
+        ("TEST.EVAL_PERIOD", "-5", "at least 0 .0: at the end only"),
+        ("INPUT.CROP.TYPE", "foo", "legal values: absolute, absolute_range, relative, relative_range"),
+        ("INPUT.RANDOM_FLIP", "foo", "legal values: horizontal, vertical, none"),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "foo", "legal values: choice, range"),
+        ("VIS_PERIOD", "-1", "at least 0"),
     ],
 )
 def test_bad_values_are_refused(small_job, key, value, expected):
     with pytest.raises(UserError, match=f"{key} is .*{expected}"):
-        FocalTrainer(load_config(str(small_job), [key, value]))
+        FocalTrainer(load_config(str(small_job), ["INPUT.CROP.ENABLED", "True", key, value]))
 
 
 def test_a_full_disk_under_the_figures_is_one_line(small_job, monkeypatch, capfd):

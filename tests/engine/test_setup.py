@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import build_model
 
 from focal_d2 import UserError
+from focal_d2.data.datasets import check_files
 from focal_d2.engine import argument_parser, load_config
-from focal_d2.engine.setup import set_up_job
-from tests.conftest import REPOSITORY
+from focal_d2.engine.setup import building, set_up_job
+from tests.conftest import REPOSITORY, make_cfg
 
 DEMO = str(REPOSITORY / "configs/neon_trees/focal_retinanet_R_18_FPN_demo.yaml")
 CPU = ["MODEL.DEVICE", "cpu"]
@@ -55,7 +59,19 @@ def test_number_of_classes_comes_from_test_where_train_is_not_here(job):
         ("TEST: {FOCAL: {MAX_DETS: [true]}}", "MAX_DETS .* is .True."),
         ("MODEL: {RETINANET: {NUM_CLASES: 3}}", "NUM_CLASES; did you mean .*NUM_CLASSES"),
         ("MODEL: {FOCAL: {HEAD: {CHANNELS: many}}}", "MODEL.FOCAL.HEAD.CHANNELS"),
-        ("SOLVER: {MAX_ITER: ten}", "Type mismatch.*SOLVER.MAX_ITER"),
+        ("SOLVER: {MAX_ITER: ten}", "SOLVER.MAX_ITER is ten; it must be a whole number$"),
+        ("SOLVER: {BASE_LR: 1}", "SOLVER.BASE_LR is 1; it must be a number with a point, such as 1.0$"),
+        (
+            "DATASETS: {TRAIN: mine_train}",
+            r"DATASETS.TRAIN is mine_train; it must be a list: \[mine_train\]$",
+        ),
+        ("TEST: {AUG: {ENABLED: 1}}", "TEST.AUG.ENABLED is 1; it must be True or False$"),
+        ("SOLVER: {STEPS: {A: 1}}", "SOLVER.STEPS is .*; it must be a list$"),
+        ("solver: {MAX_ITER: 1}", "unknown key solver; did you mean SOLVER?"),
+        (
+            "MODEL: {retinanet: {NUM_CLASSES: 3}}",
+            "unknown key MODEL.retinanet; did you mean MODEL.RETINANET?",
+        ),
         ("MODEL: [1, 2", "while parsing"),
         ("", "not a config"),
         ("- a", "not a config"),
@@ -103,7 +119,15 @@ def test_bad_yaml_gives_one_line(tmp_path, text, match):
             ["MODEL.FOCAL.AMPS.ENABLED", "True"],
             "unknown key MODEL.FOCAL.AMPS.ENABLED; did you mean",
         ),
-        (["SOLVER.MAX_ITER", "1.5"], "SOLVER.MAX_ITER"),
+        (["SOLVER.MAX_ITER", "1.5"], "SOLVER.MAX_ITER is 1.5; it must be a whole number"),
+        (["solver.max_iter", "5"], "unknown key solver.max_iter; did you mean SOLVER.MAX_ITER?"),
+        (["DATASETS.TRAIN", "mine"], r"DATASETS.TRAIN is mine; it must be a list: \"\['mine'\]\"$"),
+        (["INPUT.MIN_SIZE_TRAIN", "800"], r"MIN_SIZE_TRAIN is 800; it must be a list: \"\[800\]\"$"),
+        (["SEED", "1", "--resume"], "--resume must come before the KEY VALUE pairs, .* begin with SEED"),
+        (["SEED", "1", "--num-gpus", "2"], "--num-gpus must come before the KEY VALUE pairs"),
+        (["SEED", "--resume"], "--resume must come before the KEY VALUE pairs"),
+        (["SEED=1"], "SEED=1: write SEED 1, without ="),
+        (["SEED", "1", "VERSION"], "VERSION has no value"),
     ],
 )
 def test_bad_overrides_give_one_line(overrides, match):
@@ -163,3 +187,33 @@ def test_kernels_may_be_on_or_off_in_yaml(tmp_path, yaml_text, override, expecte
     path.write_text(f"MODEL: {{FOCAL: {{KERNELS: {yaml_text}}}}}")
     cfg = load_config(str(path), [*CPU, *[x for value in override for x in ("MODEL.FOCAL.KERNELS", value)]])
     assert expected == cfg.MODEL.FOCAL.KERNELS
+
+
+def test_negative_values_are_no_options():
+    assert load_config("", [*CPU, "SEED", "-1"]).SEED == -1
+
+
+def test_a_users_folder_may_be_written_short(coco_dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = coco_dataset()
+    names = tmp_path / "names.txt"
+    names.write_text("class0\nclass1\nclass2\n")
+    entry = {**data.entry, "CLASSES": str(names)}
+    entry = {key: x.replace(str(tmp_path), "~") for key, x in entry.items()}
+    assert entry["IMAGES"] == "~/train/images"
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"DATASETS": {"FOCAL": [entry]}}))
+    overrides = ["DATASETS.TRAIN", str([data.name]), "OUTPUT_DIR", "~/out", "MODEL.WEIGHTS", "~/a.pth"]
+    cfg = load_config("~/a.yaml", [*CPU, *overrides, "MODEL.RETINANET.NUM_CLASSES", "auto"])
+    assert (f"{tmp_path}/out", f"{tmp_path}/a.pth") == (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS)
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 3
+    check_files("DATASETS.TRAIN", data.name)
+
+
+def test_a_failed_check_is_quoted():
+    with (
+        pytest.raises(UserError, match=r"AssertionError: assert fuse_type in \{'avg', 'sum'\}$"),
+        building("model"),
+    ):
+        build_model(make_cfg(MODEL__FPN__FUSE_TYPE="foo"))
+    with pytest.raises(UserError, match=r"AssertionError: foo \(assert sample_style in "), building("mapper"):
+        ResizeShortestEdge((800,), sample_style="foo")

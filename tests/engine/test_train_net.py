@@ -300,7 +300,9 @@ def other_architecture(data) -> None:
         (None, ["--config-file", "nowhere.yaml"], "config file not found: nowhere.yaml"),
         (None, ["SOLVER.MAX_ITERS", "3"], "unknown key SOLVER.MAX_ITERS; did you mean"),
         (None, ["SOLVER.MAX_ITER", "three"], "SOLVER.MAX_ITER"),
-        (None, ["DATASETS.TRAIN", "('mine',)"], '"mine" is not registered; registered: '),
+        (None, ["DATASETS.TRAIN", "('qq',)"], '"qq" is not registered; registered: '),
+        (None, ["DATASETS.TRAIN", "('Squares_trian',)"], "is not registered; did you mean squares_train?"),
+        (None, ["SEED", "1", "--resume"], "--resume must come before the KEY VALUE pairs"),
         (None, ["MODEL.RETINANET.NUM_CLASSES", "80"], "has 3 classes (class0, class1, class2) but "
          "MODEL.RETINANET.NUM_CLASSES is 80: set it to 3, or to auto"),
         (None, ["MODEL.WEIGHTS", "nowhere.pth"], "weights file not found: nowhere.pth"),

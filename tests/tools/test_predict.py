@@ -99,6 +99,7 @@ def test_folder_gives_json_lines(job, tmp_path, monkeypatch, capsys):
     "arguments, expected",
     [
         (["--input", "nowhere"], "nowhere: no such file or folder"),
+        (["--input", ".", "SEED", "1", "--json"], "--json must come before the KEY VALUE pairs"),
         (["--dataset", "nowhere"], '"nowhere" is not registered'),
         (["--dataset", ""], '"" is not registered'),
         (["--input", ".", "--output", "."], "would be overwritten"),

@@ -158,7 +158,7 @@ def _paths(source: str, key: str, value: object) -> list[str]:
     for path in value if isinstance(value, list) and value else [value]:
         if not isinstance(path, str):
             raise UserError(f"{source}: {key} is {short(path)}; it must be a path")
-        paths.append(path)
+        paths.append(os.path.expanduser(path))
     return paths
 
 
