@@ -16,7 +16,7 @@ from focal_d2.errors import UserError
 
 # Parameters of each classification loss and their defaults, the best of the loss's paper where it has one.
 # α and γ of "focal" are MODEL.RETINANET.FOCAL_LOSS_ALPHA and FOCAL_LOSS_GAMMA unless set beside the name.
-# A negative ALPHA means no weighting.
+# A negative ALPHA means no weighting; that of "balanced_ce" and "focal" may be "auto" or "auto_per_class".
 LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
     "balanced_ce": {"ALPHA": 0.75},
     "fixed_weights": {"POSITIVE_WEIGHT": 1.0, "NEGATIVE_WEIGHT": 0.5},

@@ -1,59 +1,70 @@
-"""α from the training set's imbalance."""
+"""α from the training set's imbalance, or from γ."""
 
 from __future__ import annotations
 
 import logging
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 
 from focal_d2.architectures import require_retinanet
+from focal_d2.config import loss_parameters
 from focal_d2.data.resolution import training_boxes
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import build_layout
 from focal_d2.modeling.losses import LOSSES
-from focal_d2.modeling.targets import build_matcher, count_labels
+from focal_d2.modeling.losses.elementwise import AUTO, AUTO_PER_CLASS, FocalLoss
+from focal_d2.modeling.targets import LabelCounts, build_matcher, count_labels
 
 # Beyond these a few wrong labels would own the gradient (paper, table 1a: α = 0.999 loses 6 AP).
 ALPHA_RANGE = (0.01, 0.99)
+# The γ that the paper tried and the α that was best for each (table 1b). α 0.25 is kept beyond γ 5.
+_GAMMAS, _BEST_ALPHAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0), (0.75, 0.75, 0.75, 0.5, 0.25, 0.25, 0.25)
 
 logger = logging.getLogger(__name__)
 
 
 def resolve_alpha(cfg: CfgNode) -> CfgNode:
-    """Replace `MODEL.FOCAL.LOSS.ALPHA: auto` by the number that balances the training set.
+    """Replace `MODEL.FOCAL.LOSS.ALPHA` auto or auto_per_class by one number, or one for each class.
 
-    With m positive and n negative anchors, α / (1 - α) = n / m (paper, section 3.1: "inverse class
-    frequency"), clipped to `ALPHA_RANGE`.
+    "auto" balances cross entropy: with m positive and n negative anchors of the training set, α / (1 - α) =
+    n / m (paper, section 3.1: "inverse class frequency"), within `ALPHA_RANGE`. The focal loss balances by γ
+    already, so its α is `best_alpha`, without counting. "auto_per_class" is `per_class_alphas`.
 
     Args:
         cfg: full config.
 
     Returns:
-        The config itself if ALPHA is not "auto", else a copy with the number, frozen.
+        The config itself if ALPHA is neither, else a copy with the numbers, frozen.
 
     Raises:
         UserError: if no anchor is positive, or the loss has no use for such an α.
     """
-    if cfg.MODEL.FOCAL.LOSS.ALPHA != "auto":
+    name, wanted = cfg.MODEL.FOCAL.LOSS.NAME, cfg.MODEL.FOCAL.LOSS.ALPHA
+    if wanted not in (AUTO, AUTO_PER_CLASS):
         return cfg
-    require_retinanet(cfg, "MODEL.FOCAL.LOSS.ALPHA auto and its count of anchors")
+    require_retinanet(cfg, f"MODEL.FOCAL.LOSS.ALPHA {wanted} and its count of anchors")
     counting = sorted(name for name, loss in LOSSES.items() if getattr(loss, "counts_alpha", False))
-    if cfg.MODEL.FOCAL.LOSS.NAME not in counting:
+    if name not in counting:
         raise UserError(
-            f"MODEL.FOCAL.LOSS.ALPHA is auto, which {cfg.MODEL.FOCAL.LOSS.NAME} does not take; these do: "
-            f"{', '.join(counting)}"
+            f"MODEL.FOCAL.LOSS.ALPHA is {wanted}, which {name} does not take; these do: {', '.join(counting)}"
         )
-    positives, negatives = count_anchors(cfg)
-    if positives == 0:
-        raise UserError("MODEL.FOCAL.LOSS.ALPHA is auto, but no anchor of DATASETS.TRAIN is positive")
-    balanced = negatives / (positives + negatives)
-    alpha = min(max(balanced, ALPHA_RANGE[0]), ALPHA_RANGE[1])
-    logger.info(
-        f"MODEL.FOCAL.LOSS.ALPHA auto: {positives} positive and {negatives} negative anchors "
-        f"(1 : {negatives / positives:.0f}) give {balanced:.4f}; using {alpha:.4f}"
-    )
+    by_gamma = None
+    if issubclass(LOSSES[name], FocalLoss):
+        gamma = loss_parameters(cfg)["GAMMA"]
+        if not isinstance(gamma, (int, float)):
+            raise UserError(f"MODEL.FOCAL.LOSS.GAMMA is {gamma!r}; it must be a number, at least 0")
+        by_gamma = best_alpha(gamma)
+        logger.info(
+            f"MODEL.FOCAL.LOSS.ALPHA {wanted}: {by_gamma:g} is the paper's best α for γ {gamma:g} (table 1b, "
+            "linear in between)"
+        )
+    if wanted == AUTO:
+        alpha: float | list[float] = _balance(cfg) if by_gamma is None else by_gamma
+    else:
+        alpha = _balance_classes(cfg, by_gamma)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.FOCAL.LOSS.ALPHA = alpha
@@ -61,17 +72,102 @@ def resolve_alpha(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
+def best_alpha(gamma: float) -> float:
+    """Return the α that the paper found best for a γ of the focal loss (table 1b).
+
+    That is 0.75 for γ up to 0.2, 0.5 at 0.5 and 0.25 from 1. In between, where the paper has no
+    figure, it is linear.
+    """
+    return float(np.interp(gamma, _GAMMAS, _BEST_ALPHAS))
+
+
+def per_class_alphas(positives: np.ndarray, negatives: int, *, mean_alpha: float | None) -> np.ndarray:
+    """Balance each class by its own frequency: α_k / (1 - α_k) = c · n_k / m_k, within `ALPHA_RANGE`.
+
+    m_k anchors are positive for class k, n_k all others that count. A class without positive anchors gets the
+    α of the mean class: one with as many positives as the classes that have any have on average.
+
+    Args:
+        positives: (K,) int, m_k; at least one is above 0.
+        negatives: anchors of the background.
+        mean_alpha: the α that the mean class shall have, which sets c; None: c is 1.
+
+    Returns:
+        (K,) float64.
+    """
+    counted = positives.sum() + negatives
+    mean = positives[positives > 0].mean()
+    found = np.where(positives > 0, positives, mean)
+    odds = (counted - found) / found
+    if mean_alpha is not None:
+        odds *= mean_alpha / (1 - mean_alpha) / ((counted - mean) / mean)
+    return (odds / (1 + odds)).clip(*ALPHA_RANGE)
+
+
+def _balance(cfg: CfgNode) -> float:
+    positives, negatives = count_anchors(cfg)
+    balanced = negatives / (positives + negatives)
+    alpha = min(max(balanced, ALPHA_RANGE[0]), ALPHA_RANGE[1])
+    logger.info(
+        f"MODEL.FOCAL.LOSS.ALPHA auto: {positives} positive and {negatives} negative anchors "
+        f"(1 : {negatives / positives:.0f}) give {balanced:.4f}; using {alpha:.4f}"
+    )
+    return alpha
+
+
+def _balance_classes(cfg: CfgNode, mean_alpha: float | None) -> list[float]:
+    positives, negatives = count_anchors_by_class(cfg)
+    alphas = per_class_alphas(positives, negatives, mean_alpha=mean_alpha)
+    most, least = int(positives.argmax()), int(np.where(positives > 0, positives, positives.max()).argmin())
+    logger.info(
+        f"MODEL.FOCAL.LOSS.ALPHA auto_per_class: {alphas[most]:.4f} for class {most} ({positives[most]} "
+        f"positive anchors, the most) to {alphas[least]:.4f} for class {least} "
+        f"({positives[least]}, the fewest); {int((positives == 0).sum())} classes have none"
+    )
+    if len(alphas) > 1 and (alphas == ALPHA_RANGE[1]).all():
+        logger.warning(
+            "MODEL.FOCAL.LOSS.ALPHA auto_per_class: all classes are so rare that each gets the highest, "
+            f"{ALPHA_RANGE[1]}: they are not balanced among each other"
+        )
+    return [float(x) for x in alphas]
+
+
 def count_anchors(cfg: CfgNode) -> tuple[int, int]:
     """Count positive and negative anchors over the training set, at training resolution but not cropped.
 
     Args:
         cfg: full config; of a large training set 1000 images are counted.
+
+    Raises:
+        UserError: if no anchor is positive.
     """
+    counts = _count(cfg)
+    return sum(counts.positives), sum(counts.negatives)
+
+
+def count_anchors_by_class(cfg: CfgNode) -> tuple[np.ndarray, int]:
+    """Count as `count_anchors` does: the positive anchors of each class (K,), and the negative anchors."""
+    counts = _count(cfg)
+    classes = np.zeros(cfg.MODEL.RETINANET.NUM_CLASSES, dtype=np.int64)
+    classes[: len(counts.by_class)] = counts.by_class
+    return classes, sum(counts.negatives)
+
+
+def _count(cfg: CfgNode) -> LabelCounts:
     records = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )
-    found = training_boxes(cfg, Table.from_records(records, ()))
+    table = Table.from_records(records, ())
+    found = training_boxes(cfg, table)
     counts = count_labels(
-        found.boxes, found.image, found.sizes, layout=build_layout(cfg), matcher=build_matcher(cfg)
+        found.boxes,
+        found.image,
+        found.sizes,
+        layout=build_layout(cfg),
+        matcher=build_matcher(cfg),
+        classes=table.labels[found.rows],
     )
-    return sum(counts.positives), sum(counts.negatives)
+    if not sum(counts.positives):
+        wanted = cfg.MODEL.FOCAL.LOSS.ALPHA
+        raise UserError(f"MODEL.FOCAL.LOSS.ALPHA is {wanted}, but no anchor of DATASETS.TRAIN is positive")
+    return counts

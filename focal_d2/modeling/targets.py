@@ -60,6 +60,7 @@ class LabelCounts(NamedTuple):
     negatives: list[int]  # L
     images: int  # that were counted
     boxes: int  # on them
+    by_class: list[int]  # positives of each class, up to the highest that a box has; [] without classes
 
 
 def build_matcher(cfg: CfgNode) -> Matcher:
@@ -73,7 +74,13 @@ def build_matcher(cfg: CfgNode) -> Matcher:
 
 @torch.no_grad()
 def count_labels(
-    boxes: np.ndarray, image: np.ndarray, sizes: np.ndarray, *, layout: AnchorLayout, matcher: Matcher
+    boxes: np.ndarray,
+    image: np.ndarray,
+    sizes: np.ndarray,
+    *,
+    layout: AnchorLayout,
+    matcher: Matcher,
+    classes: np.ndarray | None = None,
 ) -> LabelCounts:
     """Count positive and negative anchors, each image a batch of its own, without looking at pixels.
 
@@ -83,6 +90,7 @@ def count_labels(
         sizes: (N, 2) height and width of the images; of more than 1000 images, 1000 evenly spread are taken.
         layout: where anchors stand.
         matcher: its thresholds, labels and allow_low_quality_matches; see `match_anchors`.
+        classes: (M,) int64 class of each box; None: positives are not counted by class.
     """
     spread = np.linspace(0, len(sizes) - 1, min(len(sizes), _MOST_IMAGES)).round().astype(np.int64)
     # Images of a shape share their anchors; the shapes come one after the other.
@@ -91,20 +99,25 @@ def count_labels(
     anchors_of = AnchorCache(layout.generator)
     positives = np.zeros(len(layout.strides), dtype=np.int64)
     negatives = np.zeros_like(positives)
+    by_class = np.zeros(0 if classes is None else classes.max(initial=-1) + 1, dtype=np.int64)
     for i in chosen:
         cells = layout.cells(*sizes[i].tolist())
         anchors = anchors_of(cells, torch.device("cpu"))
         own = torch.from_numpy(boxes[ends[i] : ends[i + 1]]).float()
         outcome = np.zeros(len(anchors.boxes), dtype=np.int8)
         if len(own):
-            outcome = _match(own, anchors, matcher, use_kernels=False).outcome.numpy()
+            matches = _match(own, anchors, matcher, use_kernels=False)
+            outcome = matches.outcome.numpy()
+            if classes is not None:
+                matched = classes[ends[i] + matches.matched.numpy()[outcome == 1]]
+                by_class += np.bincount(matched, minlength=len(by_class))
         areas = [height * width for height, width in cells]
         per_cell = len(outcome) // sum(areas)
         firsts = np.cumsum([0, *areas[:-1]]) * per_cell
         positives += np.add.reduceat(outcome == 1, firsts, dtype=np.int64)
         negatives += np.add.reduceat(outcome == 0, firsts, dtype=np.int64)
     counted = int(sum(ends[i + 1] - ends[i] for i in chosen))
-    return LabelCounts(positives.tolist(), negatives.tolist(), len(chosen), counted)
+    return LabelCounts(positives.tolist(), negatives.tolist(), len(chosen), counted, by_class.tolist())
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
@@ -9,7 +10,8 @@ from torchvision.ops import box_iou
 from focal_d2 import UserError
 from focal_d2.data import register_datasets
 from focal_d2.engine import resolve_alpha
-from focal_d2.engine.alpha import count_anchors
+from focal_d2.engine.alpha import count_anchors, count_anchors_by_class, per_class_alphas
+from focal_d2.modeling.targets import LabelCounts
 from tests.conftest import make_cfg
 from tests.modeling.test_retinanet import make_image
 
@@ -59,10 +61,82 @@ def test_auto_is_clipped(cfg, monkeypatch):
     assert resolve_alpha(cfg).MODEL.FOCAL.LOSS.ALPHA == 0.99
 
 
-def test_auto_without_positives_is_refused(cfg, monkeypatch):
-    monkeypatch.setattr("focal_d2.engine.alpha.count_anchors", lambda cfg: (0, 10))
-    with pytest.raises(UserError, match="no anchor"):
+@pytest.mark.parametrize("wanted", ["auto", "auto_per_class"])
+def test_auto_without_positives_is_refused(cfg, monkeypatch, wanted):
+    cfg.MODEL.FOCAL.LOSS.ALPHA = wanted
+    none = LabelCounts([0], [10], 1, 1, [])
+    monkeypatch.setattr("focal_d2.engine.alpha.count_labels", lambda *_, **__: none)
+    with pytest.raises(UserError, match=f"ALPHA is {wanted}, but no anchor of DATASETS.TRAIN is positive"):
         resolve_alpha(cfg)
+
+
+@pytest.mark.parametrize(
+    "gamma, alpha",
+    [
+        *[(0, 0.75), (0.1, 0.75), (0.2, 0.75), (0.35, 0.625), (0.5, 0.5)],
+        *[(0.75, 0.375), (1, 0.25), (2, 0.25), (5, 0.25), (9, 0.25)],
+    ],
+)
+def test_auto_of_the_focal_loss_is_the_papers_best_for_gamma(cfg, monkeypatch, caplog, gamma, alpha):
+    monkeypatch.setattr("focal_d2.engine.alpha.count_labels", None)  # nothing is counted
+    caplog.set_level("INFO", logger="focal_d2")
+    cfg.MODEL.FOCAL.LOSS.NAME = "focal"
+    for section, key in ((cfg.MODEL.RETINANET, "FOCAL_LOSS_GAMMA"), (cfg.MODEL.FOCAL.LOSS, "GAMMA")):
+        section[key] = float(gamma)
+        resolved = resolve_alpha(cfg)
+        assert pytest.approx(alpha) == resolved.MODEL.FOCAL.LOSS.ALPHA
+        section[key] = 3.0  # the key under MODEL.FOCAL.LOSS goes before the other
+    assert build_model(resolved).cls_loss.alpha == pytest.approx(alpha)
+    assert f"is the paper's best α for γ {gamma}" in caplog.text
+
+
+def test_auto_needs_a_gamma_that_is_a_number(cfg):
+    cfg.MODEL.FOCAL.LOSS.NAME, cfg.MODEL.FOCAL.LOSS.GAMMA = "focal", "high"
+    with pytest.raises(UserError, match="GAMMA is 'high'; it must be a number, at least 0"):
+        resolve_alpha(cfg)
+
+
+def test_per_class_alphas_are_inverse_frequencies():
+    # Of 1000 anchors, class 0 has 10, class 1 has 40, class 2 has none: 950 are background.
+    counted = per_class_alphas(np.array([10, 40, 0]), 950, mean_alpha=None)
+    # n / m is 990 / 10, 960 / 40, and 975 / 25 for the mean of those that have any.
+    np.testing.assert_allclose(counted, [990 / 1000, 960 / 1000, 975 / 1000])
+    # Odds of 1 / 3 for the mean class, times (990 / 10) / (975 / 25) and (960 / 40) / (975 / 25).
+    leveled = per_class_alphas(np.array([10, 40, 0]), 950, mean_alpha=0.25)
+    odds = np.array([99 / 39, 24 / 39, 1]) / 3
+    np.testing.assert_allclose(leveled, odds / (1 + odds))
+    np.testing.assert_allclose(leveled[[0, 1]], [0.4583, 0.1702], atol=1e-4)
+    # A single class is "auto".
+    assert per_class_alphas(np.array([10]), 990, mean_alpha=None) == pytest.approx(0.99)
+    assert per_class_alphas(np.array([10]), 990, mean_alpha=0.25) == pytest.approx(0.25)
+    # Within ALPHA_RANGE.
+    np.testing.assert_allclose(per_class_alphas(np.array([1, 10**6]), 10, mean_alpha=0.25), [0.99, 0.01])
+
+
+@pytest.mark.parametrize("name", ["balanced_ce", "focal"])
+def test_auto_per_class_gives_each_class_its_own(cfg, caplog, name):
+    caplog.set_level("INFO", logger="focal_d2")
+    cfg.MODEL.FOCAL.LOSS.NAME, cfg.MODEL.FOCAL.LOSS.ALPHA = name, "auto_per_class"
+    positives, negatives = count_anchors_by_class(cfg)
+    assert (positives.sum(), negatives) == count_anchors(cfg)
+    resolved = resolve_alpha(cfg)
+    mean = 0.25 if name == "focal" else None
+    expected = per_class_alphas(positives, negatives, mean_alpha=mean)
+    assert expected.tolist() == resolved.MODEL.FOCAL.LOSS.ALPHA
+    torch.testing.assert_close(build_model(resolved).cls_loss.alpha, torch.from_numpy(expected).float())
+    assert f"{positives.max()} positive anchors, the most" in caplog.text
+    # As a run's config.yaml keeps it.
+    again = make_cfg()
+    again.merge_from_list(["MODEL.FOCAL.LOSS.ALPHA", str(resolved.MODEL.FOCAL.LOSS.ALPHA)])
+    assert expected.tolist() == again.MODEL.FOCAL.LOSS.ALPHA
+
+
+def test_auto_per_class_says_when_it_balances_nothing(cfg, monkeypatch, caplog):
+    cfg.MODEL.FOCAL.LOSS.ALPHA = "auto_per_class"
+    counts = LabelCounts([6], [10**6], 1, 1, [1, 2, 3])
+    monkeypatch.setattr("focal_d2.engine.alpha.count_labels", lambda *_, **__: counts)
+    assert resolve_alpha(cfg).MODEL.FOCAL.LOSS.ALPHA == [0.99] * 3
+    assert "each gets the highest, 0.99" in caplog.text
 
 
 def test_a_number_stays_as_it_is():
@@ -70,15 +144,20 @@ def test_a_number_stays_as_it_is():
     assert resolve_alpha(cfg) is cfg
 
 
+@pytest.mark.parametrize("wanted", ["auto", "auto_per_class"])
 @pytest.mark.parametrize("name", ["varifocal", "softmax_focal", "focal_star", "ce"])
-def test_auto_is_for_losses_that_balance(cfg, name):
-    cfg.MODEL.FOCAL.LOSS.NAME = name
-    with pytest.raises(UserError, match=f"auto, which {name} does not take; these do: balanced_ce, focal"):
+def test_auto_is_for_losses_that_balance(cfg, name, wanted):
+    cfg.MODEL.FOCAL.LOSS.NAME, cfg.MODEL.FOCAL.LOSS.ALPHA = name, wanted
+    with pytest.raises(
+        UserError, match=f"{wanted}, which {name} does not take; these do: balanced_ce, focal"
+    ):
         resolve_alpha(cfg)
 
 
-def test_auto_evaluates_but_does_not_train_elsewhere(cfg):
+@pytest.mark.parametrize("wanted", ["auto", "auto_per_class"])
+def test_auto_evaluates_but_does_not_train_elsewhere(cfg, wanted):
+    cfg.MODEL.FOCAL.LOSS.ALPHA = wanted
     model = build_model(cfg)
-    with pytest.raises(UserError, match="resolve_alpha"):
+    with pytest.raises(UserError, match=f"ALPHA is {wanted}: .*resolve_alpha"):
         model([make_image(1, 3)])
     model.eval()([make_image(1, 3)])

@@ -19,21 +19,25 @@ def test_counts_are_those_of_the_model_s_labels(low_quality):
     )
     sizes = np.array([[100, 130], [64, 64], [100, 130]])  # the second has no box
     boxes = np.array([[3.0, 5, 60, 80], [10, 10, 42, 42], [90, 50, 130, 100], [0, 0, 8, 8]])
-    image = np.array([0, 0, 2, 2])
+    image, classes = np.array([0, 0, 2, 2]), np.array([1, 0, 1, 1])
     model = build_model(cfg)
-    expected = np.zeros((2, 5), dtype=int)
+    expected, by_class = np.zeros((2, 5), dtype=int), np.zeros(2, dtype=int)
     for i, (height, width) in enumerate(sizes.tolist()):
         instances = Instances((height, width))
         instances.gt_boxes = Boxes(torch.tensor(boxes[image == i]).float())
-        instances.gt_classes = torch.zeros(len(instances.gt_boxes), dtype=torch.int64)
+        instances.gt_classes = torch.tensor(classes[image == i])
         images = model.preprocess_image([{"image": torch.zeros(3, height, width)}])
         anchors = model.anchors_for(images)
         labels = model.label_anchors(anchors, [instances]).labels[0]
+        by_class += np.bincount(labels[(labels >= 0) & (labels < 3)], minlength=2)
         padded = images.tensor.shape[-2:]
         areas = [-(-padded[0] // s) * -(-padded[1] // s) for s in (8, 16, 32, 64, 128)]
         for level, part in enumerate(labels.split([6 * x for x in areas])):
             expected[:, level] += [int(((part >= 0) & (part < 3)).sum()), int((part == 3).sum())]
-    counts = count_labels(boxes, image, sizes, layout=build_layout(cfg), matcher=build_matcher(cfg))
+    arguments = {"layout": build_layout(cfg), "matcher": build_matcher(cfg)}
+    counts = count_labels(boxes, image, sizes, **arguments, classes=classes)
+    assert counts.by_class == by_class.tolist()
+    assert count_labels(boxes, image, sizes, **arguments) == counts._replace(by_class=[])
     assert [counts.positives, counts.negatives] == expected.tolist()
     assert (counts.images, counts.boxes) == (3, 4)
     assert sum(counts.positives) > 0
@@ -54,4 +58,4 @@ def test_counting_nothing():
     cfg = make_cfg()
     none = np.zeros((0, 4)), np.zeros(0, dtype=int), np.zeros((0, 2), dtype=int)
     counts = count_labels(*none, layout=build_layout(cfg), matcher=build_matcher(cfg))
-    assert counts == ([0] * 5, [0] * 5, 0, 0)
+    assert counts == ([0] * 5, [0] * 5, 0, 0, [])

@@ -24,6 +24,8 @@ from focal_d2.ops import (
 from focal_d2.ops.common import check_at_least_0, check_in_0_1, check_quality_beta, check_weight, compare
 
 _NO_WEIGHTING = -1.0
+# ALPHA that `focal_d2.engine.resolve_alpha` turns into numbers.
+AUTO, AUTO_PER_CLASS = "auto", "auto_per_class"
 
 
 class _Elementwise(ClassificationLoss):
@@ -47,12 +49,12 @@ class _AlphaBalanced(_Elementwise):
     """Keeps α: a number, or one a class as a buffer that moves with the model."""
 
     alpha: Any
-    # Whether ALPHA may be "auto": a balance of positives against negatives.
+    # Whether ALPHA may be "auto" or "auto_per_class".
     counts_alpha = False
 
     def __init__(self, *, num_classes: int, alpha: float | list[float] | str) -> None:
         super().__init__(num_classes=num_classes)
-        if alpha == "auto" and self.counts_alpha:
+        if alpha in (AUTO, AUTO_PER_CLASS) and self.counts_alpha:
             self.alpha = alpha
             return
         if isinstance(alpha, (list, tuple)):
@@ -63,18 +65,18 @@ class _AlphaBalanced(_Elementwise):
             self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float32), persistent=False)
             return
         if isinstance(alpha, (str, bool)):
-            auto = ", or auto" if self.counts_alpha else ""
+            auto = f", {AUTO} or {AUTO_PER_CLASS}" if self.counts_alpha else ""
             raise ValueError(f"ALPHA is {alpha!r}; it must be a number, a list of one for each class{auto}")
         check_weight("ALPHA", alpha)
         self.alpha = float(alpha)
 
     def forward(self, batch: DenseBatch) -> Tensor:
         """Return the sum over all anchors that are not ignored."""
-        if self.alpha == "auto":
+        if isinstance(self.alpha, str):
             # Evaluation never comes here, and needs no training set to count.
             raise UserError(
-                "MODEL.FOCAL.LOSS.ALPHA is auto: focal_d2's trainer turns it into a number; elsewhere "
-                "call focal_d2.engine.resolve_alpha(cfg)"
+                f"MODEL.FOCAL.LOSS.ALPHA is {self.alpha}: focal_d2's trainer turns it into numbers; "
+                "elsewhere call focal_d2.engine.resolve_alpha(cfg)"
             )
         return super().forward(batch)
 
@@ -87,7 +89,7 @@ class _SigmoidFocal(_AlphaBalanced):
 
     def forward(self, batch: DenseBatch) -> Tensor:
         """Return the sum over all anchors that are not ignored."""
-        if not self.use_fused(batch) or self.alpha == "auto":
+        if not self.use_fused(batch) or isinstance(self.alpha, str):
             return super().forward(batch)
         return dense_focal_loss(
             batch.logits,

@@ -340,7 +340,11 @@ def test_focal_reads_detectron2s_keys_unless_its_own_are_set():
         ("focal", {"BINS": 3}, "LOSS.BINS is set.* it reads ALPHA, GAMMA"),
         ("focal", {"ALPHA": [0.5]}, "ALPHA has 1 values for 3 classes"),
         ("focal", {"ALPHA": [0.5, -1.0, 0.5]}, "each of ALPHA is -1.0; it must be in \\[0, 1\\]"),
-        ("focal", {"ALPHA": "Auto"}, "ALPHA is 'Auto'; it must be a number, a list .*, or auto"),
+        (
+            "focal",
+            {"ALPHA": "Auto"},
+            "ALPHA is 'Auto'; it must be a number, a list .*, auto or auto_per_class",
+        ),
         ("focal", {"ALPHA": True}, "ALPHA is True"),
         ("focal", {"ALPHA": float("nan")}, "ALPHA is nan"),
         ("focal_star", {"ALPHA": "auto"}, "ALPHA is 'auto'; it must be a number, a list .* class$"),
