@@ -10,11 +10,10 @@ import logging
 import sys
 from pathlib import Path
 
-import yaml
-
 from focal_d2.analysis import Result, as_json, check_seeds, load_grid, plan, run_study, write_report
 from focal_d2.engine import Parser, check_job, command_line
 from focal_d2.errors import UserError
+from focal_d2.storage.yaml_text import parse_yaml
 
 TRAIN_NET = Path(__file__).resolve().parent.parent / "train_net.py"
 
@@ -33,7 +32,9 @@ def main() -> None:
     # What detectron2 warns of stands in each run's own log.
     logging.getLogger("detectron2").addHandler(logging.NullHandler())
     grid = load_grid(args.grid)
-    seeds = grid.seeds if args.seeds is None else check_seeds(yaml.safe_load(f"[{args.seeds}]"), "--seeds")
+    seeds = grid.seeds
+    if args.seeds is not None:
+        seeds = check_seeds(parse_yaml(f"[{args.seeds}]", "--seeds"), "--seeds")
     command = [sys.executable, str(TRAIN_NET), "--config-file", args.config_file, "--resume"]
     command += ["--num-gpus", str(args.num_gpus), *args.opts]
 

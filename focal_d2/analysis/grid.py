@@ -13,15 +13,19 @@ CELLS:
 from __future__ import annotations
 
 import itertools
+import math
 import re
+import string
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from focal_d2.errors import UserError
+from focal_d2.storage.yaml_text import read_yaml
+
+MOST_CELLS = 10_000
 
 _CELL_KEYS = {"NAME", "SET", "SWEEP", "PAPER"}
+_STYLE = re.compile(r"\d{0,2}(\.\d{1,2})?[a-z%]?")
 _GREEK = {"α": "alpha", "β": "beta", "γ": "gamma", "π": "pi"}
 
 
@@ -58,10 +62,7 @@ def load_grid(path: Path) -> Grid:
     Raises:
         UserError: if it is not one, or two cells would share a folder.
     """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"grid {path}: {error}") from error
+    content = read_yaml(str(path), name=f"grid {path}")
     if not isinstance(content, dict) or set(content) != {"SEEDS", "CELLS"}:
         raise UserError(f"grid {path}: it needs the keys SEEDS and CELLS, and no other")
     seeds = check_seeds(content["SEEDS"], f"grid {path}: SEEDS")
@@ -109,6 +110,8 @@ def _expand(entry: dict[str, Any], where: str) -> list[Cell]:
             raise UserError(f"grid {where} sets {key}, which a study sets itself (SEEDS, --output)")
     if not all(_list_of(values, object) for values in sweep.values()):
         raise UserError(f"grid {where}: each key of SWEEP needs a list of values")
+    if math.prod(len(values) for values in sweep.values()) > MOST_CELLS:
+        raise UserError(f"grid {where}: SWEEP makes more than {MOST_CELLS:,} cells")
     points = [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
     paper = entry.get("PAPER", [None] * len(points))
     paper = paper if isinstance(paper, list) else [paper]
@@ -120,8 +123,12 @@ def _expand(entry: dict[str, Any], where: str) -> list[Cell]:
     for point, value in zip(points, paper, strict=True):
         short = {key.rsplit(".", 1)[-1]: x for key, x in point.items()}
         try:
+            # A format can ask for any width, and for what lies behind a value.
+            for _, field, style, _ in string.Formatter().parse(entry["NAME"]):
+                if field is not None and not (field in short and _STYLE.fullmatch(style or "")):
+                    raise ValueError(f"{{{field}:{style}}}" if style else f"{{{field}}}")
             name = entry["NAME"].format(**short)
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"grid {where}: NAME may name only keys of SWEEP in braces: {error}") from error
         cells.append(Cell(name, {**fixed, **point}, value))
     return cells

@@ -16,11 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from focal_d2.analysis.grid import Cell, Grid
 from focal_d2.config import leaves
 from focal_d2.errors import UserError
+from focal_d2.storage.yaml_text import parse_yaml
 
 _RECORD = "run.json"
 # What the trainer says of a loss that is not finite.
@@ -151,7 +150,9 @@ def _check_same_config(run: Run) -> None:
         return
     if record["config"] == run.config:
         return
-    before, now = (leaves(yaml.safe_load(text)) for text in (record["config"], run.config))
+    before, now = (
+        leaves(parse_yaml(text, f"{run.folder / _RECORD}: config")) for text in (record["config"], run.config)
+    )
     key = min(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     values = f"{key} {before.get(key)}, not {now.get(key)}"
     raise UserError(f"{run.folder} was run with {values}: choose another output folder, or delete it")
@@ -195,7 +196,8 @@ def _read_record(run: Run) -> dict[str, Any] | None:
         record = json.loads(path.read_text())
     except ValueError:
         record = None
-    if not isinstance(record, dict) or not {*Result._fields, "config"} <= record.keys():
+    is_whole = isinstance(record, dict) and {*Result._fields, "config"} <= record.keys()
+    if not is_whole or not isinstance(record["config"], str):
         raise UserError(f"{path} is damaged: delete the folder, and the run is made again")
     return record
 

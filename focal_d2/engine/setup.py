@@ -23,7 +23,7 @@ from detectron2.utils.logger import setup_logger
 from focal_d2.architectures import CLASS_KEYS
 from focal_d2.config import add_focal_config, check_choice, key_value, leaves, set_value
 from focal_d2.data import count_classes, register_datasets
-from focal_d2.engine.safe_yaml import merge_file
+from focal_d2.engine.config_files import merge_file
 from focal_d2.errors import UNLESS_TRUSTED, UserError, did_you_mean
 from focal_d2.evaluation import check_backend, detection_limits
 from focal_d2.storage.downloads import is_address
@@ -59,7 +59,7 @@ def load_config(
         config_file: path of the YAML file, or "" for the defaults alone.
         overrides: KEY VALUE pairs.
         trust_files: let the YAML run code, as detectron2 does. If false, it is read by
-            `focal_d2.engine.safe_yaml`.
+            `focal_d2.engine.config_files`.
         allow_download: let `_BASE_` name addresses outside detectron2's stores.
 
     Raises:

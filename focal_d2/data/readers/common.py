@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import yaml
 
 from focal_d2.data.pixels import IMAGE_SUFFIXES, UNREADABLE, upright_size, why_unreadable
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
+from focal_d2.storage import yaml_text
 
 _BOM = b"\xef\xbb\xbf"
 # Larger numbers are no pixels: they overflow where sizes are multiplied.
@@ -292,12 +292,7 @@ def read_yaml(path: str) -> dict[str, object]:
     Raises:
         UserError: naming the file, if it is none.
     """
-    try:
-        content = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:200]}") from error
+    content = yaml_text.read_yaml(path)
     return content if isinstance(content, dict) else {}
 
 

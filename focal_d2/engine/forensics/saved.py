@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -24,6 +23,7 @@ from focal_d2.errors import UserError
 from focal_d2.modeling.retinanet import precision_around
 from focal_d2.storage.files import write_aside
 from focal_d2.storage.weights import read_torch
+from focal_d2.storage.yaml_text import parse_yaml
 
 _KEYS = {
     *("iteration", "rank", "learning_rate", "losses", "steps", "normalizer"),
@@ -222,10 +222,7 @@ def replay(saved: SavedStep, *, device: str | None = None) -> Replay:
 
 
 def _read_config(saved: SavedStep) -> CfgNode:
-    try:
-        keys = yaml.safe_load(saved.config)
-    except yaml.YAMLError as error:
-        raise UserError(f"{saved.file}: its config is no plain YAML: {_one_line(error)}") from error
+    keys = parse_yaml(saved.config, f"{saved.file}: its config") if isinstance(saved.config, str) else None
     if not isinstance(keys, dict):
         raise UserError(f"{saved.file}: its config is no YAML of KEY: value lines")
     cfg = get_cfg()

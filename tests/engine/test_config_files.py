@@ -15,7 +15,7 @@ from detectron2.config import get_cfg
 
 from focal_d2 import UserError
 from focal_d2.engine import load_config
-from focal_d2.engine.safe_yaml import MOST_STEPS, calculate
+from focal_d2.storage.yaml_text import MOST_STEPS, calculate
 from tests.conftest import REPOSITORY
 
 CPU = ["MODEL.DEVICE", "cpu"]
@@ -68,11 +68,11 @@ HOSTILE = {
     "merge bomb": (bomb(12, "{{<<: [{}]}}"), "with what its aliases stand for"),
     "an alias of itself": ("X: &a [*a]", "it holds an alias of itself"),
     "deep": ("X: " + "[" * 60 + "]" * 60, "more than 100000 values or 50 levels"),
-    "deeper": ("X: " + "[" * 100_000, "not a config: maximum recursion depth"),
+    "deeper": ("X: " + "[" * 100_000, "not readable as YAML: maximum recursion depth"),
     "long": ("X: " + "1" * 2**20, "longer than 1048576 bytes"),
     "many digits": ("X: " + "9" * 5000, "a number of more than 64 characters"),
     "base 60": ("X: 1" + ":1" * 5000, "a number of more than 64 characters"),
-    "a date": ("X: 2020-99-99", "not a config: month must be in"),
+    "a date": ("X: 2020-99-99", "not readable as YAML: month must be in"),
     "a key twice": ("SEED: 1\nMODEL: {}\nSEED: 2", "{config}, line 3: SEED stands in line 1 already"),
     "a key twice in a line": ("SOLVER: {STEPS: [1], 'STEPS': [2]}", "STEPS stands in line 1 already"),
     "tabs": ("MODEL:\n\tDEVICE: cpu", "{config}, line 2: while scanning for the next token: found character"),

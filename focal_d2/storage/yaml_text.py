@@ -1,4 +1,4 @@
-"""YAML configs without code: plain YAML, and detectron2's computed anchor sizes by arithmetic alone."""
+"""YAML without code and of bounded size, and detectron2's computed anchor sizes by arithmetic alone."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
-from detectron2.config import CfgNode
 
 from focal_d2.errors import UNLESS_TRUSTED, UserError
-from focal_d2.storage.downloads import fetch, is_address, join_address
 
 # Far above any config, and low enough that a hostile file costs seconds and megabytes at most.
-LONGEST_FILE = 2**20  # bytes
-MOST_NODES = 100_000  # values and keys, with everything that aliases stand for
+LONGEST_FILE = 2**20  # bytes, with the files of its _BASE_
+MOST_NODES = 100_000  # values and keys, with everything that aliases stand for, and the files of its _BASE_
 DEEPEST = 50  # levels
-MOST_FILES = 64  # that _BASE_ leads to
 LONGEST_NUMBER = 64  # characters of a whole number
+
+_TOO_LARGE = (
+    f"more than {MOST_NODES} values or {DEEPEST} levels, "
+    "with what its aliases stand for and the files of its _BASE_"
+)
 
 LONGEST_EXPRESSION = 1000  # characters
 MOST_STEPS = 10_000  # operators, names, numbers and lists that are evaluated
 LARGEST_NUMBER = 2.0**63
 LARGEST_EXPONENT = 64
 
-_BASE = "_BASE_"
 _PYTHON = "tag:yaml.org,2002:python/"
 _EVAL = f"{_PYTHON}object/apply:eval"
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
@@ -41,132 +42,96 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 }
 
 
-def merge_file(cfg: CfgNode, path: str, *, allow_download: bool = False) -> None:
-    """Merge a YAML file and those that its `_BASE_` names into a config; it may be of an older version.
+class Budget:
+    """What one file, or several that are read together, may still have."""
+
+    def __init__(self) -> None:
+        """Start with the limits of one file."""
+        self.length, self.nodes = LONGEST_FILE, MOST_NODES
+
+    def spend(self, length: int, source: str) -> None:
+        """Take a text off.
+
+        Raises:
+            UserError: naming `source`, if it is too long.
+        """
+        self.length -= length
+        if self.length < 0:
+            raise UserError(f"{source}: longer than {LONGEST_FILE} bytes, with the files of its _BASE_")
+
+
+def read_yaml(path: str, *, name: str | None = None, budget: Budget | None = None) -> Any:
+    """Read a YAML file.
 
     Args:
-        cfg: changed in place.
         path: of the file.
-        allow_download: let `_BASE_` name addresses outside detectron2's stores.
+        name: what messages call it; None: its path.
+        budget: of the files that are read together.
 
     Raises:
-        UserError: if a file can't be read, or holds what only code could make.
+        UserError: naming the file, and the line where there is one.
     """
-    # detectron2 takes a file's content from this method, and its own runs code that the YAML names. It is
-    # hidden on this one object: a subclass would have to replace every node of the tree.
-    cfg.__dict__["load_yaml_with_base"] = lambda name, allow_unsafe: _load_with_bases(
-        name, (), [], allow_download
-    )
+    name = name or path
+    if not os.path.isfile(path):
+        raise UserError(f"{name}: not found, or not a file")  # a pipe would be waited for
     try:
-        cfg.merge_from_file(path)
-    finally:
-        del cfg.__dict__["load_yaml_with_base"]
+        with open(path, "rb") as file:
+            data = file.read(LONGEST_FILE + 1)
+        return parse_yaml(data.decode("utf-8-sig"), name, budget=budget)
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
 
 
-def _load_with_bases(
-    path: str, below: tuple[str, ...], seen: list[str], allow_download: bool
-) -> dict[str, Any]:
-    """Read a file over those that its `_BASE_` names.
+def parse_yaml(text: str, source: str, *, budget: Budget | None = None) -> Any:
+    """Read a YAML text.
 
     Args:
-        path: a file or an address.
-        below: the files that led here.
-        seen: all files read so far, each time they were; this one is added.
-        allow_download: accept addresses outside detectron2's stores.
+        text: one document.
+        source: what messages call it.
+        budget: of the texts that are read together.
+
+    Raises:
+        UserError: naming the source, and the line where there is one.
     """
-    local = path
-    if is_address(path):
-        local = fetch(path, allow_download=allow_download, limit=LONGEST_FILE)
-    place = os.path.realpath(local)
-    if place in below:
-        raise UserError(f"{path}: its {_BASE} leads back to it")
-    seen.append(place)
-    if len(seen) > MOST_FILES:
-        raise UserError(f"{path}: {_BASE} leads to more than {MOST_FILES} files")
-    own = _parse(local, path)
-    bases = own.pop(_BASE, [])
-    content: dict[str, Any] = {}
-    for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str):
-            raise UserError(f"{path}: {_BASE} must be the name of a file, or a list of them")
-        upper = _load_with_bases(_resolve(base, path), (*below, place), seen, allow_download)
-        _merge(upper, content, path)
-    _merge(own, content, path)
-    return content
-
-
-def _resolve(base: str, path: str) -> str:
-    if is_address(path):
-        return join_address(path, base)  # a file from elsewhere names no file of this machine
-    return base if is_address(base) else os.path.join(os.path.dirname(path), os.path.expanduser(base))
-
-
-def _merge(upper: dict[str, Any], lower: dict[str, Any], path: str) -> None:
-    for key, value in upper.items():
-        if not (isinstance(value, dict) and key in lower):
-            lower[key] = value
-        elif isinstance(lower[key], dict):
-            _merge(value, lower[key], path)
-        else:
-            raise UserError(f"{path}: {key} is a section here, but a value in the file of its {_BASE}")
-
-
-def _parse(local: str, path: str) -> dict[str, Any]:
-    """Read a file, called `path` in messages."""
-    if not os.path.isfile(local):
-        raise UserError(f"config file not found: {path}")  # or a folder, or a pipe, which would be waited for
+    budget = budget or Budget()
+    budget.spend(len(text), source)
     try:
-        with open(local, "rb") as file:
-            data = file.read(LONGEST_FILE + 1)
-        if len(data) > LONGEST_FILE:
-            raise UserError(f"{path}: longer than {LONGEST_FILE} bytes: not a config")
-        content = _load(data.decode("utf-8-sig"), path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+        loader = _Loader(text, source, budget)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except UserError:
+        raise
     except yaml.reader.ReaderError as error:
-        raise UserError(f"{path}: not text (character {error.character:#x})") from error
+        raise UserError(f"{source}: not text (character {error.character:#x})") from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         reasons = [" ".join(x.split()) for x in (error.context, error.problem) if x]
-        raise UserError(f"{path}{line}: {': '.join(reasons)}") from error
-    except (RuntimeError, ValueError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
-        # Too many levels, or a date or number that Python can't hold.
-        raise UserError(f"{path}: not a config: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a config; it must be nested lines of KEY: value")
-    return {key: _unshared(value) for key, value in content.items()}
-
-
-def _unshared(value: Any) -> Any:
-    """Give each alias a copy of its own: another file may change one place and not the others."""
-    if isinstance(value, dict):
-        return {key: _unshared(x) for key, x in value.items()}
-    return [_unshared(x) for x in value] if isinstance(value, list) else value
-
-
-def _load(text: str, path: str) -> Any:
-    loader = _Loader(text)
-    loader.name = path
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
+        raise UserError(f"{source}{line}: {': '.join(reasons)}") from error
+    except (RuntimeError, ValueError, OverflowError, TypeError, AttributeError) as error:
+        # Too many levels, or a date, number or pair that Python can't hold.
+        raise UserError(f"{source}: not readable as YAML: {' '.join(str(error).split())[:200]}") from error
 
 
 class _Loader(yaml.SafeLoader):
     """Plain YAML of bounded size without keys given twice, and detectron2's arithmetic."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, source: str, budget: Budget) -> None:
         super().__init__(text)
+        self.name = source
+        self._budget = budget
+        self._number = 0  # of nodes that were begun
         # Of each node the values it holds and its levels, aliases written out. The nodes are all kept.
         self._extents: dict[int, tuple[int, int]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         """Measure a node when it is whole; an alias brings one that was measured."""
+        self._number += 1
+        if self._number > self._budget.nodes:
+            raise UserError(f"{self.name}: {_TOO_LARGE}")
         is_alias = self.check_event(yaml.AliasEvent)
         node: Any = super().compose_node(parent, index)
         if is_alias:
@@ -178,10 +143,10 @@ class _Loader(yaml.SafeLoader):
             children = [x for pair in node.value for x in pair]
         extents = [self._extents[id(child)] for child in children]
         size, depth = 1 + sum(n for n, _ in extents), 1 + max((d for _, d in extents), default=0)
-        if size > MOST_NODES or depth > DEEPEST:
-            raise self._mistake(
-                node, f"more than {MOST_NODES} values or {DEEPEST} levels, with what its aliases stand for"
-            )
+        if size > self._budget.nodes or depth > DEEPEST:
+            raise self._mistake(node, _TOO_LARGE)
+        if parent is None:
+            self._budget.nodes -= size
         self._extents[id(node)] = size, depth
         return node
 
