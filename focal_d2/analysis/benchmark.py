@@ -46,6 +46,9 @@ from focal_d2.modeling.losses import DenseBatch
 
 # Of the logits in the inference benchmark: some thousand an image exceed a score of 0.05, as after training.
 _LOGIT_MEAN, _LOGIT_STD = -7.0, 1.3
+# Those of the post-processing benchmark: a model's first evaluations. One in eight exceeds a score of 0.02.
+_EARLY_MEAN, _EARLY_STD = -4.6, 0.6
+_THRESHOLDS = (0.001, 0.02, 0.05, 0.3)
 # Bytes copied to measure a GPU's bandwidth.
 _COPIED = 1 << 30
 
@@ -438,22 +441,7 @@ def time_inference(cfg: CfgNode, setting: Setting) -> list[Row]:
         model.eval()
     with torch.no_grad():
         _set_logits(pair, batch)
-        images = pair.ours.preprocess_image(batch)
-        features = _levels(pair, setting)
-        outputs = [
-            _random_outputs(pair, setting, setting.classes, _LOGIT_MEAN, _LOGIT_STD, torch.float32),
-            _random_outputs(pair, setting, 4, 0.0, 0.2, torch.float32),
-        ]
-        # detectron2 writes into the logits of a level of one cell, of which its permutation is a view.
-        theirs = [[x.clone() for x in output] for output in outputs]
-        after = take_turns(
-            {
-                "ours": lambda: pair.ours.forward_inference(images, features, outputs),
-                "detectron2": lambda: pair.detectron2.forward_inference(images, features, theirs),
-                "limit": lambda: [(x > 0).any() for x in outputs[0]],
-            },
-            setting,
-        )
+        after = take_turns(_after_network(pair, setting, _LOGIT_MEAN, _LOGIT_STD), setting)
 
         def detectron2_whole() -> None:
             with _precision(setting):
@@ -467,9 +455,45 @@ def time_inference(cfg: CfgNode, setting: Setting) -> list[Row]:
             {"ours": lambda: pair.ours(batch), "detectron2": detectron2_whole, "limit": network}, setting
         )
     return [
-        _timed("post-processing", after, "comparing all logits with a number"),
+        _timed("post-processing", after, _LARGEST),
         _timed("inference", whole, "backbone and head alone"),
     ]
+
+
+def time_postprocessing(cfg: CfgNode, setting: Setting) -> list[Row]:
+    """From the head's output to detections where many scores exceed the threshold, for several thresholds."""
+    pair = build_pair(cfg, setting)
+    rows = []
+    with torch.no_grad():
+        runs = _after_network(pair, setting, _EARLY_MEAN, _EARLY_STD)
+        for threshold in _THRESHOLDS:
+            for model in pair:
+                model.eval().test_score_thresh = threshold
+            rows.append(
+                _timed(f"post-processing, scores above {threshold}", take_turns(runs, setting), _LARGEST)
+            )
+    return rows
+
+
+_LARGEST = "finding the largest logit"
+
+
+def _after_network(pair: Pair, setting: Setting, mean: float, std: float) -> dict[str, Callable[[], Any]]:
+    """From the head's output, with logits of this mean and deviation, to detections."""
+    images, features = _images(setting), _levels(pair, setting)
+    logits = _random_outputs(pair, setting, setting.classes, mean, std, torch.float32)
+    deltas = _random_outputs(pair, setting, 4, 0.0, 0.2, torch.float32)
+
+    def detectron2_detections() -> list[Instances]:
+        # It writes into the logits of a level of one cell or one channel: its permutation is a view of them.
+        theirs = [x.clone() if 1 in (x.shape[1], x.shape[2:].numel()) else x for x in logits]
+        return pair.detectron2.forward_inference(images, features, [theirs, deltas])
+
+    return {
+        "ours": lambda: pair.ours.forward_inference(images, features, [logits, deltas]),
+        "detectron2": detectron2_detections,
+        "limit": lambda: [x.amax() for x in logits],
+    }
 
 
 def _set_logits(pair: Pair, batch: list[dict[str, Any]]) -> None:
@@ -656,6 +680,7 @@ BENCHMARKS: dict[str, Callable[[CfgNode, Setting], list[Row]]] = {
     "assign": time_assign,
     "step": time_step,
     "inference": time_inference,
+    "postprocessing": time_postprocessing,
     "input": time_input,
     "memory": measure_memory,
     "evaluation": time_evaluation,

@@ -325,10 +325,10 @@ class FocalRetinaNet(RetinaNet):
         with torch.autocast(self.device.type, enabled=False):
             logits, deltas = predictions
             anchors = self._anchors_of(features)
-            found = find_candidates(logits, self.cls_loss, self.test_score_thresh, self.test_topk_candidates)
-            boxes = self.box2box_transform.apply_deltas(
-                gather_deltas(deltas, found.image, found.anchor), anchors.boxes[found.anchor]
+            found = find_candidates(
+                logits, deltas, self.cls_loss, self.test_score_thresh, self.test_topk_candidates
             )
+            boxes = self.box2box_transform.apply_deltas(found.deltas, anchors.boxes[found.anchor])
             results = []
             for i, image_size in enumerate(images.image_sizes):
                 own = (found.image == i).nonzero().squeeze(1)

@@ -2,30 +2,85 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
-# Values looked at together when large ones are searched.
+# Values of which only the maximum is looked at first. The groups of a block lie side by side, so that their
+# maxima need no more than passes over a piece of memory that stays in the cache.
 _GROUP = 64
+_BLOCK = 64 * _GROUP
 # Up to here torchvision's batched NMS takes all classes at once on a CPU, beyond it goes class by class.
 _MOST_AT_ONCE = 1000
 
 
-def indices_above(values: Tensor, cut: float) -> Tensor:
-    """Return the indices (E,) int64, rising, of the values (n,) above `cut`, which are to be few.
+def indices_of_best(values: Tensor, cut: float, most: int) -> Tensor:
+    """Return the indices of the `most` largest values above `cut` of each row; of equal values the first.
 
-    On a CPU groups that have none are passed over: their maxima are found far faster than indices.
+    Args:
+        values: (N, n) float; NaN is never returned.
+        cut: a number.
+        most: k, at least 0.
+
+    Returns:
+        (E,) int64, into the flattened values, row by row; within a row equal values are in order.
     """
-    groups = len(values) // _GROUP
-    if values.device.type != "cpu" or groups == 0:
-        return (values > cut).nonzero().squeeze(1)
-    # Group g has the elements g, g + groups, …: a maximum over rows runs through memory in order.
-    rows = values[: groups * _GROUP].view(_GROUP, groups)
-    hit = (~(rows.amax(dim=0) <= cut)).nonzero().squeeze(1)  # a NaN hides what stands beside it
-    row, column = (rows[:, hit] > cut).nonzero(as_tuple=True)
-    rest = (values[groups * _GROUP :] > cut).nonzero().squeeze(1) + groups * _GROUP
-    return torch.cat([row * groups + hit[column], rest])
+    flat = values.flatten()
+    if values.device.type == "cpu" and 0 < most < values.shape[1] // _GROUP:
+        places = _likely(values, cut, most)
+        places = places[flat[places] > cut]
+    else:
+        places = (flat > cut).nonzero().squeeze(1)
+    if len(places) <= most:
+        return places
+    best = []
+    counts = (places // values.shape[1]).bincount().tolist()
+    for row in places.split(counts):
+        if len(row) > most:
+            row = row[_largest(flat[row], most)]
+        best.append(row)
+    return torch.cat(best)
+
+
+def _likely(values: Tensor, cut: float, most: int) -> Tensor:
+    """Return indices (E,), rising, into the flattened values (N, n): all that are asked for, and some others.
+
+    A maximum of a group of values is found far faster than indices. The k-th largest maximum of a row is at
+    most its k-th largest value: groups below it are left out.
+    """
+    length = values.shape[1]
+    whole = length // _BLOCK * _BLOCK
+    blocks = values[:, :whole].unflatten(1, (-1, _GROUP, _BLOCK // _GROUP))  # (N, blocks, _GROUP, groups)
+    maxima = blocks.amax(dim=2)
+    least = values.new_full((len(values), 1), cut)
+    # The maximum of a group that has a NaN is NaN: such a group is looked at.
+    row, block, group = (~(maxima <= cut)).nonzero(as_tuple=True)
+    known = maxima.flatten(1)
+    if len(row) > most <= known.shape[1]:
+        known = known.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        least = least.maximum(known.topk(most, sorted=False).values.amin(dim=1, keepdim=True))
+        row, block, group = (~(maxima < least.unsqueeze(2))).nonzero(as_tuple=True)
+    if len(row) > maxima.numel() // 2:  # many values are equal
+        return (values >= least).flatten().nonzero().squeeze(1)
+    chosen, place = (blocks[row, block, :, group] >= least[row]).nonzero(as_tuple=True)
+    first = row * length + block * _BLOCK + group
+    places = first[chosen] + place * (_BLOCK // _GROUP)
+    if whole < length:
+        row, rest = (values[:, whole:] >= least).nonzero(as_tuple=True)
+        places = torch.cat([places, row * length + whole + rest])
+    return places.sort().values
+
+
+def _largest(values: Tensor, most: int) -> Tensor:
+    """Return the indices of the `most` largest of the values (n,), n > `most`; of equal values the first."""
+    if most == 0:
+        return values.new_zeros(0, dtype=torch.int64)
+    least = values.topk(most, sorted=False).values.amin()
+    above = (values > least).nonzero().squeeze(1)
+    equal = (values == least).nonzero().squeeze(1)
+    return torch.cat([above, equal[: most - len(above)]])
 
 
 def best_boxes(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, most: int) -> Tensor:
@@ -44,15 +99,14 @@ def best_boxes(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, 
     if len(boxes) <= _MOST_AT_ONCE or boxes.device.type != "cpu":
         return batched_nms(boxes.float(), scores, labels, threshold)[:most]
     order = scores.argsort(descending=True, stable=True)
-    # In float64 classes can stand apart without rounding.
-    apart = boxes.double()
-    finite = apart[apart.isfinite()]
-    reach = finite.abs().max() * 2 + 1 if len(finite) else 1.0
-    apart = apart + (labels * reach).unsqueeze(1)
     count = min(len(order), 4 * most)
     while True:
         first = order[:count]
-        kept = first[nms(apart[first], scores[first].double(), threshold)]
+        # In float64 classes can stand apart without rounding.
+        apart = boxes[first].double()
+        reach = torch.where(apart.isfinite(), apart, 0.0).abs().max() * 2 + 1 if count else 1.0
+        apart = apart + (labels[first] * reach).unsqueeze(1)
+        kept = first[nms(apart, scores[first].double(), threshold)]
         if len(kept) >= most or count == len(order):
             return kept[:most]
         count = min(len(order), 4 * count)

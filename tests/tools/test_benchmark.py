@@ -34,7 +34,7 @@ def options(*more):
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=runs_bfloat16)])
-@pytest.mark.parametrize("what", ["loss", "assign", "step", "inference", "input", "memory", "evaluation"])
+@pytest.mark.parametrize("what", benchmark.BENCHMARKS)
 def test_each_measures_both_and_a_limit(what, precision, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, what, *options("--precision", precision, "--json"))
     assert code == 0
@@ -52,20 +52,8 @@ def test_each_measures_both_and_a_limit(what, precision, monkeypatch, capsys):
     assert ("ours_bytes" in row and row["ours_bytes"] is not None) == (what in ("loss", "assign", "memory"))
 
 
-def test_both_losses_are_the_same_loss(monkeypatch, capsys):
-    results = {}
-
-    def once(runs, setting):
-        results.update({name: run() for name, run in runs.items()})
-        return dict.fromkeys(runs, 1.0)
-
-    monkeypatch.setattr(benchmark, "take_turns", once)
-    run(monkeypatch, capsys, "loss", *options())
-    assert sum(x.abs().sum() for x in results["ours"]) > 0
-    torch.testing.assert_close(results["ours"], results["detectron2"], rtol=1e-4, atol=1e-7)
-
-
-def test_both_evaluations_have_the_same_figures(monkeypatch, capsys):
+def results_of(monkeypatch, capsys, *argv) -> list[dict]:
+    """What the sides that take turns return, a dict for each time that they do."""
     rounds = []
 
     def once(runs, setting):
@@ -73,7 +61,28 @@ def test_both_evaluations_have_the_same_figures(monkeypatch, capsys):
         return dict.fromkeys(runs, 1.0)
 
     monkeypatch.setattr(benchmark, "take_turns", once)
-    run(monkeypatch, capsys, "evaluation", *options("--batch", 3))
+    run(monkeypatch, capsys, *argv)
+    return rounds
+
+
+def test_both_losses_are_the_same_loss(monkeypatch, capsys):
+    (results,) = results_of(monkeypatch, capsys, "loss", *options())
+    assert sum(x.abs().sum() for x in results["ours"]) > 0
+    torch.testing.assert_close(results["ours"], results["detectron2"], rtol=1e-4, atol=1e-7)
+
+
+def test_both_detect_the_same(monkeypatch, capsys):
+    rounds = results_of(monkeypatch, capsys, "postprocessing", *options())
+    found = [[results[who][0] for who in ("ours", "detectron2")] for results in rounds]
+    assert [len(ours) for ours, _ in found] == [100, 100, 11, 0]
+    for ours, theirs in found:
+        assert torch.equal(ours.pred_classes, theirs.pred_classes)
+        torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-6, atol=0)
+        torch.testing.assert_close(ours.pred_boxes.tensor, theirs.pred_boxes.tensor)
+
+
+def test_both_evaluations_have_the_same_figures(monkeypatch, capsys):
+    rounds = results_of(monkeypatch, capsys, "evaluation", *options("--batch", 3))
     for results in rounds:
         theirs = results["detectron2"]["bbox"]
         assert theirs["AP"] > 10

@@ -7,6 +7,7 @@ from focal_d2.modeling.losses.base import (
     DenseBatch,
     build_loss,
     gather_deltas,
+    level_deltas,
     level_ranges,
     register_loss,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "LossNormalizer",
     "build_loss",
     "gather_deltas",
+    "level_deltas",
     "level_ranges",
     "register_loss",
 ]

@@ -93,17 +93,22 @@ def gather_deltas(deltas: list[Tensor], image: Tensor, anchor: Tensor) -> Tensor
     for x, start, stop in level_ranges(deltas, 4):
         if stop == start:
             continue
-        level = x.unflatten(1, (-1, 4))  # (N, A, 4, H, W)
         # Every level is asked for every anchor, and gives some other one's where it has it not: to pick its
         # own first would make a GPU wait.
-        cell, a = divide((anchor - start).remainder(stop - start), level.shape[1])
-        row, column = divide(cell, level.shape[4])
-        found = level[image, a, :, row, column]
+        found = level_deltas(x, image, (anchor - start).remainder(stop - start))
         own = ((anchor >= start) & (anchor < stop)).unsqueeze(1)
         gathered = torch.where(own, found, 0.0 if gathered is None else gathered)
     if gathered is None:
         gathered = torch.cat([x.flatten() for x in deltas]).view(0, 4)
     return gathered if gathered.dtype == torch.float64 else gathered.float()
+
+
+def level_deltas(deltas: Tensor, image: Tensor, anchor: Tensor) -> Tensor:
+    """Read the deltas (E, 4) of anchors (E,) of a level (N, A·4, H, W), of images (E,)."""
+    level = deltas.unflatten(1, (-1, 4))  # (N, A, 4, H, W)
+    cell, a = divide(anchor, level.shape[1])
+    row, column = divide(cell, level.shape[4])
+    return level[image, a, :, row, column]
 
 
 def level_ranges(outputs: list[Tensor], per_anchor: int) -> Iterator[tuple[Tensor, int, int]]:
