@@ -109,6 +109,10 @@ def add_focal_config(cfg: CfgNode) -> None:
     # What decodes and resizes images: "pil" (detectron2's way) or "opencv": faster, the same boxes, pixels
     # within two grey levels of Pillow's; INPUT.FORMAT BGR or RGB, no masks.
     inputs.BACKEND = "pil"
+    # Images of more pixels (height times width) are refused before they are decoded: a file of 20 kB can have
+    # 10^9 of them, and reading takes up to 13 bytes a pixel. The default is a square kilometre at 10 cm a
+    # pixel, 10,000 × 10,000, a common tile of aerial surveys. Cameras of 150 megapixels need more.
+    inputs.MAX_PIXELS = 100_000_000
     # For pictures without an upright direction (aerial, microscopy), beside INPUT.RANDOM_FLIP.
     inputs.VERTICAL_FLIP = False
     # Turn by 0, 90, 180 or 270 degrees, each as likely.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import EpsImagePlugin
 
 import focal_d2
 from focal_d2.modeling.precision import bfloat16_support
@@ -154,3 +156,16 @@ def job(coco_dataset: Callable[..., CocoDataset], tmp_path: Path) -> tuple[Path,
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(config))
     return path, data
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch) -> Path:
+    """A file that names the programs that were started, of those that image libraries know."""
+    folder, log = tmp_path / "bin", tmp_path / "started"
+    folder.mkdir()
+    for name in ("gs", "djpeg", "cjpeg", "ppmtogif", "convert", "magick", "dwebp", "heif-dec"):
+        (folder / name).write_text(f"#!/bin/sh\necho {name} >> {log}\nexit 1\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # it is looked for once
+    return log

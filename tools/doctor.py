@@ -39,7 +39,8 @@ def main() -> int:
         model = build_without_memory(cfg)
     report = examine(cfg, model, decode=not args.no_images)
     if args.html:
-        page = as_page(report, title=args.config_file, thumbnails=not args.no_images)
+        most = None if args.no_images else cfg.INPUT.FOCAL.MAX_PIXELS
+        page = as_page(report, title=args.config_file, max_pixels=most)
         args.html.write_text(page, encoding="utf-8", errors="replace")
     if args.json:
         print(json.dumps(report.as_dict(), indent=1))

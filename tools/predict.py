@@ -19,8 +19,6 @@ from focal_d2.engine.pictures import (
     write_picture,
 )
 
-IN_COLOURS = ImageReader("BGR", "pil")  # what is drawn on, whatever the model is given
-
 
 def main() -> None:
     parser = Parser(description=__doc__)
@@ -58,6 +56,9 @@ def main() -> None:
         cfg.defrost()
         cfg.TEST.DETECTIONS_PER_IMAGE = limit + 1
     predictor = Predictor(cfg, trust_files=args.trust_files, allow_download=args.allow_download)
+    in_colours = ImageReader(
+        "BGR", "pil", cfg.INPUT.FOCAL.MAX_PIXELS
+    )  # drawn on, whatever the model is given
     targets = picture_files(paths, args.output)
     cut: list[Path] = []
     for path, target in zip(paths, targets, strict=True):
@@ -66,7 +67,7 @@ def main() -> None:
         if 0 < limit < shown.sum():
             cut.append(path)
             shown[limit:] = False  # the best come first
-        picture = draw_detections(read_image(path, IN_COLOURS), boxes[shown], truth.get(path))
+        picture = draw_detections(read_image(path, in_colours), boxes[shown], truth.get(path))
         write_picture(target, picture)
         if args.json:
             detections = {

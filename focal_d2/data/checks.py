@@ -109,6 +109,7 @@ def check_against_config(
     if is_retinanet(cfg):
         limits["MODEL.RETINANET.TOPK_CANDIDATES_TEST"] = cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST
     found = check_limits({**train, **test}, limits)
+    found += check_pixels({**train, **test}, cfg.INPUT.FOCAL.MAX_PIXELS)
     for name, table in train.items():
         found += check_crops(name, table, largest_windows(cfg, table.sizes))
     return found
@@ -320,6 +321,31 @@ def check_limits(tables: Mapping[str, Table], limits: Mapping[str, int]) -> list
         examples = [Example(path, f"{boxes} boxes") for boxes, _, path in crowded[:MOST_EXAMPLES]]
         fixes = [Fix(f"an image of {densest} has {most} boxes", key, most)]
         found.append(Finding("boxes-above-limit", message, ", ".join(names), len(crowded), examples, fixes))
+    return found
+
+
+def check_pixels(tables: Mapping[str, Table], limit: int) -> list[Finding]:
+    """Find images that are annotated with more pixels than are read.
+
+    Args:
+        tables: datasets to train or test on, by name.
+        limit: `INPUT.FOCAL.MAX_PIXELS`.
+    """
+    found = []
+    for name, table in tables.items():
+        pixels = table.sizes.prod(axis=1)  # (N,)
+        large = np.flatnonzero(pixels > limit)
+        if large.size:
+            first = large[np.argsort(-pixels[large], kind="stable")][:MOST_EXAMPLES].tolist()
+            sizes = [f"{table.sizes[i, 1]} × {table.sizes[i, 0]}" for i in first]
+            message = (
+                f"{share(large.size, len(table))} images have more pixels than INPUT.FOCAL.MAX_PIXELS {limit}"
+            )
+            examples = [Example(table.file_names[i], size) for i, size in zip(first, sizes, strict=True)]
+            fixes = [
+                Fix(f"an image of {name} has {sizes[0]} pixels", "INPUT.FOCAL.MAX_PIXELS", int(pixels.max()))
+            ]
+            found.append(Finding("image-too-large", message, name, large.size, examples, fixes))
     return found
 
 

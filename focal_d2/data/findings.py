@@ -37,6 +37,11 @@ KINDS = {
         "the image, turned as its EXIF tag says, has another size than annotated; its boxes may be off too",
         "annotate the image as it is, or restore the one that was annotated",
     ),
+    "image-too-large": Kind(
+        ERROR,
+        "an image is annotated with more pixels than INPUT.FOCAL.MAX_PIXELS: reading it is refused",
+        "raise the key if memory is enough, or cut the image into smaller ones",
+    ),
     "image-repeated": Kind(WARNING, "a file stands in the list more than once", "merge the entries"),
     "image-duplicate": Kind(WARNING, "different files of one side have the same pixels", "keep one of them"),
     "image-leak": Kind(

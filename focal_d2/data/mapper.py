@@ -18,7 +18,13 @@ from torch.utils.data import get_worker_info
 from focal_d2.architectures import known_architecture
 from focal_d2.config import check_choice
 from focal_d2.data.augmentations import build_augmentations
-from focal_d2.data.pixels import FORMATS, UNREADABLE, ImageReader, why_unreadable
+from focal_d2.data.pixels import (
+    FORMATS,
+    UNREADABLE,
+    ImageReader,
+    check_for_detectron2,
+    why_unreadable,
+)
 from focal_d2.errors import UserError
 
 
@@ -67,15 +73,19 @@ class FocalDatasetMapper(DatasetMapper):
             UserError: if the image cannot be read or has another size than annotated.
         """
         more = self.use_instance_mask or self.use_keypoint or self.proposal_topk is not None
+        name = dataset_dict["file_name"]
         try:
             if more or "sem_seg_file_name" in dataset_dict:
+                for key in ("file_name", "sem_seg_file_name"):
+                    if key in dataset_dict:
+                        name = dataset_dict[key]
+                        check_for_detectron2(name, max_pixels=self.reader.max_pixels)
                 sample = super().__call__(dataset_dict)
                 if sample["image"].dtype == torch.float64:  # detectron2's YUV-BT.601
                     sample["image"] = sample["image"].float()
                 return sample
             return self._map(dataset_dict)
         except (*UNREADABLE, SizeMismatchError) as error:
-            name = dataset_dict["file_name"]
             raise UserError(f"cannot read image {name}: {why_unreadable(name, error)}") from error
 
     def _map(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +124,7 @@ class FocalDatasetMapper(DatasetMapper):
 
 
 def build_reader(cfg: CfgNode) -> ImageReader:
-    """Read `INPUT.FORMAT` and `INPUT.FOCAL.BACKEND`.
+    """Read `INPUT.FORMAT`, `INPUT.FOCAL.BACKEND` and `INPUT.FOCAL.MAX_PIXELS`.
 
     Raises:
         UserError: for a format or backend that does not exist, or one that does not fit the config's other
@@ -135,7 +145,9 @@ def build_reader(cfg: CfgNode) -> ImageReader:
         for key in ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS"):
             if cfg.MODEL[key]:
                 raise UserError(f"INPUT.FOCAL.BACKEND opencv knows boxes only: MODEL.{key} must be False")
-    return ImageReader(cfg.INPUT.FORMAT, backend)
+    if inputs.MAX_PIXELS < 1:
+        raise UserError(f"INPUT.FOCAL.MAX_PIXELS is {inputs.MAX_PIXELS}; it must be at least 1")
+    return ImageReader(cfg.INPUT.FORMAT, backend, inputs.MAX_PIXELS)
 
 
 def transform_boxes(

@@ -27,6 +27,7 @@ import numpy as np
 
 from focal_d2.data.datasets import register_table
 from focal_d2.data.embedded import datasets_root, prepare_once
+from focal_d2.data.pixels import read_with_pillow
 from focal_d2.data.readers.coco import coco_content, read_coco
 from focal_d2.data.readers.voc import read_voc_boxes
 from focal_d2.data.table import Table
@@ -180,8 +181,7 @@ def _write_split(source: Path, cut: Path, split: str, pictures: tuple[str, ...],
     (cut / split).mkdir()
     tiles: list[tuple[str, tuple[int, int], list[list[float]], list[int]]] = []
     for picture in pictures:
-        pixels = cv2.imread(str(source / f"{picture}.png"))
-        assert pixels is not None, picture
+        pixels = read_with_pillow(str(source / f"{picture}.png"), "BGR", max_pixels=None)
         boxes = read_voc_boxes(source / f"{picture}.xml")
         height, width = pixels.shape[:2]
         for tile in tiles_of(split, width, height, recipe):

@@ -17,6 +17,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import IO
 
 import cv2
 import numpy as np
@@ -28,7 +29,7 @@ from detectron2.data.detection_utils import (
     convert_PIL_to_numpy,
 )
 from detectron2.utils.file_io import PathManager
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from focal_d2.errors import UserError
 
@@ -36,10 +37,17 @@ from focal_d2.errors import UserError
 # those that have a fourth or an alpha channel (LA, RGBA, CMYK); resizing weighs the other channels by it.
 FORMATS = {"BGR": 3, "RGB": 3, "L": 1, "HSV": 3, "YCbCr": 3, "YUV-BT.601": 3}
 
+# The formats of files that are read, by Pillow's names. Pillow goes by a file's content, not by its name, and
+# knows some 40 more formats: for one of them (EPS) it starts a program. "JPEG" includes MPO, "PNG" APNG. The
+# last two make Pillow import all of its plugins.
+FILE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+
 # Endings of the files that folders of images are searched for.
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-# What Pillow raises for files that it cannot or will not read.
+_TILE_SIDES = 322, 323  # tags of TIFF: width and height
+
+# What reading raises for files that are not such an image, or too large or damaged.
 UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 
 # How a file starts that Git LFS put in the place of a large one.
@@ -83,7 +91,66 @@ def why_unreadable(file_name: str, error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def read_with_pillow(file_name: str, image_format: str) -> np.ndarray:
+def open_image(file: str | IO[bytes], *, max_pixels: int | None) -> Image.Image:
+    """Open an image of one of `FILE_FORMATS`: its header is read, and nothing is decoded.
+
+    No other code opens images: so nothing but these formats' decoders ever sees a file.
+
+    Args:
+        file: its name, or what it holds.
+        max_pixels: most pixels that it may have; None: any, for a file of our own or one that is not decoded.
+
+    Raises:
+        OSError: and the others of `UNREADABLE`, if it is no such image, or a larger one.
+    """
+    if max_pixels is not None:
+        allow_pixels(max_pixels)
+    with _pillow_errors():
+        try:
+            image = Image.open(file, formats=FILE_FORMATS)
+        except UnidentifiedImageError as error:
+            kinds = ", ".join(sorted(FILE_FORMATS))
+            raise UnidentifiedImageError(f"not an image of a format that is read ({kinds})") from error
+        except Image.DecompressionBombError as error:
+            raise OSError(_too_large("its pixels are")) from error
+        if max_pixels is not None:
+            # Of a TIFF file, a tile is decoded whole, however little of it is in the image.
+            tile = [getattr(image, "tag_v2", {}).get(tag, 0) for tag in _TILE_SIDES]
+            for what, (width, height) in (("it has", image.size), ("its tiles have", tile)):
+                if width * height > max_pixels:
+                    raise OSError(_too_large(f"{what} {width} × {height} pixels,", f" {max_pixels}"))
+    return image
+
+
+def _too_large(what: str, limit: str = "") -> str:
+    return (
+        f"{what} more than INPUT.FOCAL.MAX_PIXELS{limit}: raise the key if the image is meant to be so large"
+    )
+
+
+def allow_pixels(most: int) -> None:
+    """Let Pillow open images of so many pixels: it has a limit of its own, for the whole process."""
+    if Image.MAX_IMAGE_PIXELS is not None and most > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = most
+
+
+def check_for_detectron2(file_name: str, *, max_pixels: int) -> None:
+    """Check a file that detectron2's own `read_image` will open, which takes any format of Pillow's.
+
+    Raises:
+        OSError: and the others of `UNREADABLE`, if `open_image` refuses it, or Pillow takes it for something
+            else when it may choose.
+    """
+    with PathManager.open(file_name, "rb") as file:
+        kind = open_image(file, max_pixels=max_pixels).format
+        file.seek(0)
+        with _pillow_errors():
+            other = Image.open(file).format
+    if other != kind:
+        raise OSError(f"it is both {kind} and {other}")
+
+
+def read_with_pillow(file_name: str, image_format: str, *, max_pixels: int | None) -> np.ndarray:
     """Read an image as detectron2's `read_image` does, but for three kinds of file that it reads wrong.
 
     Grey pictures of 16 bits are v >> 8, as OpenCV's 8 bits are (detectron2: all above 255 is white). TIFF
@@ -93,12 +160,13 @@ def read_with_pillow(file_name: str, image_format: str) -> np.ndarray:
     Args:
         file_name: of the image.
         image_format: of `FORMATS`.
+        max_pixels: see `open_image`.
 
     Raises:
         OSError: and the others of `UNREADABLE`, if it cannot be read or its values are not of 8 or 16 bits.
     """
     with PathManager.open(file_name, "rb") as file, _pillow_errors():
-        image: Image.Image = Image.open(file)
+        image = open_image(file, max_pixels=max_pixels)
         image.load()
         image = _to_8_bits(_apply_exif_orientation(image))
     return _convert(image, image_format)
@@ -148,11 +216,12 @@ class ImageReader:
 
     image_format: str  # of `FORMATS`
     backend: str  # "pil" or "opencv"
+    max_pixels: int  # of an image; larger ones are refused
 
     def read(self, file_name: str) -> np.ndarray:
         """Read a file; see `read_with_pillow` and `read_pixels`."""
         read = read_pixels if self.backend == "opencv" else read_with_pillow
-        return read(file_name, self.image_format)
+        return read(file_name, self.image_format, max_pixels=self.max_pixels)
 
     def augmentation_input(self, image: np.ndarray) -> T.AugInput:
         """Wrap an image (H, W, C) for detectron2's augmentations."""
@@ -167,11 +236,15 @@ class ImageReader:
 
 @contextlib.contextmanager
 def _pillow_errors() -> Iterator[None]:
-    """Pillow also raises ValueError for files, which elsewhere means a mistake in a program."""
+    """Make `UNREADABLE` of all that Pillow raises for a file; its readers raise many kinds."""
     try:
         yield
+    except (*UNREADABLE, MemoryError):
+        raise
     except ValueError as error:
         raise OSError(str(error)) from error
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -185,7 +258,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-def read_pixels(file_name: str, image_format: str) -> np.ndarray:
+def read_pixels(file_name: str, image_format: str, *, max_pixels: int | None) -> np.ndarray:
     """Read an image as `read_with_pillow` does, faster.
 
     OpenCV decodes JPEG and PNG files that are whole, of 8 bits, grey or RGB; the others are Pillow's: other
@@ -194,15 +267,16 @@ def read_pixels(file_name: str, image_format: str) -> np.ndarray:
     Args:
         file_name: of the image.
         image_format: "BGR" or "RGB".
+        max_pixels: see `open_image`.
 
     Raises:
         OSError: and the others of `UNREADABLE`, if it cannot be read.
     """
     with PathManager.open(file_name, "rb") as file:
         data = file.read()
-    image = _decode(data)
+    image = _decode(data, max_pixels)
     if image is None:
-        return read_with_pillow(file_name, image_format)
+        return read_with_pillow(file_name, image_format, max_pixels=max_pixels)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image) if image_format == "RGB" else image
 
 
@@ -212,22 +286,26 @@ def upright_size(file_name: str) -> tuple[int, int]:
     Raises:
         OSError: and the others of `UNREADABLE`, if it cannot be read.
     """
-    with _pillow_errors(), Image.open(file_name) as image:
+    with open_image(file_name, max_pixels=None) as image:
         width, height = image.size
         orientation = None
         with contextlib.suppress(Exception):  # as in _decode
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
+            if isinstance(image, PngImagePlugin.PngImageFile):
+                # Its `getexif` would decode all pixels to get to what follows them.
+                image.load_prepare()
+                image.load_end()
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
-def _decode(data: bytes) -> np.ndarray | None:
+def _decode(data: bytes, max_pixels: int | None) -> np.ndarray | None:
     """Decode a plain JPEG or PNG file to BGR; None if it is none."""
     try:
-        with _pillow_errors():
-            header = Image.open(io.BytesIO(data))
+        header = open_image(io.BytesIO(data), max_pixels=max_pixels)
     except UNREADABLE:
         return None
-    if header.mode not in ("L", "RGB"):
+    # OpenCV asks its decoder of AVIF first, which looks for letters there.
+    if header.mode not in ("L", "RGB") or data[4:8].isalpha():
         return None
     orientation = None
     if header.format == "JPEG" and _is_whole_jpeg(data, progressive="progressive" in header.info):

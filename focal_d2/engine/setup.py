@@ -23,6 +23,7 @@ from detectron2.utils.logger import setup_logger
 from focal_d2.architectures import CLASS_KEYS
 from focal_d2.config import add_focal_config, check_choice, key_value, leaves, set_value
 from focal_d2.data import count_classes, register_datasets
+from focal_d2.data.pixels import allow_pixels
 from focal_d2.engine.config_files import merge_file
 from focal_d2.errors import UNLESS_TRUSTED, UserError, did_you_mean
 from focal_d2.evaluation import check_backend, detection_limits
@@ -95,6 +96,7 @@ def load_config(
     # The evaluator is built when training is over: too late to find these.
     check_backend(cfg.TEST.FOCAL.EVAL_BACKEND)
     detection_limits(list(cfg.TEST.FOCAL.MAX_DETS) or None)
+    allow_pixels(cfg.INPUT.FOCAL.MAX_PIXELS)  # readers ask images for their size
     register_datasets(cfg.DATASETS.FOCAL)
     for key in CLASS_KEYS:
         classes = key_value(cfg, key)

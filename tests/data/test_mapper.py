@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import shutil
 
 import cv2
 import numpy as np
@@ -24,6 +25,7 @@ from focal_d2.data.mapper import split_ignored, transform_boxes
 from focal_d2.data.pixels import FORMATS
 from focal_d2.engine import FocalTrainer
 from tests.conftest import make_cfg
+from tests.data.hostile_images import FOREIGN
 
 BACKENDS = pytest.mark.parametrize("backend", ["pil", "opencv"])
 
@@ -58,10 +60,17 @@ def test_image_of_another_size_than_annotated_is_named(record, backend):
 
 
 @BACKENDS
-def test_huge_image_is_named(record, monkeypatch, backend):
-    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UserError, match=record["file_name"]):
-        FocalDatasetMapper(make_cfg(INPUT__FOCAL__BACKEND=backend), is_train=True)(record)
+def test_image_above_the_limit_is_named(record, backend):
+    size = record["height"] * record["width"]
+    cfg = make_cfg(INPUT__FOCAL__BACKEND=backend, INPUT__FOCAL__MAX_PIXELS=size - 1)
+    message = f"{record['file_name']}: it has 64 × 64 pixels, more than INPUT.FOCAL.MAX_PIXELS {size - 1}"
+    with pytest.raises(UserError, match=message):
+        FocalDatasetMapper(cfg, is_train=True)(record)
+    cfg.INPUT.FOCAL.MAX_PIXELS = size
+    FocalDatasetMapper(cfg, is_train=True)(record)
+    cfg.INPUT.FOCAL.MAX_PIXELS = 0
+    with pytest.raises(UserError, match="MAX_PIXELS is 0; it must be at least 1"):
+        FocalDatasetMapper(cfg, is_train=True)
 
 
 AUGMENTED = {
@@ -313,6 +322,19 @@ def test_masks_go_through_detectron2_and_keep_their_ignored_regions(record):
     )
     x, y, w, h = record["annotations"][0]["bbox"]
     assert found["ignored_boxes"].tolist() == [[x, y, x + w, y + h]]
+
+
+@pytest.mark.parametrize("key", ["file_name", "sem_seg_file_name"])
+def test_no_program_is_started_where_detectron2_reads(record, programs, key):
+    whole, path = record["file_name"], f"{record['file_name']}.jpg"
+    record |= {"sem_seg_file_name": whole, key: path}
+    with open(path, "wb") as file:
+        file.write(FOREIGN["EPS"])
+    with pytest.raises(UserError, match=f"cannot read image {path}: not an image of a format that is read"):
+        FocalDatasetMapper(make_cfg(MODEL__MASK_ON=True), is_train=True)(record)
+    assert not programs.exists()
+    shutil.copy(whole, path)
+    assert FocalDatasetMapper(make_cfg(MODEL__MASK_ON=True), is_train=True)(record)["sem_seg"].shape
 
 
 @BACKENDS

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,17 +15,24 @@ from PIL import Image, PngImagePlugin
 
 from focal_d2.data import pixels
 from focal_d2.data.pixels import (
+    FILE_FORMATS,
     FORMATS,
+    IMAGE_SUFFIXES,
     UNREADABLE,
     OpenCVInput,
+    allow_pixels,
+    check_for_detectron2,
     from_array,
-    read_pixels,
-    read_with_pillow,
+    open_image,
     resize,
     to_planes,
     to_rgb,
     upright_size,
 )
+from tests.data.hostile_images import FOREIGN
+
+read_pixels = functools.partial(pixels.read_pixels, max_pixels=10**8)
+read_with_pillow = functools.partial(pixels.read_with_pillow, max_pixels=10**8)
 
 
 def photograph(height: int = 90, width: int = 120, *, channels: int = 3) -> np.ndarray:
@@ -114,7 +123,7 @@ def opened_by_pillow(monkeypatch) -> list[str]:
     """The files that OpenCV left to Pillow."""
     files: list[str] = []
 
-    def spy(file_name, image_format):
+    def spy(file_name, image_format, *, max_pixels):
         files.append(file_name)
         return read_with_pillow(file_name, image_format)
 
@@ -396,3 +405,141 @@ def test_upright_size_is_that_of_the_pixels(orientation, tmp_path):
     path = str(tmp_path / "a.jpg")
     Image.new("RGB", (20, 10)).save(path, exif=exif)
     assert upright_size(path) == read_pixels(path, "BGR").shape[:2]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_other_formats_are_refused_whatever_the_name_says(tmp_path, programs, kind, ending):
+    path = str(tmp_path / f"a.{ending}")
+    Path(path).write_bytes(FOREIGN[kind])
+    for read in (
+        lambda: read_pixels(path, "BGR"),
+        lambda: read_with_pillow(path, "BGR"),
+        lambda: upright_size(path),
+        lambda: check_for_detectron2(path, max_pixels=10**8),
+    ):
+        with pytest.raises(UNREADABLE, match="not an image of a format that is read \\(BMP, GIF, JPEG, PNG"):
+            read()
+    assert not programs.exists()
+
+
+def test_every_ending_is_of_a_format_that_is_read(tmp_path):
+    for ending in IMAGE_SUFFIXES:
+        path = str(tmp_path / f"a{ending}")
+        Image.fromarray(GREY if ending == ".pgm" else IMAGE).save(path)
+        assert open_image(path, max_pixels=None).format in FILE_FORMATS
+        assert read_pixels(path, "BGR").shape == IMAGE.shape
+    assert {Image.registered_extensions()[ending] for ending in IMAGE_SUFFIXES} == {*FILE_FORMATS}
+
+
+def test_jpeg_with_the_mark_of_avif_is_no_work_for_opencv(tmp_path, opened_by_pillow):
+    # OpenCV 5 takes it for AVIF: a segment of 0x6674 bytes, the first of which are "yp".
+    jpeg, path = JPEGS["jpeg"], tmp_path / "a.jpg"
+    path.write_bytes(jpeg[:2] + b"\xff\xe0ftypavif\0\0\0\0avifmif1".ljust(0x6674 + 2, b"\0") + jpeg[2:])
+    found = read_pixels(str(path), "BGR")
+    assert opened_by_pillow == [str(path)]
+    np.testing.assert_array_equal(found, cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR))
+
+
+def test_file_of_two_formats_is_not_left_to_detectron2(tmp_path, monkeypatch):
+    path = tmp_path / "a.tif"
+    path.write_bytes(BY_PILLOW["tiff"])
+    check_for_detectron2(str(path), max_pixels=10**8)
+    Image.init()
+    # A plugin that takes everything, as those of formats without a mark may.
+    monkeypatch.setitem(Image.OPEN, "ANY", (lambda *_: Image.new("RGB", (1, 1)), None))
+    monkeypatch.setattr(Image, "ID", ["ANY", *Image.ID])
+    with pytest.raises(OSError, match="it is both TIFF and None"):
+        check_for_detectron2(str(path), max_pixels=10**8)
+    assert read_with_pillow(str(path), "BGR").shape == IMAGE.shape
+
+
+def tiff_of_tiles(size: int, tile: int) -> bytes:
+    tags = [(256, size), (257, size), (258, 8), (259, 5), (262, 1), (277, 1), (322, tile), (323, tile)]
+    tags += [(324, 10 + 12 * 10 + 4), (325, 16)]
+    entries = b"".join(struct.pack("<2H2I", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + bytes(16)
+
+
+def empty_png(size: int) -> bytes:
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(1 + size // 8)) for _ in range(size)) + packer.flush()
+    header = struct.pack(">2I5B", size, size, 1, 0, 0, 0, 0)
+    end = [with_chunk(PNG[:33], *chunk)[33:] for chunk in ((b"IDAT", rows), (b"IEND", b""))]
+    return with_chunk(PNG[:8].ljust(33), b"IHDR", header)[33:].join([PNG[:8], b"".join(end)])
+
+
+def gif(canvas: int, frame: int) -> bytes:
+    size = struct.pack("<2H", canvas, canvas)
+    at = struct.pack("<4H", 0, 0, frame, frame)
+    return b"GIF89a" + size + b"\x80\0\0" + bytes(6) + b"," + at + b"\0\x02\x02\x44\x01\0;"
+
+
+def jpeg_of(size: int) -> bytes:
+    data = bytearray(JPEGS["jpeg"])
+    start = data.index(b"\xff\xc0") + 5
+    data[start : start + 4] = struct.pack(">2H", size, size)
+    return bytes(data)
+
+
+def webp_of(size: int) -> bytes:
+    data = bytearray(encode(IMAGE, "WEBP", save_all=True, append_images=[Image.fromarray(IMAGE[::-1])]))
+    start = data.index(b"VP8X") + 12
+    data[start : start + 6] = (size - 1).to_bytes(3, "little") * 2
+    return bytes(data)
+
+
+LARGE = {
+    "png of 13,000 x 13,000 in 20 kB": (empty_png(13000), "it has 13000 × 13000 pixels"),
+    "jpeg": (jpeg_of(65500), "its pixels are"),
+    "tiles of a tiff": (tiff_of_tiles(16, 2**15), "its tiles have 32768 × 32768 pixels"),
+    "canvas of a gif": (gif(60000, 1), "its pixels are"),
+    "frame of a gif": (gif(1, 12000), "it has 12000 × 12000 pixels"),
+    "canvas of a webp": (webp_of(16383), "its pixels are"),
+    "ppm": (b"P6 12000 12000 255\n", "it has 12000 × 12000 pixels"),
+    "bmp": (
+        b"BM" + struct.pack("<IHHI3i2H6I", 100, 0, 0, 54, 40, 12000, 12000, 1, 24, *[0] * 6),
+        "it has 12000 × 12000 pixels",
+    ),
+}
+
+
+@READERS
+@pytest.mark.parametrize("kind", LARGE)
+def test_images_above_the_limit_are_refused_before_they_are_decoded(tmp_path, monkeypatch, kind, read):
+    data, message = LARGE[kind]
+    path = tmp_path / "large"
+    path.write_bytes(data)
+    assert len(data) < 30_000
+    for decode in ("PIL.ImageFile.ImageFile.load", "cv2.imdecode"):
+        monkeypatch.setattr(decode, lambda *_: pytest.fail("it is decoded"))
+    with pytest.raises(OSError, match=f"{message}, more|{message} more than INPUT.FOCAL.MAX_PIXELS"):
+        read(str(path), "BGR")
+
+
+def test_limit_above_pillows_own_is_obeyed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    path = tmp_path / "image.png"
+    path.write_bytes(PNG)
+    with pytest.raises(OSError, match="more than INPUT.FOCAL.MAX_PIXELS"):
+        upright_size(str(path))
+    assert pixels.read_with_pillow(str(path), "BGR", max_pixels=90 * 120).shape == IMAGE.shape
+    assert Image.MAX_IMAGE_PIXELS == 90 * 120
+    allow_pixels(5)
+    assert Image.MAX_IMAGE_PIXELS == 90 * 120  # the user's own stays
+
+
+def test_size_of_a_png_is_told_without_decoding(tmp_path, monkeypatch):
+    turned = exif(6)[6:]
+    path = tmp_path / "image.png"
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("it is decoded"))
+    for data in (
+        with_chunk(PNG, b"eXIf", turned),
+        PNG[:-12] + with_chunk(PNG[:33], b"eXIf", turned)[33:] + PNG[-12:],  # after the pixels
+        BY_PILLOW["png with a raw profile"],
+        BY_PILLOW["png with xmp"],
+    ):
+        path.write_bytes(data)
+        assert upright_size(str(path)) == (120, 90)
+    path.write_bytes(BY_PILLOW["animated png"])
+    assert upright_size(str(path)) == (90, 120)

@@ -42,9 +42,9 @@ def decode(file_name: str, read: Callable[[str], np.ndarray]) -> Decoded:
         pixels = read(file_name)
     except FileNotFoundError:
         return Decoded(None, b"", missing=True)
-    except UnidentifiedImageError:
-        return Decoded(None, b"", "not an image" if os.path.getsize(file_name) else "empty file")
     except UNREADABLE as error:
+        if isinstance(error, UnidentifiedImageError) and not os.path.getsize(file_name):
+            return Decoded(None, b"", "empty file")
         return Decoded(None, b"", " ".join(str(error).split()) or type(error).__name__)
     digest = hashlib.blake2b(pixels.tobytes(), digest_size=16, key=str(pixels.shape).encode())
     return Decoded((pixels.shape[0], pixels.shape[1]), digest.digest())

@@ -30,7 +30,7 @@ from focal_d2.analysis.doctor.text import (
 )
 from focal_d2.analysis.doctor.training import AnchorFacts
 from focal_d2.data.findings import NOTE, Example, Finding
-from focal_d2.data.pixels import UNREADABLE, read_with_pillow
+from focal_d2.data.pixels import UNREADABLE, open_image, read_with_pillow
 
 # Told apart with any colour vision (Okabe and Ito).
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#9aa3ab"
@@ -50,13 +50,13 @@ class Picture(NamedTuple):
     file_name: str = ""  # that it was made from
 
 
-def as_page(report: Report, *, title: str, thumbnails: bool) -> str:
+def as_page(report: Report, *, title: str, max_pixels: int | None) -> str:
     """Return the page.
 
     Args:
         report: what to show.
         title: of the page.
-        thumbnails: whether images may be opened.
+        max_pixels: `INPUT.FOCAL.MAX_PIXELS` of images that are opened for thumbnails; None: none is opened.
     """
     template = resources.files("focal_d2.analysis.doctor").joinpath("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
@@ -64,7 +64,7 @@ def as_page(report: Report, *, title: str, thumbnails: bool) -> str:
     return environment.from_string(template).render(
         title=title,
         summary=summary(report),
-        findings=[_card(finding, thumbnails) for finding in report.findings if finding.severity != NOTE],
+        findings=[_card(finding, max_pixels) for finding in report.findings if finding.severity != NOTE],
         notes=notes(report),
         fixes=as_fix_list(report, base=title),
         datasets=[(d.name, d.use, d.images, d.without_boxes, d.boxes, d.ignored) for d in report.datasets],
@@ -76,10 +76,10 @@ def as_page(report: Report, *, title: str, thumbnails: bool) -> str:
     )
 
 
-def _card(finding: Finding, thumbnails: bool) -> dict[str, Any]:
+def _card(finding: Finding, max_pixels: int | None) -> dict[str, Any]:
     pictures, lines = [], []
     for example in finding.examples:
-        source = _thumbnail(example) if thumbnails else None
+        source = _thumbnail(example, max_pixels) if max_pixels else None
         if source:
             name = Path(example.file_name).name
             pictures.append(Picture(source, str(example._replace(file_name=name)), example.file_name))
@@ -96,10 +96,10 @@ def _card(finding: Finding, thumbnails: bool) -> dict[str, Any]:
     }
 
 
-def _thumbnail(example: Example) -> str | None:
+def _thumbnail(example: Example, max_pixels: int) -> str | None:
     """Draw the image around the box, grey where the image ends; None if there is nothing to draw."""
     try:
-        image = Image.fromarray(read_with_pillow(example.file_name, "RGB"))
+        image = Image.fromarray(read_with_pillow(example.file_name, "RGB", max_pixels=max_pixels))
     except UNREADABLE:
         return None
     left, top, right, bottom = _view(image.size, example.box)
@@ -252,7 +252,7 @@ def _plot_classes(report: Report) -> str:
 def _figure_uri(figure: Figure) -> str:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=130)
-    return _data_uri(Image.open(stream).convert("RGB").quantize(256), "PNG")
+    return _data_uri(open_image(stream, max_pixels=None).convert("RGB").quantize(256), "PNG")
 
 
 def _data_uri(image: Image.Image, style: str) -> str:

@@ -45,6 +45,15 @@ def other_size(world):
     Image.open(path).resize((WIDTH // 2, HEIGHT // 2)).save(path)
 
 
+def too_large(world):
+    record = world.records["test"][5]
+    image = Image.open(record["file_name"])
+    # The old pixels and a margin: the boxes keep their sizes at training resolution.
+    image.crop((0, 0, WIDTH, HEIGHT + 1)).save(record["file_name"])
+    record["height"] += 1
+    world.settings["INPUT__FOCAL__MAX_PIXELS"] = WIDTH * HEIGHT
+
+
 def turned(world):
     path = Path(world.records["test"][0]["file_name"]).with_suffix(".jpg")
     exif = Image.Exif()
@@ -207,6 +216,10 @@ FAULTS = {
     "zero-byte image": Fault(zero_bytes, "image-unreadable", 1, "train_1.png: empty file"),
     "truncated JPEG": Fault(truncated, "image-unreadable", 1, "truncated"),
     "another size": Fault(other_size, "image-size", 1, "annotated as 128 × 96, is 64 × 48"),
+    "above MAX_PIXELS": Fault(
+        too_large, "image-too-large", 1, "more pixels than INPUT.FOCAL.MAX_PIXELS 12288",
+        also=("image-unreadable",),
+    ),
     "turned by EXIF": Fault(turned, "image-size", 1, "is 96 × 128: height and width swapped"),
     "image twice, as two files": Fault(duplicate_image, "image-duplicate", 1, "train_4.png"),
     "image on both sides, re-encoded": Fault(leak, "image-leak", 1, "train_5.png of train"),
@@ -366,7 +379,7 @@ def test_images_are_read_as_training_reads_them(backend, reader, tmp_path, monke
     world = World(tmp_path)
     world.settings["INPUT__FOCAL__BACKEND"] = backend
 
-    def read(file_name, image_format):
+    def read(file_name, image_format, *, max_pixels):
         raise OSError(f"read by {reader}")
 
     monkeypatch.setattr(pixels, reader, read)

@@ -29,13 +29,13 @@ def blue(tmp_path):
 
 
 def test_thumbnail_without_a_box_is_the_whole_image(blue):
-    assert picture(_thumbnail(Example(blue))).shape == (150, 200, 3)
-    assert picture(_thumbnail(Example(blue, box=(float("nan"), 0, 1, 1)))).shape == (150, 200, 3)
+    assert picture(_thumbnail(Example(blue), 10**6)).shape == (150, 200, 3)
+    assert picture(_thumbnail(Example(blue, box=(float("nan"), 0, 1, 1)), 10**6)).shape == (150, 200, 3)
 
 
 def test_thumbnail_shows_the_surroundings_of_a_box_and_where_the_image_ends(blue):
     # 100 × 100 around (400, 150): 200 pixels are shown, but none beyond the box: 300 to 450, 50 to 250.
-    shown = picture(_thumbnail(Example(blue, box=(350, 100, 100, 100))))
+    shown = picture(_thumbnail(Example(blue, box=(350, 100, 100, 100)), 10**6))
     assert shown.shape == (200, 150, 3)
     np.testing.assert_allclose(shown[10, 10], [0, 0, 255], atol=12)
     np.testing.assert_allclose(shown[10, 130], GREY, atol=12)
@@ -45,7 +45,7 @@ def test_thumbnail_shows_the_surroundings_of_a_box_and_where_the_image_ends(blue
 
 def test_thumbnail_of_a_box_outside_shows_both(blue):
     # 0 to 800 of 300 pixels, a quarter of the size.
-    shown = picture(_thumbnail(Example(blue, box=(780, 10, 20, 20))))
+    shown = picture(_thumbnail(Example(blue, box=(780, 10, 20, 20)), 10**6))
     assert shown.shape == (75, 200, 3)
     np.testing.assert_allclose(shown[60, 50], [0, 0, 255], atol=12)
     np.testing.assert_allclose(shown[60, 150], GREY, atol=12)
@@ -56,7 +56,7 @@ def test_page_of_what_cannot_be_drawn(tmp_path):
     truncated(world)
     for classes in world.classes.values():
         classes[:] = ["$a^$", "<b>", "猫" * 40]
-    page = as_page(world.examine(), title="a & b", thumbnails=True)
+    page = as_page(world.examine(), title="a & b", max_pixels=10**6)
     assert "<title>Doctor: a &amp; b</title>" in page
     assert "image file is truncated" in page
     assert "&lt;b&gt;" in page
@@ -69,7 +69,7 @@ def test_page_without_boxes_has_no_plots(tmp_path):
     world = World(tmp_path)
     for record in world.records["train"]:
         record["annotations"] = []
-    page = as_page(world.examine(decode=False), title="", thumbnails=False)
+    page = as_page(world.examine(decode=False), title="", max_pixels=None)
     assert "dataset-empty" in page
     assert "<img" not in page
 
@@ -78,5 +78,5 @@ def test_page_of_many_classes_shows_the_ends(tmp_path):
     world = World(tmp_path)
     for k in range(77):
         world.add_class(f"class {k}")
-    page = as_page(world.examine(decode=False), title="", thumbnails=False)
+    page = as_page(world.examine(decode=False), title="", max_pixels=None)
     assert "77 of 80 (96.2 %) classes have no box: class 0, class 1" in page
