@@ -26,6 +26,7 @@ LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
     "hard_negative_mining": {"NEGATIVES_PER_POSITIVE": 3.0},
     "ohem": {"EXAMPLES": 128, "NMS_THRESH": 0.5, "NEGATIVES_PER_POSITIVE": 0.0},
     "quality_focal": {"BETA": 2.0},
+    "random_sampling": {"NEGATIVES_PER_POSITIVE": 3.0},
     "softmax_focal": {"ALPHA": 0.25, "GAMMA": 2.0},
     "varifocal": {"ALPHA": 0.75, "GAMMA": 2.0},
 }
@@ -60,7 +61,7 @@ def add_focal_config(cfg: CfgNode) -> None:
     # Parameters of a user's own loss may stand here too; what the chosen loss does not read is an error.
     focal.LOSS = CfgNode(new_allowed=True)
     # ce, balanced_ce, focal, focal_star, softmax_ce, softmax_focal, ohem, hard_negative_mining,
-    # fixed_weights, ghm, quality_focal, varifocal, or one that was registered.
+    # random_sampling, fixed_weights, ghm, quality_focal, varifocal, or one that was registered.
     focal.LOSS.NAME = "focal"
     # Its parameters; None: the loss's default (LOSS_DEFAULTS).
     for parameter in sorted({p for defaults in LOSS_DEFAULTS.values() for p in defaults}):

@@ -32,7 +32,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from focal_d2.config import check_choice
-from focal_d2.data.seeding import seeded
+from focal_d2.data.seeding import derived_seed, seeded
 from focal_d2.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ _NEEDED_KEYS = {
 _MOST_CLASSES_LOGGED = 5
 # More images than any training draws: to go on after so many would take an hour of counting.
 _MOST_DRAWS = 10**9
+# Tells the seed that a sample has for its losses from that of its augmentation.
+_FOR_LOSSES = 1
 
 
 class ClassBalancedSampler(Sampler[int]):
@@ -287,7 +289,8 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
 class SeededSamples(Dataset[dict[str, Any]]):
     """Mapped records; the augmentation of each is seeded by (seed, number of the draw).
 
-    So it is the same in any number of workers and ranks, and after a resumption.
+    So is their "sampling_seed", which losses that choose examples at random read. Both are the same in any
+    number of workers and ranks, and after a resumption.
     """
 
     def __init__(self, records: list[dict[str, Any]], mapper: Callable[[Any], Any], *, seed: int) -> None:
@@ -301,7 +304,9 @@ class SeededSamples(Dataset[dict[str, Any]]):
         """Map the record of (number of the draw, place in the list)."""
         draw, image = key
         with seeded(self.seed, draw):
-            return self.mapper(self.records[image])
+            sample = self.mapper(self.records[image])
+        sample["sampling_seed"] = derived_seed(self.seed, draw, _FOR_LOSSES)
+        return sample
 
 
 class TrainingLoader:

@@ -57,3 +57,8 @@ def seeded(*key: int) -> Iterator[None]:
         np.random.seed(words[1])  # noqa: NPY002
         torch.default_generator.manual_seed(int(words[2]))
         yield
+
+
+def derived_seed(*key: int) -> int:
+    """Return a number in [0, 2^63) that is a function of some numbers, each at least 0, and looks random."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -191,7 +191,8 @@ class FocalRetinaNet(RetinaNet):
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Losses in training, detections in evaluation; see detectron2's `DenseDetector.forward`.
 
-        An image may have "ignored_boxes" in training, (G, 4) XYXY in its pixels, beside its "instances".
+        Beside its "instances" an image may have "ignored_boxes" in training, (G, 4) XYXY in its pixels, and a
+        "sampling_seed" in [0, 2^63), for losses that choose examples at random.
         """
         if not self.training:
             with self.precision():
@@ -210,7 +211,8 @@ class FocalRetinaNet(RetinaNet):
         actual = self._anchors_of(features)
         if actual is not anchors:  # a backbone that rounds its sizes another way
             anchors, targets = actual, self.label_anchors(actual, *boxes)
-        return self._losses(predictions, anchors, targets)
+        seeds = [_seed_of(x) for x in batched_inputs] if self.cls_loss.samples else ()
+        return self._losses(predictions, anchors, targets, seeds)
 
     @torch.no_grad()
     def count_positives(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
@@ -262,7 +264,11 @@ class FocalRetinaNet(RetinaNet):
         return self.anchors_of([(x.shape[-2], x.shape[-1]) for x in features], self.device)
 
     def _losses(
-        self, predictions: list[list[Tensor]], anchors: Anchors, targets: AnchorTargets
+        self,
+        predictions: list[list[Tensor]],
+        anchors: Anchors,
+        targets: AnchorTargets,
+        seeds: Sequence[int],
     ) -> dict[str, Tensor]:
         """Return `loss_cls` and `loss_box_reg`, scalars, each divided by the normaliser."""
         with torch.autocast(self.device.type, enabled=False):
@@ -282,6 +288,7 @@ class FocalRetinaNet(RetinaNet):
                 deltas=deltas,
                 anchors=anchors.boxes,
                 decode=self.box2box_transform.apply_deltas,
+                seeds=seeds,
             )
             losses = {
                 "loss_cls": self.cls_loss(batch),
@@ -350,6 +357,11 @@ class FocalRetinaNet(RetinaNet):
                     )
                 )
             return results
+
+
+def _seed_of(sample: dict[str, Any]) -> int:
+    """Return a sample's seed, or draw one where another loader than ours gave none."""
+    return sample["sampling_seed"] if "sampling_seed" in sample else int(torch.randint(2**62, ()))
 
 
 def build_focal_parts(cfg: CfgNode, box2box_transform: Box2BoxTransform) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 
-def hard_negatives(loss: Tensor, negative: Tensor, *, count: int) -> Tensor:
-    """Mark the `count` negatives of the highest loss.
+def top_negatives(score: Tensor, negative: Tensor, *, count: int) -> Tensor:
+    """Mark the `count` negatives of the highest score.
 
     Args:
-        loss: (R,) of each example.
+        score: (R,) of each example: its loss, or a random number.
         negative: (R,) bool.
         count: how many; all, if there are fewer.
 
@@ -20,7 +20,7 @@ def hard_negatives(loss: Tensor, negative: Tensor, *, count: int) -> Tensor:
         (R,) bool.
     """
     indices = negative.nonzero().squeeze(1)
-    top = loss[indices].topk(min(count, len(indices))).indices
+    top = score[indices].topk(min(count, len(indices))).indices
     keep = torch.zeros_like(negative)
     keep[indices[top]] = True
     return keep

@@ -269,6 +269,27 @@ def test_ranks_part_the_batches_of_one(monkeypatch, wide, ranks):
         assert batches(20) == [batch[rank::ranks] for batch in whole]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_have_seeds_for_their_losses_of_the_draw_alone(mixed, monkeypatch, workers):
+    mixed.DATALOADER.NUM_WORKERS = workers
+    mixed.SOLVER.IMS_PER_BATCH = 4
+
+    def seeds(batches, start=0):
+        loader = FocalTrainer.build_train_loader(mixed)
+        loader.start_at(start)
+        return [[x["sampling_seed"] for x in batch] for batch in itertools.islice(loader, batches)]
+
+    whole = seeds(4)
+    assert len({x for batch in whole for x in batch}) == 16
+    assert seeds(2, start=8) == whole[2:]
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda r=rank: r)
+        assert seeds(4) == [batch[rank::2] for batch in whole]
+    mixed.SEED += 1
+    assert seeds(4) != [batch[rank::2] for batch in whole]
+
+
 def test_grouping_needs_sizes(mixed, monkeypatch):
     record = {"file_name": "a.png", "image_id": 0, "annotations": []}
     monkeypatch.setattr("detectron2.data.DatasetCatalog.get", lambda name: [record])

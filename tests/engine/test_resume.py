@@ -98,6 +98,17 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same_to_the_bit(
     assert not torch.equal(offered["head.cls_score.bias"], trained["head.cls_score.bias"])
 
 
+def test_random_sampling_resumes_to_the_bit(small_job, tmp_path, monkeypatch):
+    common = ["--config-file", small_job, "DATASETS.TEST", "()", "MODEL.FOCAL.LOSS.NAME", "random_sampling"]
+    common += ["SOLVER.MAX_ITER", 4, "OUTPUT_DIR"]
+    assert run_main(monkeypatch, *common, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_main(patch, *common, tmp_path / "parts") == 128 + signal.SIGTERM
+    assert run_main(monkeypatch, "--resume", *common, tmp_path / "parts") == 0
+    assert differences(*(saved(tmp_path / x / "model_final.pth") for x in ("whole", "parts"))) == []
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_is_the_same_to_the_bit(small_job, tmp_path):
     config = small_job

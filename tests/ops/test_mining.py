@@ -4,14 +4,14 @@ import pytest
 import torch
 from torchvision.ops import box_iou, nms
 
-from focal_d2.ops.mining import hard_negatives, suppress
+from focal_d2.ops.mining import suppress, top_negatives
 
 
 @pytest.mark.parametrize("count", [0, 3, 10, 1000])
-def test_hard_negatives_are_the_top_of_a_sorted_list(count):
+def test_top_negatives_are_the_top_of_a_sorted_list(count):
     loss, negative = torch.rand(60), torch.rand(60) < 0.5
     ranked = sorted(negative.nonzero().flatten().tolist(), key=lambda i: -loss[i].item())
-    kept = hard_negatives(loss, negative, count=count).nonzero().flatten().tolist()
+    kept = top_negatives(loss, negative, count=count).nonzero().flatten().tolist()
     assert sorted(kept) == sorted(ranked[:count])
 
 

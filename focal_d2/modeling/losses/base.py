@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -34,6 +34,7 @@ class DenseBatch(NamedTuple):
     deltas: list[Tensor]  # L × (N, A·4, H, W), as the head gives them
     anchors: Tensor  # (R, 4) XYXY
     decode: Callable[[Tensor, Tensor], Tensor]  # (deltas (E, 4), anchors (E, 4)) -> boxes (E, 4) XYXY
+    seeds: Sequence[int] = ()  # N, of each image, for losses that sample; empty for others
 
     def levels(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (N, H·W·A, C) logits and (N, H·W·A) labels of one level after another."""
@@ -54,6 +55,7 @@ class DenseBatch(NamedTuple):
             anchor=self.anchor[own],
             gt_boxes=self.gt_boxes[own],
             deltas=[x[image] for x in self.deltas],
+            seeds=self.seeds[image],
         )
 
     def split(self, values: Tensor) -> list[Tensor]:
@@ -129,6 +131,7 @@ class ClassificationLoss(nn.Module):
     """
 
     divided_by_positives = True
+    samples = False  # whether it draws random numbers, for which the batch has a seed for each image
     has_fused = False
     implementation = "reference"
     use_kernels = False  # of the one-pass implementation, on a GPU

@@ -1,4 +1,4 @@
-"""Losses over chosen examples: OHEM and SSD's hard negative mining."""
+"""Losses over chosen examples: random sampling, OHEM and SSD's hard negative mining."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchvision.ops import nms
 from focal_d2.modeling.losses.base import ClassificationLoss, DenseBatch, register_loss
 from focal_d2.ops import IGNORE_LABEL, sigmoid_focal_loss
 from focal_d2.ops.common import check_at_least_0
-from focal_d2.ops.mining import hard_negatives, suppress
+from focal_d2.ops.mining import suppress, top_negatives
 
 
 def _cross_entropy(batch: DenseBatch) -> Tensor:
@@ -52,12 +52,8 @@ class _Mining(ClassificationLoss):
         raise NotImplementedError
 
 
-@register_loss("hard_negative_mining")
-class HardNegativeMining(_Mining):
-    """All positives, and for each so many negatives of the highest loss in its image (SSD, arXiv 1512.02325).
-
-    An image without positives adds nothing.
-    """
+class _AtRatio(_Mining):
+    """All positives, and for each so many negatives of its image; an image without positives adds nothing."""
 
     def __init__(self, *, num_classes: int, negatives_per_positive: float) -> None:
         super().__init__(num_classes=num_classes)
@@ -65,10 +61,43 @@ class HardNegativeMining(_Mining):
         self.negatives_per_positive = negatives_per_positive
 
     def choose(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
-        """All positives and the hardest negatives."""
+        """All positives and the first negatives."""
         positive = batch.positive[image]
         count = int(self.negatives_per_positive * int(positive.sum()))
-        return positive | hard_negatives(loss, batch.labels[image] == self.num_classes, count=count)
+        score = self.score(image, loss, batch)
+        return positive | top_negatives(score, batch.labels[image] == self.num_classes, count=count)
+
+    def score(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
+        """Return (R,) numbers of an image with losses (R,); the negatives of the highest are chosen."""
+        raise NotImplementedError
+
+
+@register_loss("hard_negative_mining")
+class HardNegativeMining(_AtRatio):
+    """All positives and the negatives of the highest loss, in a ratio (SSD, arXiv 1512.02325)."""
+
+    def score(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
+        """The loss."""
+        return loss
+
+
+@register_loss("random_sampling")
+class RandomSampling(_AtRatio):
+    """All positives and random negatives, in a ratio, as two-stage detectors do (paper, section 2).
+
+    The numbers come from each image's seed, which our loader derives from the number of its draw. So they are
+    the same in any number of processes, workers and parts of a batch, on any device, and after a resumption.
+
+    Departure from the region proposal network of Faster R-CNN: that draws 256 anchors of an image, positives
+    too where there are many, and fills up with negatives where positives are few.
+    """
+
+    samples = True
+
+    def score(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
+        """Random numbers."""
+        generator = torch.Generator().manual_seed(batch.seeds[image])
+        return torch.rand(len(loss), generator=generator, dtype=torch.float64).to(loss.device)
 
 
 @register_loss("ohem")

@@ -36,6 +36,7 @@ NAMES = [
     "hard_negative_mining",
     "ohem",
     "quality_focal",
+    "random_sampling",
     "softmax_ce",
     "softmax_focal",
     "varifocal",
@@ -72,6 +73,7 @@ def make_batch(loss: ClassificationLoss, images: int = 2, labels=None) -> DenseB
         deltas=[torch.randn(images, A * 4, h, w) * 0.1 for h, w in SIZES],
         anchors=boxes,
         decode=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)).apply_deltas,
+        seeds=range(images),
     )
 
 
@@ -176,6 +178,7 @@ def ratio_of_shares(name: str, **parameters) -> float:
         deltas=[torch.zeros(1, 4, 1, 10_050)],
         anchors=boxes,
         decode=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)).apply_deltas,
+        seeds=[0],
     )
     loss(batch).backward()
     grad = logits.grad[0, 0, 0].abs()
@@ -195,6 +198,7 @@ def test_every_answer_to_imbalance_shifts_the_gradient_to_the_positives():
     assert ratios["balanced_ce"] == pytest.approx(3 * ratios["ce"], rel=1e-4)
     assert ratios["fixed_weights"] == pytest.approx(2 * ratios["ce"], rel=1e-4)
     # All 50 positives against 150 negatives.
+    assert ratios["random_sampling"] == pytest.approx(ratios["ce"] * 10_000 / 150, rel=1e-4)
     assert ratios["hard_negative_mining"] == pytest.approx(ratios["ce"] * 10_000 / 150, rel=1e-4)
     # The 128 of the highest loss: all 50 positives and 78 negatives.
     assert ratios["ohem"] == pytest.approx(ratios["ce"] * 10_000 / 78, rel=1e-4)
@@ -231,6 +235,70 @@ def test_hard_negative_mining_keeps_what_brute_force_keeps():
         negatives = sorted((row[i] for i in range(len(row)) if labels[i] == K), reverse=True)
         expected += sum(positives) + sum(negatives[: 3 * len(positives)])
     torch.testing.assert_close(loss(batch), expected, rtol=1e-5, atol=0)
+
+
+def chosen(loss: ClassificationLoss, batch: DenseBatch) -> torch.Tensor:
+    """The anchors (N, R) bool that a loss of cross entropy is taken over."""
+    return torch.cat([x.sum(-1) for x in loss.example_losses(batch)], dim=1) > 0
+
+
+def sparse_labels(images: int) -> torch.Tensor:
+    """(N, R) with 5 positives and 4 ignored anchors an image."""
+    labels = torch.full((images, sum(h * w * A for h, w in SIZES)), K)
+    labels[:, 10:15], labels[:, 20:24] = 1, -1
+    return labels
+
+
+def test_random_sampling_takes_all_positives_and_three_negatives_for_each():
+    loss = build("random_sampling")
+    batch = make_batch(loss, labels=sparse_labels(2))
+    kept = chosen(loss, batch)
+    assert kept[batch.positive].all()
+    assert not kept[batch.labels < 0].any()
+    assert (kept & (batch.labels == K)).sum(1).tolist() == [15, 15]
+    torch.testing.assert_close(loss(batch), cross_entropy(batch)[kept].sum(), rtol=1e-5, atol=0)
+    nothing = batch._replace(positive=torch.zeros_like(batch.positive))
+    assert loss(nothing) == 0
+
+
+def test_random_sampling_is_of_the_images_seed_alone():
+    loss = build("random_sampling")
+    batch = make_batch(loss, images=3, labels=sparse_labels(3))._replace(seeds=[5, 2**63 - 1, 7])
+    kept = chosen(loss, batch)
+    torch.rand(9)  # whatever is drawn elsewhere
+    for i in range(3):  # in a batch of its own, as in another process or another part
+        assert torch.equal(chosen(loss, batch.of_image(i))[0], kept[i])
+    other = chosen(loss, batch._replace(seeds=[5, 6, 7]))
+    assert [torch.equal(a, b) for a, b in zip(kept, other, strict=True)] == [True, False, True]
+
+
+def test_random_sampling_draws_each_negative_alike():
+    loss = build("random_sampling")
+    batch = make_batch(loss, images=1, labels=sparse_labels(1))
+    draws = 600
+    counts = sum(chosen(loss, batch._replace(seeds=[i])).long() for i in range(draws))[batch.labels == K]
+    share = 15 / len(counts)
+    # Of a binomial distribution, whatever the losses are.
+    assert (counts - share * draws).abs().max() < 5 * math.sqrt(draws * share * (1 - share))
+
+
+def test_random_sampling_in_the_model_reads_the_samples_seeds(monkeypatch):
+    model = build_model(make_cfg(MODEL__FOCAL__LOSS__NAME="random_sampling"))
+    seeds = []
+    monkeypatch.setattr(model.cls_loss, "forward", lambda batch: seeds.append(batch.seeds) or torch.zeros(()))
+    images = [make_image(5, K), make_image(5, K)]
+    images[0]["sampling_seed"] = 11
+    model(images)
+    torch.manual_seed(0)
+    model(images)
+    torch.manual_seed(0)
+    model(images)
+    # Another loader gives none: PyTorch's generator does.
+    assert [x[0] for x in seeds] == [11] * 3
+    assert seeds[0][1] != seeds[1][1] == seeds[2][1]
+    model.cls_loss.samples = False
+    model(images)
+    assert seeds[3] == ()
 
 
 @pytest.mark.parametrize("ratio", [0.0, 3.0])
@@ -362,6 +430,7 @@ def test_focal_reads_detectron2s_keys_unless_its_own_are_set():
         ("ohem", {"NMS_THRESH": 50.0}, "nms_thresh is 50.0"),
         ("ohem", {"NEGATIVES_PER_POSITIVE": -1.0}, "negatives_per_positive is -1.0"),
         ("hard_negative_mining", {"NEGATIVES_PER_POSITIVE": -1.0}, "negatives_per_positive is -1.0"),
+        ("random_sampling", {"NEGATIVES_PER_POSITIVE": -1.0}, "negatives_per_positive is -1.0"),
         ("ghm", {"BINS": 0}, "BINS is 0"),
         ("fixed_weights", {"POSITIVE_WEIGHT": -1.0}, "at least 0"),
     ],
@@ -408,6 +477,7 @@ def test_a_users_own_loss_is_one_file_and_one_key(tmp_path, monkeypatch):
         ("softmax_focal", "ALPHA", 0.75),
         ("ohem", "EXAMPLES", 4),
         ("hard_negative_mining", "NEGATIVES_PER_POSITIVE", 1.0),
+        ("random_sampling", "NEGATIVES_PER_POSITIVE", 1.0),
         ("fixed_weights", "NEGATIVE_WEIGHT", 0.1),
         ("fixed_weights", "POSITIVE_WEIGHT", 2.0),
         ("ghm", "BINS", 3),
