@@ -76,7 +76,7 @@ def test_mistakes_are_one_line(run, argv, message, monkeypatch):
 def test_a_training_set_without_boxes_is_refused(run, job):
     content = json.loads(job[1].annotations.read_text())
     job[1].annotations.write_text(json.dumps({**content, "annotations": []}))
-    code, _, err = run()
+    code, _, err = run("DATASETS.TEST", "()")
     assert code == 2
     assert err.splitlines()[-1].endswith(
         "DATASETS.TRAIN has no box that could be fitted: none, or all ignored or empty"
