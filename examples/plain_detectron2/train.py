@@ -26,7 +26,7 @@ def draw_shapes(folder: Path, seed: int) -> list[dict]:
         cv2.rectangle(picture, (x, y), (x + 39, y + 39), (40, 200, 240), -1)
         cv2.circle(picture, (u + 20, v + 20), 20, (240, 120, 40), -1)
         path = folder / f"{i}.png"
-        cv2.imwrite(str(path), picture)
+        path.write_bytes(cv2.imencode(".png", picture)[1])
         boxes = [(0, [x, y, x + 40, y + 40]), (1, [u, v, u + 40, v + 40])]
         records.append(
             {

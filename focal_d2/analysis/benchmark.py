@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from focal_d2.data import FocalDatasetMapper
+from focal_d2.data.pixels import write_image
 from focal_d2.errors import UserError
 from focal_d2.evaluation import FocalCOCOEvaluator
 from focal_d2.evaluation.backends import Detections, Truth, coco_curves
@@ -547,7 +548,7 @@ def _write_images(folder: Path, kind: str, setting: Setting) -> list[dict[str, A
         coarse = cv2.GaussianBlur(random.normal(0, 1, (height, setting.size, 3)), (0, 0), 4)
         image = 128 + coarse / coarse.std() * 40 + random.normal(0, 4, coarse.shape)
         path = folder / f"{i}.{kind}"
-        cv2.imwrite(str(path), image.clip(0, 255).astype(np.uint8))
+        write_image(path, image.clip(0, 255).astype(np.uint8))
         boxes = sample["instances"].gt_boxes
         boxes.clip((height, setting.size))
         annotations = [

@@ -18,6 +18,7 @@ import numpy as np
 
 from focal_d2.data.datasets import register_table
 from focal_d2.data.embedded import datasets_root, prepare_once
+from focal_d2.data.pixels import write_image
 from focal_d2.data.readers.coco import coco_content, read_coco
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
@@ -101,7 +102,7 @@ def _write_split(
     scenes = []
     for i in range(recipe.train_scenes if training else recipe.test_scenes):
         pixels, boxes, labels = draw_scene(rng, digits[own], classes[own], backgrounds, recipe)
-        cv2.imwrite(str(folder / split / f"{i:04d}.png"), pixels)
+        write_image(folder / split / f"{i:04d}.png", pixels)
         scenes.append((f"{i:04d}.png", pixels.shape[:2], boxes, labels))
     description = f"scikit-learn's digits in its sample photographs ({split})"
     (folder / f"{split}.json").write_text(json.dumps(coco_content(description, scenes, CLASSES)))

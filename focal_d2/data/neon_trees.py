@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 from focal_d2.data.datasets import register_table
 from focal_d2.data.embedded import datasets_root, prepare_once
-from focal_d2.data.pixels import read_with_pillow
+from focal_d2.data.pixels import read_with_pillow, write_image
 from focal_d2.data.readers.coco import coco_content, read_coco
 from focal_d2.data.readers.voc import read_voc_boxes
 from focal_d2.data.table import Table
@@ -186,7 +185,7 @@ def _write_split(source: Path, cut: Path, split: str, pictures: tuple[str, ...],
         height, width = pixels.shape[:2]
         for tile in tiles_of(split, width, height, recipe):
             name = f"{picture}_{tile.left}_{tile.top}.png"
-            cv2.imwrite(str(cut / split / name), pixels[tile.top : tile.bottom, tile.left : tile.right])
+            write_image(cut / split / name, pixels[tile.top : tile.bottom, tile.left : tile.right])
             inside = boxes_in(tile, boxes, recipe.min_visible).tolist()
             tiles.append((name, (tile.bottom - tile.top, tile.right - tile.left), inside, [0] * len(inside)))
     description = f"NEON aerial tree crowns ({split}), from {WHEEL}, MIT licence"

@@ -205,6 +205,19 @@ def from_array(image: np.ndarray, image_format: str) -> np.ndarray:
     return _convert(Image.fromarray(image[:, :, 0] if shape[2] == 1 else image[:, :, ::-1]), image_format)
 
 
+def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
+    """Write an image (H, W, 3) uint8 BGR, or (H, W) grey, in the format that the file's ending names.
+
+    OpenCV encodes only: its `imwrite` crashes the process for a name that is not UTF-8.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    _, data = cv2.imencode(os.path.splitext(path)[1], image)
+    with open(path, "wb") as file:
+        file.write(data)
+
+
 def to_rgb(image: np.ndarray, image_format: str) -> np.ndarray:
     """Convert an image (H, W, C) of a format to (H, W, 3) uint8 RGB, for drawing."""
     return np.rint(convert_image_to_rgb(image, image_format)).clip(0, 255).astype(np.uint8)

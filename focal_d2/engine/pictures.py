@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from focal_d2.data.pixels import IMAGE_SUFFIXES, UNREADABLE, ImageReader
+from focal_d2.data.pixels import IMAGE_SUFFIXES, UNREADABLE, ImageReader, write_image
 from focal_d2.errors import UserError
 
 GREEN, YELLOW = (80, 255, 80), (0, 220, 255)  # BGR
@@ -65,8 +65,10 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
     Raises:
         UserError: if the file cannot be written.
     """
-    if not cv2.imwrite(str(path), picture):
-        raise UserError(f"cannot write {path}")
+    try:
+        write_image(path, picture)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def read_image(path: str | Path, reader: ImageReader) -> np.ndarray:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from focal_d2 import UserError
-from focal_d2.engine.pictures import draw_boxes, draw_detections, list_images, picture_files
+from focal_d2.engine.pictures import draw_boxes, draw_detections, list_images, picture_files, write_picture
+from tests.conftest import REPOSITORY
 
 
 def test_draw_boxes_leaves_the_image_alone():
@@ -25,6 +26,18 @@ def test_draw_detections_puts_truth_on_the_left():
     assert picture.shape == (40, 88, 3)
     assert picture[:, :40].max() > 200
     assert picture[:, 48:].max() == 0
+
+
+def test_picture_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*gone/a\.png: No such file or directory"):
+        write_picture(tmp_path / "gone" / "a.png", np.zeros((4, 4, 3), np.uint8))
+
+
+def test_opencv_is_given_no_file_to_write():
+    # Its imwrite ends the process for a name that is not UTF-8.
+    files = [p for room in ("focal_d2", "tools", "examples") for p in (REPOSITORY / room).rglob("*.py")]
+    assert len(files) > 100
+    assert not [p for p in files if "cv2.imwrite(" in p.read_text()]
 
 
 def test_list_images_takes_images_only_in_order(tmp_path):

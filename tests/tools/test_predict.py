@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 
@@ -48,6 +49,20 @@ def test_dataset_is_drawn_beside_its_ground_truth(job, tmp_path, monkeypatch, ca
     assert picture.shape == (64, 64 + 8 + 64, 3)
     x, y, w, h = json.loads(data.annotations.read_text())["annotations"][0]["bbox"]
     assert not np.array_equal(picture[y : y + h, x : x + w], image[y : y + h, x : x + w])
+
+
+def test_names_that_are_not_utf_8_are_read_and_written(job, tmp_path, monkeypatch, capfd):
+    config, data = job
+    folder, name = tmp_path / os.fsdecode(b"B\xe4ume"), os.fsdecode(b"f\xfcnf")
+    folder.mkdir()
+    (data.images / "0.png").rename(folder / f"{name}.png")
+    assert predict(monkeypatch, config, "--input", folder, "--output", folder / "out") == 0
+    assert predict(monkeypatch, config, "--input", folder, "--output", tmp_path / "out", "--json") == 0
+    written = (folder / "out" / f"{name}.png").read_bytes()
+    assert written == (tmp_path / "out" / f"{name}.png").read_bytes()
+    assert cv2.imdecode(np.frombuffer(written, np.uint8), cv2.IMREAD_COLOR).shape == (64, 64, 3)
+    (detections,) = [json.loads(x) for x in capfd.readouterr().out.splitlines() if x.startswith("{")]
+    assert detections["file"] == str(folder / f"{name}.png")
 
 
 def test_threshold_hides_what_is_below_it(job, tmp_path, monkeypatch, capsys):
