@@ -97,7 +97,7 @@ def unread_keys(cfg: CfgNode) -> list[str]:
             )
         elif is_unused(cfg, key):
             unused.append(key)
-    if unused and _parts_are_known(cfg):
+    if unused and has_known_parts(cfg):
         lines.append(f"{architecture} and focal_d2's trainer make no use of {', '.join(unused)}")
     return lines
 
@@ -111,7 +111,8 @@ def is_unused(cfg: CfgNode, key: str) -> bool:
     return key.startswith(_UNUSED_BY_RETINANETS if is_retinanet(cfg) else "MODEL.RETINANET.")
 
 
-def _parts_are_known(cfg: CfgNode) -> bool:
+def has_known_parts(cfg: CfgNode) -> bool:
+    """Whether detectron2 or focal_d2 registered all parts of the model that YAML names."""
     for key, registry in _PARTS.items():
         name = key_value(cfg, key)
         if name in registry and not registry.get(name).__module__.startswith(

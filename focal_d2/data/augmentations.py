@@ -187,18 +187,13 @@ def build_augmentations(cfg: CfgNode, standard: list[T.Augmentation]) -> list[T.
     """Add what `INPUT.FOCAL.*` turns on to detectron2's augmentations; see the module's text for the order.
 
     Args:
-        cfg: full config.
+        cfg: full config, its values checked.
         standard: detectron2's for training.
 
     Raises:
-        UserError: for a value out of its range, or keys that do not fit together.
+        UserError: for keys that do not fit together.
     """
     inputs = cfg.INPUT.FOCAL
-    for key in ("BRIGHTNESS", "CONTRAST", "SATURATION"):
-        if not 0 <= inputs[key] < 1:
-            raise UserError(f"INPUT.FOCAL.{key} is {inputs[key]}; it must be at least 0 and below 1")
-    if not 0 <= inputs.HUE <= 180:
-        raise UserError(f"INPUT.FOCAL.HUE is {inputs.HUE}; it must be within 0 and 180 degrees")
     if inputs.BRIGHTNESS or inputs.CONTRAST:
         formats = ("BGR", "RGB", "L")
         check_choice("with INPUT.FOCAL.BRIGHTNESS or CONTRAST, INPUT.FORMAT", cfg.INPUT.FORMAT, formats)
@@ -225,20 +220,6 @@ def _with_crop(cfg: CfgNode, standard: list[T.Augmentation]) -> list[T.Augmentat
     """Put `SCALE_JITTER` and `BOX_CROP` in the place of detectron2's resize."""
     inputs = cfg.INPUT.FOCAL
     jitter, size = tuple(inputs.SCALE_JITTER), tuple(inputs.BOX_CROP.SIZE)
-    if len(jitter) != 2 or not all(map(_is_number, jitter)) or not 0 < jitter[0] <= jitter[1] < math.inf:
-        raise UserError(
-            f"INPUT.FOCAL.SCALE_JITTER is {inputs.SCALE_JITTER}; it must be [low, high], 0 < low <= high"
-        )
-    if size and (len(size) != 2 or not all(type(x) is int and x > 0 for x in size)):
-        raise UserError(
-            f"INPUT.FOCAL.BOX_CROP.SIZE is {inputs.BOX_CROP.SIZE}; it must be [height, width] in whole "
-            "pixels, or [] for no crop"
-        )
-    for key in ("AROUND_BOX", "MIN_VISIBLE"):
-        if not 0 <= inputs.BOX_CROP[key] <= 1:
-            raise UserError(
-                f"INPUT.FOCAL.BOX_CROP.{key} is {inputs.BOX_CROP[key]}; it must be within 0 and 1"
-            )
     if jitter[1] > 1 and not size:
         raise UserError(
             f"INPUT.FOCAL.SCALE_JITTER {inputs.SCALE_JITTER} enlarges images: set INPUT.FOCAL.BOX_CROP.SIZE "
@@ -256,7 +237,3 @@ def _with_crop(cfg: CfgNode, standard: list[T.Augmentation]) -> list[T.Augmentat
         else x
         for x in standard
     ]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -164,15 +164,11 @@ def check_sampler(cfg: CfgNode) -> str:
     """Return `DATALOADER.SAMPLER_TRAIN`.
 
     Raises:
-        UserError: if there is no such sampler, or a number that it reads is out of its range.
+        UserError: if there is no such sampler.
     """
     choices = ["TrainingSampler", _REPEAT_FACTOR, _CLASS_BALANCED]
     choices += [name for name, (section, key) in _NEEDED_KEYS.items() if key in cfg[section]]
-    name = check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, tuple(choices))
-    threshold = cfg.DATALOADER.REPEAT_THRESHOLD
-    if not 0 <= threshold <= 1:
-        raise UserError(f"DATALOADER.REPEAT_THRESHOLD is {threshold}; it must be within 0 and 1")
-    return name
+    return check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, tuple(choices))
 
 
 def build_sampler(cfg: CfgNode, records: Any, *, seed: int) -> Sampler[int]:

@@ -26,6 +26,7 @@ from focal_d2.data.pixels import (
     why_unreadable,
 )
 from focal_d2.errors import UserError
+from focal_d2.legal_values import check_values
 
 
 class FocalDatasetMapper(DatasetMapper):
@@ -54,7 +55,12 @@ class FocalDatasetMapper(DatasetMapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Read `INPUT.*`; augmentations apply in training only."""
+        """Read `INPUT.*`; augmentations apply in training only.
+
+        Raises:
+            UserError: for a value that is not legal, or keys that do not fit together.
+        """
+        check_values(cfg, "INPUT.")
         reader = build_reader(cfg)
         inputs = cfg.INPUT.FOCAL
         kwargs = {
@@ -127,8 +133,8 @@ def build_reader(cfg: CfgNode) -> ImageReader:
     """Read `INPUT.FORMAT`, `INPUT.FOCAL.BACKEND` and `INPUT.FOCAL.MAX_PIXELS`.
 
     Raises:
-        UserError: for a format or backend that does not exist, or one that does not fit the config's other
-            keys: the backend cannot do what they ask for, or the model takes another number of channels.
+        UserError: for a format that does not exist, or a format or backend that does not fit other keys: the
+            backend cannot do what they ask for, or the model takes another number of channels.
     """
     inputs = cfg.INPUT.FOCAL
     channels = FORMATS[check_choice("INPUT.FORMAT", cfg.INPUT.FORMAT, tuple(FORMATS))]
@@ -139,15 +145,12 @@ def build_reader(cfg: CfgNode) -> ImageReader:
             f"INPUT.FORMAT is {cfg.INPUT.FORMAT}, which has {channels} channels, but MODEL.PIXEL_MEAN has "
             f"{means} numbers and MODEL.PIXEL_STD {deviations}: give both {channels}"
         )
-    backend = check_choice("INPUT.FOCAL.BACKEND", inputs.BACKEND, ("pil", "opencv"))
-    if backend == "opencv":
+    if inputs.BACKEND == "opencv":
         check_choice("with INPUT.FOCAL.BACKEND opencv, INPUT.FORMAT", cfg.INPUT.FORMAT, ("BGR", "RGB"))
         for key in ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS"):
             if cfg.MODEL[key]:
                 raise UserError(f"INPUT.FOCAL.BACKEND opencv knows boxes only: MODEL.{key} must be False")
-    if inputs.MAX_PIXELS < 1:
-        raise UserError(f"INPUT.FOCAL.MAX_PIXELS is {inputs.MAX_PIXELS}; it must be at least 1")
-    return ImageReader(cfg.INPUT.FORMAT, backend, inputs.MAX_PIXELS)
+    return ImageReader(cfg.INPUT.FORMAT, inputs.BACKEND, inputs.MAX_PIXELS)
 
 
 def transform_boxes(

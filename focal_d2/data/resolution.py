@@ -11,11 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from detectron2.config import CfgNode
 
-from focal_d2.config import check_choice
 from focal_d2.data.table import SHORTEST_SIDE, Table
-from focal_d2.errors import UserError
-
-_CROPS = ("absolute", "absolute_range", "relative", "relative_range")
 
 
 class NetworkInputs(NamedTuple):
@@ -63,19 +59,16 @@ def training_inputs(cfg: CfgNode, sizes: np.ndarray) -> NetworkInputs:
     Args:
         cfg: full config.
         sizes: (N, 2) as annotated, each at least 1.
-
-    Raises:
-        UserError: for a kind of crop that detectron2 has not, or no MIN_SIZE_TRAIN.
     """
     inputs = cfg.INPUT
-    edges = _short_edges(cfg)
+    edges = sorted(inputs.MIN_SIZE_TRAIN)
     if inputs.MIN_SIZE_TRAIN_SAMPLING == "range":
         edge = (edges[0] + edges[-1]) // 2
     else:
         edge = edges[(len(edges) - 1) // 2]
     return network_inputs(
         sizes,
-        crop_type=check_crop_type(cfg),
+        crop_type=_crop_type(cfg),
         crop_size=inputs.CROP.SIZE,
         short_edge=edge,
         max_size=inputs.MAX_SIZE_TRAIN,
@@ -97,10 +90,8 @@ def largest_windows(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
     Returns:
         (N, 2) float64, height and width in pixels of the image as annotated; `sizes` if nothing is cropped.
 
-    Raises:
-        UserError: for a kind of crop that detectron2 has not, or no MIN_SIZE_TRAIN.
     """
-    inputs, crop_type, edges = cfg.INPUT, check_crop_type(cfg), _short_edges(cfg)
+    inputs, crop_type, edges = cfg.INPUT, _crop_type(cfg), sorted(cfg.INPUT.MIN_SIZE_TRAIN)
     sizes = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
     crops = sizes
     if crop_type is not None:
@@ -123,20 +114,9 @@ def largest_windows(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
     return windows
 
 
-def check_crop_type(cfg: CfgNode) -> str | None:
-    """Return `INPUT.CROP.TYPE`, or None where `INPUT.CROP` is not enabled.
-
-    Raises:
-        UserError: if detectron2 has no such crop.
-    """
+def _crop_type(cfg: CfgNode) -> str | None:
     crop = cfg.INPUT.CROP
-    return check_choice("INPUT.CROP.TYPE", crop.TYPE, _CROPS) if crop.ENABLED else None
-
-
-def _short_edges(cfg: CfgNode) -> list[int]:
-    if not cfg.INPUT.MIN_SIZE_TRAIN:
-        raise UserError("INPUT.MIN_SIZE_TRAIN is empty; it needs at least one size in pixels")
-    return sorted(cfg.INPUT.MIN_SIZE_TRAIN)
+    return str(crop.TYPE) if crop.ENABLED else None
 
 
 def network_inputs(

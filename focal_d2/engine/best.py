@@ -162,8 +162,6 @@ def check_best(cfg: CfgNode) -> None:
         UserError: for values that can't work.
     """
     test = cfg.TEST.FOCAL
-    if test.PATIENCE < 0:
-        raise UserError(f"TEST.FOCAL.PATIENCE is {test.PATIENCE}; it must be at least 0 (0: off)")
     if not test.BEST_METRIC:
         if test.PATIENCE:
             raise UserError(

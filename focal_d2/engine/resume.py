@@ -14,12 +14,10 @@ from detectron2.config import CfgNode
 from detectron2.solver.lr_scheduler import LRMultiplier
 from detectron2.utils import comm
 
-from focal_d2.config import leaves
+from focal_d2.config import MOST_ITERATIONS, leaves
 from focal_d2.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-_MOST_ITERATIONS = 10**9
 
 
 def check_state(
@@ -53,7 +51,7 @@ def check_state(
             "the schedule as it was"
         )
     iteration = state["iteration"]
-    if not isinstance(iteration, int) or not 0 <= iteration < _MOST_ITERATIONS:
+    if not isinstance(iteration, int) or not 0 <= iteration <= MOST_ITERATIONS:
         raise ValueError(f"iteration {iteration!r}")
     for name, value in state.get("hooks", {}).get("LRScheduler", {}).items():
         numbers = value if isinstance(value, list) else []

@@ -26,10 +26,10 @@ from focal_d2.data import count_classes, register_datasets
 from focal_d2.data.pixels import allow_pixels
 from focal_d2.engine.config_files import merge_file
 from focal_d2.errors import UNLESS_TRUSTED, UserError, did_you_mean
-from focal_d2.evaluation import check_backend, detection_limits
+from focal_d2.evaluation import check_backend
+from focal_d2.legal_values import check_values
 from focal_d2.storage.downloads import is_address
 
-_OPTIMIZERS = ("SGD", "AdamW")
 _KERNELS = "MODEL.FOCAL.KERNELS"
 _COMMAND_LINE = "command line"
 
@@ -85,25 +85,19 @@ def load_config(
     if not trust_files:
         _refuse_ways_out(cfg)
     resolve_device(cfg)
-    check_choice("SOLVER.FOCAL.OPTIMIZER", cfg.SOLVER.FOCAL.OPTIMIZER, _OPTIMIZERS)
-    if (keep := cfg.SOLVER.FOCAL.KEEP_CHECKPOINTS) < 0:
-        raise UserError(f"SOLVER.FOCAL.KEEP_CHECKPOINTS is {keep}; it must be 0 (all) or more")
     for key, registry, value in (
         ("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE),
         ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME),
     ):
         check_choice(key, value, tuple(sorted(name for name, _ in registry)))
-    # The evaluator is built when training is over: too late to find these.
+    check_values(cfg)
+    # The evaluator is built when training is over: too late to find this.
     check_backend(cfg.TEST.FOCAL.EVAL_BACKEND)
-    detection_limits(list(cfg.TEST.FOCAL.MAX_DETS) or None)
     allow_pixels(cfg.INPUT.FOCAL.MAX_PIXELS)  # readers ask images for their size
     register_datasets(cfg.DATASETS.FOCAL)
     for key in CLASS_KEYS:
-        classes = key_value(cfg, key)
-        if classes == "auto":
+        if key_value(cfg, key) == "auto":
             set_value(cfg, key, count_classes(cfg, key))
-        elif not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
-            raise UserError(f"{key} is {classes!r}; it must be a number from 1, or auto")
     cfg.freeze()
     return cfg
 
@@ -238,12 +232,17 @@ def resolve_device(cfg: CfgNode) -> None:
     try:
         device = torch.device(cfg.MODEL.DEVICE)
     except RuntimeError:
-        raise UserError(f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}"; legal values: auto, cpu, cuda') from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}"; legal values: auto, cpu, cuda')
     if device.type == "cuda" and not has_cuda:
         raise UserError(
             f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}" but PyTorch finds no CUDA device here: '
             "set MODEL.DEVICE cpu (or auto)"
         )
+    devices = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.index is not None and device.index >= devices:
+        raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}; it must be numbered from 0 to {devices - 1}")
     amp = cfg.MODEL.FOCAL.AMP
     amp.ENABLED = amp.ENABLED or cfg.SOLVER.AMP.ENABLED
     # detectron2's AMP trainer insists on CUDA and scales the loss, which only float16 needs.
@@ -300,7 +299,7 @@ def building(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (AssertionError, KeyError, ValueError, TypeError, IndexError) as error:
+    except (AssertionError, KeyError, ValueError, TypeError, IndexError, ArithmeticError) as error:
         logger = logging.getLogger("focal_d2")
         with quiet_console(logger):
             logger.info(f"cannot build the {what}", exc_info=True)

@@ -8,8 +8,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import nn
 
-from focal_d2.config import check_choice, focal_config
+from focal_d2.config import focal_config
 from focal_d2.errors import UserError
+from focal_d2.legal_values import check_values
 
 _BASIC_BLOCK_DEPTHS = (18, 34)
 _DEPTHS = (*_BASIC_BLOCK_DEPTHS, 50, 101, 152)
@@ -26,9 +27,10 @@ def build_focal_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
     ResNeXt from `MODEL.RESNETS.NUM_GROUPS` and `WIDTH_PER_GROUP`.
 
     Raises:
-        UserError: for a depth or a P6 source that does not exist, or widths that do not fit the depth.
+        UserError: for a value that is not legal, or widths that do not fit the depth.
     """
-    resnets, fpn = cfg.MODEL.RESNETS, cfg.MODEL.FPN
+    resnets, fpn, p6_from = cfg.MODEL.RESNETS, cfg.MODEL.FPN, focal_config(cfg).FPN.P6_FROM
+    check_values(cfg, "MODEL.FOCAL.FPN.", "MODEL.FPN.", "MODEL.RESNETS.", "MODEL.BACKBONE.")
     if resnets.DEPTH not in _DEPTHS:
         raise UserError(
             f"MODEL.RESNETS.DEPTH is {resnets.DEPTH}; legal values: {', '.join(map(str, _DEPTHS))}"
@@ -37,13 +39,11 @@ def build_focal_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
         raise UserError(
             f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}; ResNet-{resnets.DEPTH} needs 64"
         )
-    p6_from = check_choice("MODEL.FOCAL.FPN.P6_FROM", focal_config(cfg).FPN.P6_FROM, ("res5", "p5"))
     bottom_up = build_resnet_backbone(cfg, input_shape)
     shapes = bottom_up.output_shape()
     missing = sorted({*fpn.IN_FEATURES, "res5"} - shapes.keys())
     if missing:
         raise UserError(f"MODEL.RESNETS.OUT_FEATURES lacks {', '.join(missing)}, which the FPN reads")
-    init = check_choice("MODEL.FOCAL.FPN.INIT", focal_config(cfg).FPN.INIT, ("xavier", "paper"))
     p6_channels = shapes["res5"].channels if p6_from == "res5" else fpn.OUT_CHANNELS
     backbone = FPN(
         bottom_up=bottom_up,
@@ -53,7 +53,7 @@ def build_focal_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
         top_block=LastLevelP6P7(p6_channels, fpn.OUT_CHANNELS, in_feature=p6_from),
         fuse_type=fpn.FUSE_TYPE,
     )
-    if init == "paper":
+    if focal_config(cfg).FPN.INIT == "paper":
         for name, parameter in backbone.named_parameters():
             if name.endswith(".weight") and parameter.ndim == 4 and not name.startswith("bottom_up."):
                 nn.init.normal_(parameter, std=0.01)

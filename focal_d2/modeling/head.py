@@ -49,8 +49,6 @@ class FocalRetinaNetHead(RetinaNetHead):
             UserError: if there is no hidden convolution, or its width does not fit the norm.
         """
         retinanet = cfg.MODEL.RETINANET
-        if retinanet.NUM_CONVS < 1:
-            raise UserError(f"MODEL.RETINANET.NUM_CONVS is {retinanet.NUM_CONVS}; at least 1 is needed")
         kwargs = super().from_config(cfg, input_shape)
         channels = focal_config(cfg).HEAD.CHANNELS or input_shape[0].channels
         if retinanet.NORM == "GN" and channels % 32:

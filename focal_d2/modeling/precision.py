@@ -17,7 +17,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from focal_d2.config import check_choice, focal_config
+from focal_d2.config import focal_config
 from focal_d2.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,6 @@ def autocast_type(name: str, *, enabled: bool, device: str) -> torch.dtype | Non
     Raises:
         UserError: for an unknown type, or one that the device does not have.
     """
-    check_choice("MODEL.FOCAL.AMP.DTYPE", name, ("auto", *_TYPES))
     if not enabled:
         return None
     if torch.device(device).type != "cpu":

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from focal_d2.config import check_choice, focal_config, loss_parameters
 from focal_d2.errors import UserError
+from focal_d2.legal_values import check_values
 from focal_d2.modeling import traced
 from focal_d2.modeling.anchors import AnchorCache, Anchors
 from focal_d2.modeling.candidates import find_candidates
@@ -37,7 +38,6 @@ from focal_d2.modeling.folding import fold_norms
 from focal_d2.modeling.head import FocalRetinaNetHead
 from focal_d2.modeling.losses import (
     BOX_LOSSES,
-    NORMALIZERS,
     BoxLoss,
     ClassificationLoss,
     DenseBatch,
@@ -154,10 +154,6 @@ class FocalRetinaNet(RetinaNet):
         retinanet = cfg.MODEL.RETINANET
         if cfg.TEST.DETECTIONS_PER_IMAGE < 1:
             raise UserError(f"TEST.DETECTIONS_PER_IMAGE is {cfg.TEST.DETECTIONS_PER_IMAGE}; at least 1")
-        if not 0 < retinanet.PRIOR_PROB < 1:
-            raise UserError(
-                f"MODEL.RETINANET.PRIOR_PROB is {retinanet.PRIOR_PROB}; it must lie between 0 and 1"
-            )
         box2box_transform = Box2BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS)
         parts = build_focal_parts(cfg, box2box_transform)
         cls_loss = parts["cls_loss"]
@@ -375,13 +371,7 @@ def build_focal_parts(cfg: CfgNode, box2box_transform: Box2BoxTransform) -> dict
         UserError: for a value outside a key's choices.
     """
     retinanet, focal = cfg.MODEL.RETINANET, focal_config(cfg)
-    if retinanet.FOCAL_LOSS_ALPHA > 1 or retinanet.FOCAL_LOSS_GAMMA < 0:
-        raise UserError(
-            f"MODEL.RETINANET.FOCAL_LOSS_ALPHA is {retinanet.FOCAL_LOSS_ALPHA} and FOCAL_LOSS_GAMMA "
-            f"{retinanet.FOCAL_LOSS_GAMMA}; at most 1 and at least 0 are needed"
-        )
-    if not focal.IGNORE_OVERLAP > 0:
-        raise UserError(f"MODEL.FOCAL.IGNORE_OVERLAP is {focal.IGNORE_OVERLAP}; it must be above 0")
+    check_values(cfg, "MODEL.RETINANET.", "MODEL.FOCAL.")
     use_kernels = _use_kernels(cfg)
     return {
         "region_share": focal.IGNORE_OVERLAP,
@@ -400,9 +390,7 @@ def build_focal_parts(cfg: CfgNode, box2box_transform: Box2BoxTransform) -> dict
             ghm_bins=focal.GHM_R.BINS,
             ghm_momentum=focal.GHM_R.MOMENTUM,
         ),
-        "loss_normalizer": LossNormalizer(
-            kind=check_choice("MODEL.FOCAL.LOSS.NORMALIZER", focal.LOSS.NORMALIZER, NORMALIZERS)
-        ),
+        "loss_normalizer": LossNormalizer(kind=focal.LOSS.NORMALIZER),
         "amp": configured_type(cfg),
         "channels_last": focal.CHANNELS_LAST,
         "fold_frozen_norms": focal.FOLD_FROZEN_NORMS,
@@ -427,7 +415,7 @@ def precision_around(cfg: CfgNode, model: nn.Module) -> Callable[[], AbstractCon
 
 def _use_kernels(cfg: CfgNode) -> bool:
     """Whether `MODEL.FOCAL.KERNELS` asks for Triton kernels; "auto" does not until they have run on a GPU."""
-    value = check_choice("MODEL.FOCAL.KERNELS", focal_config(cfg).KERNELS, ("auto", "on", "off"))
+    value = focal_config(cfg).KERNELS
     on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
     if value == "on" and on_gpu and importlib.util.find_spec("triton") is None:
         raise UserError(

@@ -78,7 +78,7 @@ def test_boxes_follow_the_picture(record, key, backend):
 @pytest.mark.parametrize("value", [-0.5, 1.0])
 def test_ranges_beyond_0_to_1_are_refused(key, value):
     with pytest.raises(UserError, match=f"INPUT.FOCAL.{key} is {value}"):
-        build_augmentations(make_cfg(**{f"INPUT__FOCAL__{key}": value}), [])
+        FocalDatasetMapper(make_cfg(**{f"INPUT__FOCAL__{key}": value}), is_train=True)
 
 
 def test_contrast_stays_within_its_range(record):
@@ -101,7 +101,10 @@ def test_brightness_stays_within_its_range(record):
     [
         ({"HUE": -1.0}, "INPUT.FOCAL.HUE is -1.0; it must be within 0 and 180"),
         ({"HUE": 181.0}, "INPUT.FOCAL.HUE is 181.0"),
-        ({"SCALE_JITTER": [0.5]}, r"INPUT.FOCAL.SCALE_JITTER is \[0.5\]; it must be \[low, high\], 0 < low"),
+        (
+            {"SCALE_JITTER": [0.5]},
+            r"INPUT.FOCAL.SCALE_JITTER is \[0.5\]; it must be a list of 2 numbers, each above",
+        ),
         ({"SCALE_JITTER": [0.0, 1.0]}, "SCALE_JITTER is"),
         ({"SCALE_JITTER": [1.0, 0.5]}, "SCALE_JITTER is"),
         ({"SCALE_JITTER": [1.0, float("inf")]}, "SCALE_JITTER is"),
@@ -113,7 +116,7 @@ def test_brightness_stays_within_its_range(record):
         ),
         (
             {"BOX_CROP__SIZE": [64]},
-            r"INPUT.FOCAL.BOX_CROP.SIZE is \[64\]; it must be \[height, width\] in whole",
+            r"INPUT.FOCAL.BOX_CROP.SIZE is \[64\]; it must be a list of 2 whole",
         ),
         ({"BOX_CROP__SIZE": [64, 0]}, "BOX_CROP.SIZE is"),
         ({"BOX_CROP__SIZE": [64, 64.5]}, "BOX_CROP.SIZE is"),

@@ -114,8 +114,6 @@ def test_describe_shares_without_change():
         ),
         # detectron2 knows it, and lacks the key that it reads.
         ({"SAMPLER_TRAIN": "RandomSubsetTrainingSampler"}, 'SAMPLER_TRAIN is "RandomSubsetTrainingSampler"'),
-        ({"REPEAT_THRESHOLD": -0.1}, "DATALOADER.REPEAT_THRESHOLD is -0.1; it must be within 0 and 1"),
-        ({"REPEAT_THRESHOLD": 1.5}, "DATALOADER.REPEAT_THRESHOLD is 1.5"),
     ],
 )
 def test_check_sampler_refuses(settings, message):

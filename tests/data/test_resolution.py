@@ -5,7 +5,6 @@ import pytest
 from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 
-from focal_d2 import UserError
 from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.data.augmentations import ResizeAndCrop
 from focal_d2.data.resolution import largest_windows, network_inputs, training_boxes, training_inputs
@@ -148,13 +147,6 @@ def test_typical_short_edge(edges, sampling, expected):
     cfg = make_cfg(INPUT__MIN_SIZE_TRAIN=edges, INPUT__MIN_SIZE_TRAIN_SAMPLING=sampling)
     assert training_inputs(cfg, np.array([[400, 500]])).sizes[0, 0] == expected
     assert training_inputs(cfg, np.array([[400, 500]])).scales.tolist() == [expected / 400]
-
-
-def test_settings_that_detectron2_has_not_are_refused():
-    with pytest.raises(UserError, match=r'INPUT.CROP.TYPE is "square"; legal values: absolute'):
-        training_inputs(make_cfg(INPUT__CROP__ENABLED=True, INPUT__CROP__TYPE="square"), np.ones((1, 2)))
-    with pytest.raises(UserError, match=r"INPUT.MIN_SIZE_TRAIN is empty"):
-        training_inputs(make_cfg(INPUT__MIN_SIZE_TRAIN=()), np.ones((1, 2)))
 
 
 def test_no_images_have_no_sizes():

@@ -70,7 +70,7 @@ def test_faster_rcnn_trains_evaluates_and_resumes(faster_rcnn, tmp_path, monkeyp
     [
         (["MODEL.ROI_HEADS.NUM_CLASSES", 80], "has 3 classes (class0, class1, class2) but "
          "MODEL.ROI_HEADS.NUM_CLASSES is 80: set it to 3, or to auto"),
-        (["MODEL.ROI_HEADS.NUM_CLASSES", "many"], "ROI_HEADS.NUM_CLASSES is 'many'; it must be a number"),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "many"], 'ROI_HEADS.NUM_CLASSES is "many"; legal values: auto'),
         (["MODEL.MASK_ON", True], "has boxes only, but MODEL.MASK_ON True needs masks"),
         (["MODEL.KEYPOINT_ON", True], "has boxes only, but MODEL.KEYPOINT_ON True needs keypoints"),
         (["MODEL.META_ARCHITECTURE", "PanopticFPN"], "but MODEL.META_ARCHITECTURE PanopticFPN "

@@ -99,7 +99,7 @@ def test_autocast_type_refuses_float16_on_a_cpu_and_unknown_names():
     with pytest.raises(UserError, match="float16, which needs a GPU"):
         autocast_type("float16", enabled=True, device="cpu")
     with pytest.raises(UserError, match='DTYPE is "half"; legal values: auto, bfloat16, float16'):
-        autocast_type("half", enabled=False, device="cpu")
+        build_model(make_cfg(MODEL__FOCAL__AMP__DTYPE="half"))
 
 
 @pytest.mark.parametrize("capabilities, expected", [(SAPPHIRE_RAPIDS, torch.bfloat16), (AVX2, None)])

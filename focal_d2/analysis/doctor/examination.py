@@ -30,6 +30,7 @@ from focal_d2.data.checks import (
 from focal_d2.data.findings import ERROR, SEVERITIES, Finding
 from focal_d2.data.mapper import build_reader
 from focal_d2.errors import UserError
+from focal_d2.legal_values import check_values
 from focal_d2.modeling import FocalRetinaNet
 from focal_d2.unread_keys import unread_keys
 
@@ -99,8 +100,7 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
         UserError: for a mistake in the config.
     """
     # What a run would be refused for beside its data.
-    if cfg.SOLVER.IMS_PER_BATCH < 1:
-        raise UserError(f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be at least 1")
+    check_values(cfg, "SOLVER.")
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
     FocalDatasetMapper(cfg, is_train=True)

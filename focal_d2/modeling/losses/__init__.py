@@ -11,12 +11,11 @@ from focal_d2.modeling.losses.base import (
     level_ranges,
     register_loss,
 )
-from focal_d2.modeling.losses.box import BOX_LOSSES, NORMALIZERS, BoxLoss, LossNormalizer
+from focal_d2.modeling.losses.box import BOX_LOSSES, BoxLoss, LossNormalizer
 
 __all__ = [
     "BOX_LOSSES",
     "LOSSES",
-    "NORMALIZERS",
     "BoxLoss",
     "ClassificationLoss",
     "DenseBatch",

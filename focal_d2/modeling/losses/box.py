@@ -18,7 +18,6 @@ from focal_d2.ops.ghm import harmonise
 
 _IOU_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 BOX_LOSSES = ("smooth_l1", *_IOU_LOSSES, "ghm_r")
-NORMALIZERS = ("ema", "paper")
 
 
 class BoxLoss(nn.Module):
