@@ -1,4 +1,4 @@
-"""In which number format backbone and head compute: `MODEL.FOCAL.AMP.*`.
+"""In which number format backbone and head compute: `MODEL.FOCAL.AMP.*`; which convolutions a CPU gets wrong.
 
 With the vector instructions of `avx512_bf16` alone, a step of R50 in bfloat16 took 1 / 2.4 of detectron2's
 float32 time on an AMD EPYC. On an Intel CPU it took 1.6 times our own float32 time, and convolutions of odd
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 
 from focal_d2.config import focal_config
 from focal_d2.errors import UserError
@@ -122,3 +122,32 @@ def is_narrow(images: Tensor, *, coarsest_stride: int) -> bool:
         coarsest_stride: of the last level, which has the narrowest map.
     """
     return images.device.type == "cpu" and images.shape[-1] <= coarsest_stride // 2
+
+
+def check_channels_last(network: nn.Module) -> None:
+    """Refuse a network that PyTorch cannot train in the channels-last layout on a CPU.
+
+    PyTorch 2.14.1 writes outside its memory when it computes the float32 weight gradient of a 1 × 1
+    convolution of stride 2 with 3 to 12 input and at most 16 output channels in that layout. The process
+    then crashes, or continues with wrong numbers. Seen on an AMD EPYC (Zen 4) in 40 steps of each shape; not
+    with 16 or more input channels, 20 or more output channels, stride 3, 3 × 3 kernels, bfloat16, or NCHW.
+    No ResNet of the paper has such a convolution.
+
+    Args:
+        network: backbone or head.
+
+    Raises:
+        UserError: naming the convolution.
+    """
+    for name, module in network.named_modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and (module.kernel_size, module.stride) == ((1, 1), (2, 2))
+            and module.in_channels < 16
+            and module.out_channels <= 16
+        ):
+            raise UserError(
+                f"MODEL.FOCAL.CHANNELS_LAST is True, but {name} is a 1 × 1 convolution of stride 2 from "
+                f"{module.in_channels} to {module.out_channels} channels, which PyTorch trains wrongly in "
+                "that layout on a CPU: use more channels, or CHANNELS_LAST False"
+            )

@@ -45,7 +45,7 @@ from focal_d2.modeling.losses import (
     build_loss,
     gather_deltas,
 )
-from focal_d2.modeling.precision import configured_type, is_narrow
+from focal_d2.modeling.precision import check_channels_last, configured_type, is_narrow
 from focal_d2.modeling.targets import AnchorTargets, build_matcher, label_anchors
 from focal_d2.ops.detect import best_boxes
 
@@ -158,6 +158,8 @@ class FocalRetinaNet(RetinaNet):
         parts = build_focal_parts(cfg, box2box_transform)
         cls_loss = parts["cls_loss"]
         backbone = build_backbone(cfg)
+        if parts["channels_last"] and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+            check_channels_last(backbone)
         shapes = backbone.output_shape()
         for name in retinanet.IN_FEATURES:
             check_choice("MODEL.RETINANET.IN_FEATURES entry", name, tuple(shapes))

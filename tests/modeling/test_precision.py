@@ -112,3 +112,11 @@ def test_is_narrow_asks_for_two_cells_before_the_last_level():
     assert is_narrow(torch.zeros(1, 3, 256, 64), coarsest_stride=128)
     assert not is_narrow(torch.zeros(1, 3, 32, 65), coarsest_stride=128)
     assert not is_narrow(torch.zeros(1, 3, 64, 64, device="meta"), coarsest_stride=128)
+
+
+def test_narrow_strided_convolutions_are_refused_in_channels_last():
+    narrow = {"MODEL__RESNETS__DEPTH": 50, "MODEL__RESNETS__RES2_OUT_CHANNELS": 8}
+    assert build_model(make_cfg(**narrow, MODEL__RESNETS__NORM="BN"))
+    with pytest.raises(UserError, match=r"res3\.0\.shortcut is a 1 × 1 convolution of stride 2 from 8 to 16"):
+        build_model(make_cfg(**narrow, MODEL__RESNETS__NORM="BN", MODEL__FOCAL__CHANNELS_LAST=True))
+    assert build_model(make_cfg(MODEL__FOCAL__CHANNELS_LAST=True))
