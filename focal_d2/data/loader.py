@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -305,6 +307,46 @@ class SeededSamples(Dataset[dict[str, Any]]):
         return sample
 
 
+class Content(NamedTuple):
+    """Checksums of what is trained on; a folder that was moved has the same."""
+
+    image_content: int  # of the images' names below their folders, and their sizes
+    annotation_content: int
+
+
+def content_of(records: Sequence[dict[str, Any]], folders: Sequence[str]) -> Content:
+    """Compute the checksums of records; a million annotations take about a second.
+
+    Args:
+        records: in detectron2's format.
+        folders: of images. Names outside them count from the folder that they have in common.
+    """
+    names = [os.path.abspath(str(record["file_name"])) for record in records]
+    roots = sorted((os.path.join(os.path.abspath(x), "") for x in folders), key=len, reverse=True)
+    root_of = [next((root for root in roots if name.startswith(root)), "") for name in names]
+    outside = {os.path.dirname(name) for name, root in zip(names, root_of, strict=True) if not root}
+    common = os.path.join(os.path.commonpath(outside), "") if outside else ""
+    encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
+    images = annotations = 0
+    for name, root, record in zip(names, root_of, records, strict=True):
+        below = os.fsencode(name.removeprefix(root or common))
+        images = zlib.crc32(encoder.encode((below, record.get("height"), record.get("width"))), images)
+        annotations = zlib.crc32(encoder.encode(record.get("annotations")), annotations)
+    return Content(images, annotations)
+
+
+def _plain(value: Any) -> Any:
+    """Return an array or a number of NumPy's as lists and numbers, anything else as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _image_folders(names: Iterable[str]) -> list[str]:
+    """Return the folders of the images of those datasets of which they are known."""
+    metadata = [MetadataCatalog.get(name) for name in names]
+    ours = [x.images.root for x in metadata if x.get("images") is not None]
+    return ours + [x.image_root for x in metadata if x.get("image_root")]
+
+
 class TrainingLoader:
     """Batches without end, from the iteration that `start_at` sets."""
 
@@ -317,7 +359,7 @@ class TrainingLoader:
         wide: np.ndarray | None,
         workers: int,
         timeout: float,
-        data: int,
+        content: Content,
     ) -> None:
         """Compose the loader.
 
@@ -328,9 +370,9 @@ class TrainingLoader:
             wide: see `TrainingBatches`.
             workers: number of processes that map samples; 0: none but this one.
             timeout: seconds without a batch after which reading counts as hung; 0: for ever.
-            data: a number that tells one list of records from another.
+            content: what tells these data from others.
         """
-        self.samples, self.timeout, self.data = samples, timeout, data
+        self.samples, self.timeout, self.content = samples, timeout, content
         self._build_sampler = build_sampler
         self.batches = TrainingBatches(build_sampler(samples.seed), images=images, wide=wide)
         self._loader = DataLoader(
@@ -359,7 +401,7 @@ class TrainingLoader:
 
     def place(self, images: int) -> dict[str, int]:
         """Return what `go_on` needs after so many images."""
-        return {"images": images, "batch": self.images, "seed": self.seed, "records": self.data}
+        return {"images": images, "batch": self.images, "seed": self.seed, **self.content._asdict()}
 
     def go_on(self, place: dict[str, int], *, take_seed: bool) -> list[str]:
         """Begin the next iterator at a place.
@@ -385,8 +427,12 @@ class TrainingLoader:
             changed.append(f"SEED {self.seed} instead of {place['seed']}")
         if place["batch"] != self.images:
             changed.append(f"SOLVER.IMS_PER_BATCH {self.images} instead of {place['batch']}")
-        if place["records"] != self.data:
-            changed.append("other images in DATASETS.TRAIN")
+        # Checkpoints from before 0.1.0 have no such numbers.
+        changed += [
+            f"other {what} in DATASETS.TRAIN"
+            for what, number in zip(("images", "annotations"), self.content, strict=True)
+            if place.get(f"{what[:-1]}_content", number) != number
+        ]
         return changed
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
@@ -499,5 +545,5 @@ def build_training_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Any:
         wide=wide,
         workers=cfg.DATALOADER.NUM_WORKERS,
         timeout=cfg.DATALOADER.FOCAL.TIMEOUT,
-        data=zlib.crc32("\n".join(str(x["file_name"]) for x in records).encode(errors="replace")),
+        content=content_of(records, _image_folders(cfg.DATASETS.TRAIN)),
     )

@@ -215,7 +215,7 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     """
     _, data = cv2.imencode(os.path.splitext(path)[1], image)
     with open(path, "wb") as file:
-        file.write(data)
+        file.write(data.tobytes())
 
 
 def to_rgb(image: np.ndarray, image_format: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from collections import Counter
 
@@ -9,15 +10,19 @@ import pytest
 import torch
 from detectron2.data import build_detection_train_loader
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.structures import BoxMode
 
 from focal_d2 import UserError
 from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.data.loader import (
     ClassBalancedSampler,
+    Content,
     TrainingBatches,
     build_sampler,
+    build_training_loader,
     check_sampler,
     class_balanced_weights,
+    content_of,
     describe_shares,
     image_classes,
     training_records,
@@ -307,3 +312,57 @@ def test_repeat_factors_are_logged(mixed, caplog):
     assert first == "each class is shown as often as without it"
     # Class 2 is in half of the images, which are repeated sqrt(1 / 0.5) times: 1.414 / 2.414.
     assert second == "share of images that show a class, most changed of 3: class2 50.00% to 58.58%"
+
+
+def content(folder, images, **changes) -> Content:
+    boxes = [{"bbox": [1.0, 2.0, 3.0, 4.0], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 0}]
+    record = {"height": 30, "width": 40, "annotations": boxes, **changes}
+    return content_of([{**record, "file_name": str(folder / name)} for name in images], [str(folder)])
+
+
+def test_content_is_the_same_where_data_were_moved(tmp_path):
+    before = content(tmp_path / "a", ["x/1.png", "2.png"])
+    assert content(tmp_path / "b/c", ["x/1.png", "2.png"]) == before
+    other_images = [
+        content(tmp_path / "a", ["x/1.png", "3.png"]),
+        content(tmp_path / "a", ["2.png", "x/1.png"]),  # in another order other ones are drawn
+        content(tmp_path / "a", ["x/1.png"]),
+        content(tmp_path / "a", ["x/1.png", "2.png"], width=41),
+    ]
+    assert all(found.image_content != before.image_content for found in other_images)
+    box = {"bbox": [1.0, 2.0, 3.0, 4.0], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 0}
+    for changed in ([], [{**box, "bbox": [1.0, 2.0, 3.0, 5.0]}], [{**box, "category_id": 1}], [box, box]):
+        found = content(tmp_path / "a", ["x/1.png", "2.png"], annotations=changed)
+        assert found.image_content == before.image_content
+        assert found.annotation_content != before.annotation_content
+
+
+def test_content_takes_arrays_and_images_outside_of_all_folders(tmp_path):
+    boxes = [{"bbox": np.float32([1, 2, 3, 4]), "mask": b"rle", "category_id": np.int64(2), "any": object}]
+    found = content(tmp_path / "a", ["1.png"], annotations=boxes)
+    assert (
+        content(tmp_path / "a", ["1.png"], annotations=[{**boxes[0], "bbox": np.float32([1, 2, 3, 5])}])
+        != found
+    )
+    records = [{"file_name": f"{{}}/{name}"} for name in ("1.png", "x/2.png")]
+    here, there = (
+        [{"file_name": r["file_name"].format(root)} for r in records] for root in ("/one", "/t/wo")
+    )
+    assert content_of(here, ["/elsewhere"]) == content_of(there, ["/elsewhere"])
+
+
+def test_loader_knows_the_folder_of_its_images(coco_dataset):
+    contents = []
+    for name in ("one", "two"):
+        data = coco_dataset(name, images=3)
+        register_datasets([data.entry])
+        cfg = make_cfg(DATASETS__TRAIN=(data.name,), SEED=1)
+        contents.append(build_training_loader(cfg, mapper=None).content)
+    assert contents[0] == contents[1]
+    coco = json.loads(data.annotations.read_text())
+    coco["annotations"][0]["bbox"][2] += 1
+    data.annotations.write_text(json.dumps(coco))
+    register_datasets([data.entry])
+    edited = build_training_loader(cfg, mapper=None).content
+    assert edited.image_content == contents[1].image_content
+    assert edited.annotation_content != contents[1].annotation_content

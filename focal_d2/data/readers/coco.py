@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
@@ -108,6 +109,8 @@ def read_coco(annotations: str, images: ImageFolder | str, classes: Sequence[str
     try:
         coco = _DECODER.decode(data)
         places_in_file: dict[str, Sequence[int]] = {k: range(len(getattr(coco, k) or ())) for k in _SECTIONS}
+        if _may_repeat_keys(data, coco):
+            _load(annotations, data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         coco, places_in_file = _decode_slowly(annotations, data, problems)
     del data
@@ -240,17 +243,54 @@ def _classes(
     return names, {ids[name]: k for k, name in enumerate(names) if name in ids}, tuple(category_ids)
 
 
+# A key that is written with escapes ends like this.
+_ESCAPED_KEY = re.compile(rb'\\u00[0-9a-fA-F]{2}[a-z_]{0,12}"\s*:')
+
+
+def _may_repeat_keys(data: bytes, coco: _Coco) -> bool:
+    """Tell by counting whether a key may stand twice in an object: the decoder takes the last one.
+
+    False is certain for the sections and for the keys that their items must have.
+    """
+    items = dict.fromkeys(
+        ("image_id", "category_id", "bbox", "iscrowd", "ignore"), len(coco.annotations or ())
+    )
+    most = {**dict.fromkeys(_SECTIONS, 1), "file_name": len(coco.images), **items}
+    repeated = any(data.count(f'"{key}"'.encode()) > times for key, times in most.items())
+    return repeated or _ESCAPED_KEY.search(data) is not None
+
+
+def _load(path: str, data: bytes) -> Any:
+    """Read JSON slowly.
+
+    Raises:
+        UserError: if it is none, or a key stands twice in an object.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members = dict(pairs)
+        if len(members) < len(pairs):
+            key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            place = f" (id {short(members['id'])})" if key != "id" and "id" in members else ""
+            raise UserError(f"{path}: the key {short(key)} stands twice in an object{place}; remove one")
+        return members
+
+    text = decode_text(path, data)
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
+
+
 def _decode_slowly(path: str, data: bytes, problems: list[str]) -> tuple[_Coco, dict[str, Sequence[int]]]:
     """Keep the items that fit, and where they stand, and note the others.
 
     Raises:
         UserError: if it is no JSON, or a section is missing.
     """
-    text = decode_text(path, data)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
+    content = _load(path, data)
     coco, places = _Coco([], []), dict[str, Sequence[int]]()
     if isinstance(content, dict) and content.get("annotations") is not None:
         coco.annotations = []

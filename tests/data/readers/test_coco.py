@@ -196,3 +196,39 @@ def test_a_mask_of_no_kind_is_named(coco_dataset, segmentation):
 
     (problem,) = read_changed(coco_dataset(images=1), change).problems
     assert "annotations[0] (id 1) has no bbox, and its segmentation is neither polygons nor RLE" in problem
+
+
+ESCAPED = json.dumps("annotations").replace("t", "\\u0074")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("}]}", '}], "annotations": []}', "annotations"),
+        ("}]}", f"}}], {ESCAPED}: []}}", "annotations"),
+        ("}]}", f"}}], {ESCAPED} \n : null}}", "annotations"),
+        ("}]}", '}], "categories": [{"id": 1, "name": "x"}]}', "categories"),
+        ('"images":', '"images": [], "images":', "images"),
+        ('"bbox":', '"bbox": [0, 0, 1, 1], "bbox":', "bbox"),
+        ('"bbox":', '"\\u0062box": [0, 0, 1, 1], "bbox":', "bbox"),
+        ('"image_id":', '"image_id": 1, "image_id":', "image_id"),
+        ('"iscrowd":', '"iscrowd": 1, "iscrowd":', "iscrowd"),
+        ('"file_name":', '"file_name": "b.png", "file_name":', "file_name"),
+    ],
+)
+def test_key_that_stands_twice_is_refused(coco_dataset, old, new, key):
+    data = coco_dataset(images=2, classes=2)
+    text = data.annotations.read_text()
+    assert old in text
+    start, _, end = text.rpartition(old)
+    data.annotations.write_text(f"{start}{new}{end}")
+    with pytest.raises(UserError, match=rf"the key \'{key}\' stands twice in an object.*; remove one"):
+        read_coco(str(data.annotations), str(data.images))
+
+
+def test_names_of_keys_in_values_are_no_keys(coco_dataset):
+    def change(coco):
+        coco["info"] = {"images": ["annotations", "bbox"], "description": "annotations", "\u00e4": 1}
+        coco["images"][0]["bbox"] = "bbox"
+
+    assert len(read_changed(coco_dataset(images=2), change)) == 2
