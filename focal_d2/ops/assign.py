@@ -33,6 +33,8 @@ _LEAST_OVERLAP = 0.1
 _FARTHEST = 2.0**20
 # Pairs looked at at once where all are looked at: 16 MiB in float32.
 _MOST_PAIRS = 1 << 22
+# Boxes whose windows are listed at once: a table of their overlaps with 45 shapes takes 6 MB in float64.
+_MOST_BOXES = 1 << 14
 
 
 class AnchorGrid(NamedTuple):
@@ -91,27 +93,45 @@ def match_anchors(
     # Windows of boxes beyond any image, or of no number, are not worth the care that they need.
     if grid is None or labels[0] == 1 or not bool((boxes.abs() < _FARTHEST).all()):
         return _match_all(boxes, anchors, *arguments)
-    windows = _overlaps(boxes.double(), grid)
-    near = _compare(boxes, anchors, *_pairs_above(windows, grid, thresholds[0]))
-    best = _best_of(near, len(boxes))
-    if low_quality_matches:
-        # What has an anchor above the first threshold has its best among the pairs already.
-        rest = (best < thresholds[0]).nonzero().squeeze(1)
-        if len(rest):
-            if (windows.least[rest] < _LEAST_OVERLAP).any():
-                return _match_all(boxes, anchors, *arguments)
-            near = _join(near, _compare(boxes, anchors, *_best_pairs(windows, grid, rest)))
-            best = _best_of(near, len(boxes))
-    matched, highest = _best_box(near, len(boxes), len(anchors))
+    matched, highest, chosen = anchors.new_zeros(0), anchors.new_zeros(0), []
+    for first in range(0, len(boxes), _MOST_BOXES):
+        part = boxes[first : first + _MOST_BOXES]
+        near = _near_pairs(part, anchors, grid, thresholds[0], low_quality_matches)
+        if near is None:
+            return _match_all(boxes, anchors, *arguments)
+        box, iou = _best_box(near, len(part), len(anchors))
+        if first == 0:
+            matched, highest = box, iou
+        else:
+            matched = torch.where(iou > highest, box + first, matched)  # of equals the first box
+            highest = torch.maximum(iou, highest)
+        if low_quality_matches:
+            chosen.append(near.anchor[near.iou == _best_of(near, len(part))[near.box]])
     outcome = _label(highest, *arguments[:2])
     if low_quality_matches:
-        chosen = near.anchor[near.iou == best[near.box]]
-        outcome[chosen] = 1
+        best = torch.cat(chosen)
+        outcome[best] = 1
         # Below the first threshold a better box may not be among the pairs.
-        chosen = chosen[highest[chosen] < thresholds[0]].unique()
-        for some in chosen.split(max(1, _MOST_PAIRS // len(boxes))):
+        best = best[highest[best] < thresholds[0]].unique()
+        for some in best.split(max(1, _MOST_PAIRS // len(boxes))):
             matched[some] = _iou(boxes[:, None], anchors[some]).max(dim=0).indices
     return Matches(matched, outcome)
+
+
+def _near_pairs(
+    boxes: Tensor, anchors: Tensor, grid: AnchorGrid, threshold: float, low_quality_matches: bool
+) -> _Pairs | None:
+    """All pairs of this IoU or more, and if asked for each box's best; None if that needs all pairs."""
+    windows = _overlaps(boxes.double(), grid)
+    near = _compare(boxes, anchors, *_pairs_above(windows, grid, threshold))
+    if low_quality_matches:
+        # What has an anchor above the first threshold has its best among the pairs already.
+        rest = (_best_of(near, len(boxes)) < threshold).nonzero().squeeze(1)
+        if len(rest):
+            if (windows.least[rest] < _LEAST_OVERLAP).any():
+                return None
+            near = _join(near, _compare(boxes, anchors, *_best_pairs(windows, grid, rest)))
+    return near
 
 
 class _Overlaps(NamedTuple):

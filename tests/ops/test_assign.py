@@ -9,6 +9,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, pairwise_iou
 
 from focal_d2.modeling.anchors import grid_of
+from focal_d2.ops import assign
 from focal_d2.ops.assign import inside_regions, match_anchors
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -87,6 +88,20 @@ def test_other_thresholds(thresholds, labels):
     anchors, grid = make_anchors(300, 400)
     boxes = random_boxes(30, 300, 400, 8, 400, generator)
     assert_same(boxes, anchors, grid, thresholds=thresholds, labels=labels)
+
+
+@pytest.mark.parametrize("low_quality", [True, False])
+def test_boxes_in_parts_are_matched_as_all_at_once(monkeypatch, low_quality):
+    generator = torch.Generator().manual_seed(0)
+    anchors, grid = make_anchors(200, 300)
+    boxes = random_boxes(50, 200, 300, 4, 300, generator).round()
+    boxes = torch.cat([boxes, boxes[:9]])  # ties between parts
+    parts = []
+    listed = assign._overlaps
+    monkeypatch.setattr(assign, "_overlaps", lambda part, grid: parts.append(len(part)) or listed(part, grid))
+    monkeypatch.setattr(assign, "_MOST_BOXES", 7)
+    assert_same(boxes, anchors, grid, low_quality=low_quality)
+    assert parts == [7] * 8 + [3]
 
 
 def test_without_a_grid_all_pairs_are_looked_at():
