@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +27,19 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Go on where `random_state` was taken."""
+    """Go on where `random_state` was taken.
+
+    Raises:
+        ValueError: if NumPy's state is out of its range, which NumPy does not check: it would read beyond it.
+    """
     random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    if not (type(position) is int and 0 <= position <= len(keys) and has_gauss in (0, 1)):
+        raise ValueError(f"NumPy's generator at position {position!r} of {len(keys)}, {has_gauss!r} in store")
+    if not math.isfinite(gauss):
+        raise ValueError(f"NumPy's generator has {gauss!r} in store")
+    keys = keys.numpy().astype(np.uint32)
+    np.random.set_state((name, keys, position, has_gauss, gauss))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -296,7 +296,13 @@ class FocalCheckpointer(DetectionCheckpointer):
             reasons.append(f"have another shape: {name}, {theirs} in the file, {ours} in the model{more}")
         if reasons:
             raise UserError(f"weights {self._source} do not fit this model: they {'; '.join(reasons)}")
+        check_finite(self.model)
         return incompatible
+
+    def _convert_ndarray_to_tensor(self, state_dict: dict[str, Any]) -> None:
+        # The last that detectron2 and fvcore do before PyTorch gets the entries, by the model's names then.
+        super()._convert_ndarray_to_tensor(state_dict)
+        check_types(state_dict, self.model)
 
     def _check_classes(self, misshaped: dict[str, tuple[Any, Any]]) -> None:
         """Name the number of classes where it is all that differs between the file and the model."""
@@ -323,6 +329,31 @@ class FocalCheckpointer(DetectionCheckpointer):
                 f"MODEL.WEIGHTS {self._source}"
             )
         raise UserError(text)
+
+
+def check_types(state: dict[str, Any], model: torch.nn.Module) -> None:
+    """Check that a state has floats where the model has them: PyTorch converts other numbers silently.
+
+    Raises:
+        ValueError: naming an entry.
+    """
+    for name, ours in model.state_dict().items():
+        theirs = state.get(name)
+        if isinstance(theirs, torch.Tensor) and ours.is_floating_point() and not theirs.is_floating_point():
+            raise ValueError(f"{name} has {theirs.dtype} numbers; they must be floats")
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Check that a model's numbers are finite; a buffer may be infinite by design.
+
+    Raises:
+        ValueError: naming an entry.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, x in model.state_dict().items():
+        sound = x.isfinite() if name in parameters else ~x.isnan()
+        if bad := x.numel() - int(sound.sum()):
+            raise ValueError(f"{name} has {bad} of {x.numel()} numbers that are NaN or infinite")
 
 
 def _needed(names: Iterable[str]) -> set[str]:

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from focal_d2.data.seeding import random_state, set_random_state
+from focal_d2.engine.checkpoint import check_finite, check_types
 from focal_d2.engine.failures import tell
 from focal_d2.engine.forensics import Step
 from focal_d2.engine.ranks import any_rank
@@ -228,7 +229,9 @@ class FocalLoop(SimpleTrainer):
         if state.get("grad_scaler"):
             self.scaler.load_state_dict(state["grad_scaler"])
         if "model" in state:  # else what the checkpoint offers is what was trained
+            check_types(state["model"], self.bare)
             self.bare.load_state_dict(state["model"])
+            check_finite(self.bare)
         elif self.average is not None:
             self.bare.load_state_dict(self.average.module.state_dict())
         if self.average is not None:

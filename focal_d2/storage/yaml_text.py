@@ -166,7 +166,26 @@ class _Loader(yaml.SafeLoader):
         """Read an int; PyYAML takes any number of digits, and base 60, in time that grows quadratically."""
         if len(node.value) > LONGEST_NUMBER:
             raise self._mistake(node, f"a number of more than {LONGEST_NUMBER} characters")
+        self._refuse_other_bases(node)
         return int(self.construct_yaml_int(node))
+
+    def real_number(self, node: yaml.ScalarNode) -> float:
+        """Read a float."""
+        self._refuse_other_bases(node)
+        return float(self.construct_yaml_float(node))
+
+    def _refuse_other_bases(self, node: yaml.ScalarNode) -> None:
+        """Refuse 010, which YAML 1.1 takes for 8, and 1:30, which it takes for 90."""
+        text = node.value.replace("_", "").lstrip("+-")
+        if ":" in text:
+            base = 60
+        elif text.isdigit() and text[0] == "0" and int(text) != int(text, 8):
+            base = 8
+        else:
+            return
+        raise self._mistake(
+            node, f"{node.value} is a number of base {base} in YAML; quote it for a text, or write another"
+        )
 
     def arithmetic(self, node: yaml.Node) -> Any:
         """Read `!!python/object/apply:eval ["…"]`, detectron2's computed anchor sizes, as arithmetic."""
@@ -190,6 +209,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.whole_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.real_number)
 _Loader.add_constructor(_EVAL, _Loader.arithmetic)
 _Loader.add_constructor(None, _Loader.refuse)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import pickle
 import random
@@ -97,6 +98,38 @@ def test_foreign_weights_are_refused(model, tmp_path, partial):
     path = save({"layer.weight": torch.zeros(3)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"a\.pth do not fit this model: they lack"):
         FocalCheckpointer(model, partial=partial).load(path)
+
+
+@pytest.mark.parametrize("partial", [True, False])
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda x: x.fill_(math.nan), "has 32 of 32 numbers that are NaN or infinite"),
+        (lambda x: x.fill_(math.inf), "has 32 of 32 numbers that are NaN or infinite"),
+        (lambda x: x.to(torch.int8), "has torch.int8 numbers; they must be floats"),
+        (lambda x: x.to(torch.bool), "has torch.bool numbers; they must be floats"),
+        (lambda x: x.to(torch.complex64), "has torch.complex64 numbers; they must be floats"),
+    ],
+)
+def test_numbers_that_are_no_weights_are_refused(model, tmp_path, partial, suffix, change, match):
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    name = "backbone.fpn_output3.bias"
+    state = {**before, name: change(before[name].clone())}
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "pth":
+        save(state, path)
+    else:
+        content = {"model": {k: x.numpy() for k, x in state.items()}, "__author__": "a"}
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=f"{name} {match}"):
+        FocalCheckpointer(model, partial=partial).load(str(path))
+    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+
+
+def test_half_precision_weights_load(model, tmp_path):
+    path = save({name: x.half() for name, x in model.state_dict().items()}, tmp_path / "a.pth")
+    FocalCheckpointer(model, partial=False).load(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", [1, 2], {"model": None}])
@@ -258,6 +291,7 @@ def evil(path) -> object:
 
 
 draw = random.Random(0)
+AS_INT8 = {"body.bias": Detector().state_dict()["body.bias"].to(torch.int8)}
 DAMAGES = {
     **{f"truncated {share:.5f}": truncate(share) for share in sorted(draw.random() for _ in range(12))},
     "one byte less": lambda path: path.write_bytes(path.read_bytes()[:-1]),
@@ -275,6 +309,8 @@ DAMAGES = {
     "no trainer": lambda path: rewrite(path, lambda x: x.pop("trainer")),
     "another type of model": lambda path: rewrite(path, lambda x: x.update(model=[1])),
     "another type of weight": lambda path: rewrite(path, lambda x: x["model"].update({"body.bias": 3})),
+    "whole numbers for weights": lambda path: rewrite(path, lambda x: x["model"].update(AS_INT8)),
+    "a weight that is NaN": lambda path: rewrite(path, lambda x: x["model"]["body.bias"].fill_(math.nan)),
     "another type of iteration": lambda path: rewrite(path, lambda x: x.update(iteration="3")),
     "another type of trainer": lambda path: rewrite(path, lambda x: x.update(trainer=3)),
     "less in the trainer": lambda path: rewrite(path, lambda x: x.update(trainer={})),

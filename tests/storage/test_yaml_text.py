@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 
 import pytest
@@ -100,3 +101,14 @@ def test_read_yaml_names_what_it_is_not(tmp_path):
     with pytest.raises(UserError, match=r"a\.yaml: not UTF-8 text \(byte 3\)"):
         read_yaml(str(tmp_path / "a.yaml"))
     assert parse_yaml("", "nothing") is None
+
+
+@pytest.mark.parametrize(
+    "text, base", [("010", 8), ("-0_12", 8), ("1:30", 60), ("1:30.5", 60), ("+190:20:30", 60)]
+)
+def test_numbers_of_other_bases_are_refused(text, base):
+    with pytest.raises(UserError, match=rf"a, line 2: {re.escape(text)} is a number of base {base} in YAML"):
+        parse_yaml(f"SOLVER:\n  MAX_ITER: {text}", "a")
+    assert parse_yaml(f"[0, 007, 0x10, 1_000, 1.50, -0.5, '{text}']", "a") == [
+        0, 7, 16, 1000, 1.5, -0.5, text
+    ]  # fmt: skip
