@@ -240,9 +240,14 @@ def test_labels_of_a_data_file_without_an_image_are_a_mistake(data_file):
 
 
 def test_places_of_a_data_file_are_texts(data_file):
-    rows = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
-    for key in ("train", "path"):
-        text = "names: [x]\ntrain: train\n" if key == "path" else "names: [x]\n"
-        data_file.write_text("\n".join([*rows, f"{text}{key}: {'*a11' if key == 'path' else '[*a11]'}"]))
+    for key, rest in (("train", ""), ("path", "train: train\n")):
+        data_file.write_text(f"names: [x]\n{rest}{key}: [[x]]")
         with pytest.raises(UserError, match=rf"data\.yaml: {key} is .* it must be a path"):
             read_yolo(str(data_file), "", split="train")
+
+
+def test_aliases_of_a_data_file_are_bounded(data_file):
+    rows = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    data_file.write_text("\n".join([*rows, "names: [x]", "train: [*a11]"]))
+    with pytest.raises(UserError, match=r"data\.yaml, line \d+: more than 100000 values"):
+        read_yolo(str(data_file), "", split="train")
