@@ -421,17 +421,49 @@ def time_step(cfg: CfgNode, setting: Setting) -> list[Row]:
 
 
 def measure_memory(cfg: CfgNode, setting: Setting) -> list[Row]:
-    """Most memory that a training step takes beyond weights and buffers."""
+    """Most memory that a training step takes beyond weights and buffers, and what is not the network's."""
+    return [_step_memory(cfg, setting), _losses_memory(cfg, setting)]
+
+
+def _step_memory(cfg: CfgNode, setting: Setting) -> Row:
     ours, theirs, network = (peak_bytes(run, setting.device) for run in _steps(cfg, setting))
-    return [
-        Row(
-            "memory of a step",
-            limit_is=_NETWORK,
-            ours_bytes=ours,
-            detectron2_bytes=theirs,
-            limit_bytes=network,
-        )
-    ]
+    return Row(
+        "memory of a step",
+        limit_is=_NETWORK,
+        ours_bytes=ours,
+        detectron2_bytes=theirs,
+        limit_bytes=network,
+    )
+
+
+def _losses_memory(cfg: CfgNode, setting: Setting) -> Row:
+    """From boxes and the head's output to the output's gradient: assignment, both losses, backward."""
+    pair = build_pair(cfg, setting)
+    images, features = _images(setting), _levels(pair, setting)
+    instances = [x["instances"].to(setting.device) for x in make_batch(setting)]
+    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+    logits = _random_outputs(pair, setting, setting.classes, -4.6, 1.0, dtype)
+    outputs = [logits, _random_outputs(pair, setting, 4, 0.0, 0.2, dtype)]
+    leaves = [x.requires_grad_() for level in outputs for x in level]
+
+    def own_losses() -> tuple[Tensor, ...]:
+        anchors = pair.ours.anchors_for(images)
+        targets = pair.ours.label_anchors(anchors, instances)
+        losses = pair.ours._losses(outputs, anchors, targets, seeds=range(setting.batch))
+        return torch.autograd.grad(list(losses.values()), leaves)
+
+    def detectron2_losses() -> tuple[Tensor, ...]:
+        with EventStorage():
+            losses = pair.detectron2.forward_training(images, features, outputs, instances)
+        return torch.autograd.grad(list(losses.values()), leaves)
+
+    return Row(
+        "memory of assignment and losses",
+        limit_is="the logits",
+        ours_bytes=peak_bytes(own_losses, setting.device),
+        detectron2_bytes=peak_bytes(detectron2_losses, setting.device),
+        limit_bytes=sum(x.numel() * x.element_size() for x in logits),
+    )
 
 
 def time_inference(cfg: CfgNode, setting: Setting) -> list[Row]:
@@ -710,6 +742,6 @@ def sweep(cfg: CfgNode, setting: Setting) -> Iterator[dict[str, Any]]:
     for field, choices in SWEEP.items():
         for value in choices:
             at = setting._replace(**{field: value})  # type: ignore[arg-type]
-            (step,), (memory,) = time_step(cfg, at), measure_memory(cfg, at)
+            (step,), memory = time_step(cfg, at), _step_memory(cfg, at)
             kept = {k: v for k, v in memory._asdict().items() if k.endswith("_bytes")}
             yield {"field": field, "value": value, **step._replace(**kept).as_dict()}

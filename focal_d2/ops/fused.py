@@ -15,7 +15,7 @@ its class) are positive, E anchors are ignored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -170,7 +170,7 @@ class _Quality(NamedTuple):
 
     def positives(self, x: Tensor, quality: Tensor, classes: Tensor) -> _Term:
         """|y - p|^β BCE(x, y) of the quality y."""
-        p, q, log_q = _sigmoid_and_log(x, _Workspace.like(x))
+        p, q, log_q = _sigmoid_and_log(x, _Workspace.like(x, with_log=True, with_error=True))
         difference, entropy = p - quality, -log_q - quality * x
         if self.gamma == 0:
             return _Term(entropy, difference)
@@ -186,7 +186,7 @@ class _Varifocal(NamedTuple):
 
     def positives(self, x: Tensor, quality: Tensor, classes: Tensor) -> _Term:
         """The quality times BCE; a positive of quality 0 is a negative."""
-        p, _, log_q = _sigmoid_and_log(x, _Workspace.like(x))
+        p, _, log_q = _sigmoid_and_log(x, _Workspace.like(x, with_log=True, with_error=True))
         term = _negatives(x, self.gamma)
         none = quality <= 0
         return _Term(
@@ -297,7 +297,9 @@ def _in_chunks(
     loss: _Loss,
 ) -> Tensor:
     """Return the sum (float64), and write the gradients, without a kernel of our own."""
-    work = _Workspace.like(max((in_memory_order(x) for x in levels), key=len)[:_CHUNK])
+    longest = max((in_memory_order(x) for x in levels), key=len)
+    written = all(_is_room_for(g, longest) for g in gradients)
+    work = _Workspace.like(longest[:_CHUNK], with_log=not written, with_error=loss.gamma < 1)
 
     def negatives(dense: Sequence[Tensor]) -> Tensor:
         pairs = zip(dense, gradients, strict=True)
@@ -305,10 +307,10 @@ def _in_chunks(
 
     total = negatives(levels)
     places = _find_places(levels, labels, quality, num_classes)
-    specials = _read_specials(levels, places, num_classes)
-    if not specials.moderate:
-        total = negatives(_without(levels, places, num_classes))
-    total = _correct(total, gradients, specials, num_classes, loss, work)
+    counted = _counted_as_negatives(levels, places, num_classes, loss, work)
+    total = negatives(_without(levels, places, num_classes)) if counted is None else total - counted
+    _clear_ignored(gradients, places, num_classes)
+    total = total + _positives(levels, gradients, places, num_classes, loss)
     # To the last digit where nothing counts.
     return total * bool((labels >= 0).any())
 
@@ -318,7 +320,7 @@ def _computed(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _of_class(weight: float | Tensor, classes: Tensor) -> float | Tensor:
+def _of_class(weight: float | Tensor, classes: Tensor | slice) -> float | Tensor:
     return weight[classes] if isinstance(weight, Tensor) else weight
 
 
@@ -338,22 +340,42 @@ def _by_class(x: Tensor, num_classes: int) -> Tensor:
     return in_memory_order(x).view(-1, num_classes, x.shape[2] * x.shape[3] if x.is_contiguous() else 1)
 
 
-class _Specials(NamedTuple):
-    """The logits of all `_Places`."""
+def _counted_as_negatives(
+    levels: Sequence[Tensor], places: Sequence[_Places], num_classes: int, loss: _Loss, work: _Workspace
+) -> Tensor | None:
+    """Return the part (float64) of the negatives' sum that comes from the places, which are no negatives.
 
-    places: Sequence[_Places]
-    positive: Tensor  # (P,) of all levels
-    ignored: list[Tensor]  # L × (E, K)
-    moderate: bool  # whether their values as negatives can be added to the sum and taken out again
+    None if a logit is too large (or NaN): its value can't be taken out of a float32 sum again.
+    """
+    counted = levels[0].new_zeros((), dtype=torch.float64)
+    for x, classes in _read_places(levels, places, num_classes):
+        if not bool((x <= _MODERATE).all()):
+            return None
+        value = _counted(_computed(x).reshape(-1), loss.gamma, work).view(x.shape)
+        counted += value.mul_(_of_class(loss.negative_weight, classes)).sum(dtype=torch.float64)
+    return counted
 
 
-def _read_specials(levels: Sequence[Tensor], places: Sequence[_Places], num_classes: int) -> _Specials:
+def _read_places(
+    levels: Sequence[Tensor], places: Sequence[_Places], num_classes: int
+) -> Iterator[tuple[Tensor, Tensor | slice]]:
+    """Yield the logits of all places, and their classes: (P,) positives, then (E', K) of ignored anchors.
+
+    The latter in parts: among many objects a large share of all anchors is ignored, and a copy of their
+    logits would be as large.
+    """
+    yield _read_positives(levels, places, num_classes), torch.cat([p.classes for p in places])
+    size = max(1, _CHUNK // (4 * num_classes))
+    for level, p in zip(levels, places, strict=True):
+        if len(p.ignored_block):
+            view = _by_class(level, num_classes)
+            for block, offset in zip(p.ignored_block.split(size), p.ignored_offset.split(size), strict=True):
+                yield view[block, :, offset], slice(None)
+
+
+def _read_positives(levels: Sequence[Tensor], places: Sequence[_Places], num_classes: int) -> Tensor:
     views = [_by_class(x, num_classes) for x in levels]
-    positive = torch.cat([x[p.block, p.classes, p.offset] for x, p in zip(views, places, strict=True)])
-    ignored = [x[p.ignored_block, :, p.ignored_offset] for x, p in zip(views, places, strict=True)]
-    # NaN is not moderate either.
-    moderate = all(bool((x <= _MODERATE).all()) for x in (positive, *ignored))
-    return _Specials(places, positive, ignored, moderate)
+    return torch.cat([x[p.block, p.classes, p.offset] for x, p in zip(views, places, strict=True)])
 
 
 def _without(levels: Sequence[Tensor], places: Sequence[_Places], num_classes: int) -> list[Tensor]:
@@ -366,47 +388,33 @@ def _without(levels: Sequence[Tensor], places: Sequence[_Places], num_classes: i
     return copies
 
 
-def _correct(
-    total: Tensor,
+def _clear_ignored(gradients: Sequence[Tensor | None], places: Sequence[_Places], num_classes: int) -> None:
+    """Write 0 where anchors are ignored."""
+    for g, p in zip(gradients, places, strict=True):
+        if g is not None and len(p.ignored_block):
+            _by_class(g, num_classes)[p.ignored_block, :, p.ignored_offset] = 0
+
+
+def _positives(
+    levels: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
-    specials: _Specials,
+    places: Sequence[_Places],
     num_classes: int,
     loss: _Loss,
-    work: _Workspace,
 ) -> Tensor:
-    """Put positives in the place of negatives, take ignored anchors out; return the corrected sum.
-
-    Args:
-        total: the sum of all logits as negatives, without those of the places if they are not `moderate`.
-        gradients: see `_in_chunks`.
-        specials: what stands in the places.
-        num_classes: K.
-        loss: see `_in_chunks`.
-        work: see `_in_chunks`.
-    """
-    places = specials.places
-    written = [None if g is None else _by_class(g, num_classes) for g in gradients]
-    if len(specials.positive):
-        classes = torch.cat([p.classes for p in places])
-        x = _computed(specials.positive)
-        soft = [p.quality for p in places if p.quality is not None]
-        term = loss.positives(x, torch.cat(soft).to(x.dtype) if soft else x, classes)
-        total = total + term.value.sum(dtype=torch.float64)
-        if specials.moderate:
-            counted = _of_class(loss.negative_weight, classes) * _counted(x, loss.gamma, work)
-            total = total - counted.sum(dtype=torch.float64)
-        parts = term.slope.split([len(p.classes) for p in places])
-        for g, p, slope in zip(written, places, parts, strict=True):
-            if g is not None:
-                g[p.block, p.classes, p.offset] = (slope * _kept_scale(g)).to(g.dtype)
-    for x, g, p in zip(specials.ignored, written, places, strict=True):
-        if len(x):
-            if specials.moderate:
-                value = _counted(_computed(x).reshape(-1), loss.gamma, work).view(-1, num_classes)
-                total = total - (value * loss.negative_weight).sum(dtype=torch.float64)
-            if g is not None:
-                g[p.ignored_block, :, p.ignored_offset] = 0
-    return total
+    """Return the positives' sum (float64), and write their gradients."""
+    x = _computed(_read_positives(levels, places, num_classes))
+    if len(x) == 0:
+        return x.new_zeros((), dtype=torch.float64)
+    quality = [p.quality for p in places if p.quality is not None]
+    classes = torch.cat([p.classes for p in places])
+    term = loss.positives(x, torch.cat(quality).to(x.dtype) if quality else x, classes)
+    slopes = term.slope.split([len(p.classes) for p in places])
+    for g, p, slope in zip(gradients, places, slopes, strict=True):
+        if g is not None:
+            written = _by_class(g, num_classes)
+            written[p.block, p.classes, p.offset] = (slope * _kept_scale(g)).to(g.dtype)
+    return term.value.sum(dtype=torch.float64)
 
 
 def _find_places(
@@ -455,7 +463,10 @@ def _all_as_negatives(
         copies = max(1, min(_CHUNK, flat.numel()) // max(1, len(period)))
         weight = period.to(work.p.dtype).repeat(copies)
         size = max(1, len(weight))
-        work = work if size <= len(work.p) else _Workspace.like(flat[:size])
+        if size > len(work.p):
+            work = _Workspace.like(
+                flat[:size], with_log=work.log_q is not None, with_error=work.error is not None
+            )
     sums = []
     gradients = [None] * -(-flat.numel() // size) if out is None else out.split(size)
     for x, to in zip(flat.split(size), gradients, strict=True):
@@ -468,21 +479,29 @@ class _Workspace(NamedTuple):
 
     p: Tensor
     q: Tensor
-    log_q: Tensor
-    more: Tensor
+    log_q: Tensor | None  # None: the memory of the gradient serves, which is written last
+    error: Tensor | None  # of the logarithm; None: not asked for
     zero: Tensor  # a scalar; as a tensor it is not made anew for each call
     one: Tensor  # a scalar
 
     @staticmethod
-    def like(x: Tensor) -> _Workspace:
+    def like(x: Tensor, *, with_log: bool, with_error: bool) -> _Workspace:
         x = _computed(x)
-        p, q, log_q, more = (torch.empty_like(x) for _ in range(4))
-        return _Workspace(p, q, log_q, more, x.new_zeros(()), x.new_ones(()))
+        p, q = torch.empty_like(x), torch.empty_like(x)
+        log_q = torch.empty_like(x) if with_log else None
+        error = torch.empty_like(x) if with_error else None
+        return _Workspace(p, q, log_q, error, x.new_zeros(()), x.new_ones(()))
 
     def first(self, count: int) -> _Workspace:
         if count == len(self.p):
             return self
-        return _Workspace(*(t[:count] if t.dim() else t for t in self))
+        log_q, error = (None if t is None else t[:count] for t in (self.log_q, self.error))
+        return self._replace(p=self.p[:count], q=self.q[:count], log_q=log_q, error=error)
+
+
+def _is_room_for(gradient: Tensor | None, x: Tensor) -> bool:
+    """Whether a gradient's memory can hold temporaries of x."""
+    return gradient is not None and gradient.dtype == _computed(x[:0]).dtype
 
 
 def _chunk(x: Tensor, gamma: float, weight: float | Tensor, out: Tensor | None, work: _Workspace) -> Tensor:
@@ -490,12 +509,14 @@ def _chunk(x: Tensor, gamma: float, weight: float | Tensor, out: Tensor | None, 
 
     A number as `weight` is left out of the sum; a tensor (at least as long as x) is in it.
     """
+    if out is not None and _is_room_for(out, x):
+        work = work._replace(log_q=out)
     p, q, log_q = _sigmoid_and_log(_computed(x), work, precise=gamma < 1)
-    power = _power(p, gamma, work.more)
+    slope = p if gamma == 0 else torch.addcmul(p, q, log_q, value=-gamma, out=q)
+    power = _power(p, gamma)
     if isinstance(weight, Tensor):
         weights = weight[: len(x)]
-        power = weights if power is None else torch.mul(power, weights, out=work.more)
-    slope = p if gamma == 0 else torch.addcmul(p, q, log_q, value=-gamma, out=q)
+        power = weights if power is None else power.mul_(weights)
     # Not torch.dot, which adds up long vectors less carefully.
     total = -(log_q if power is None else log_q.mul_(power)).sum()
     if out is None:
@@ -517,30 +538,30 @@ def _counted(x: Tensor, gamma: float, work: _Workspace) -> Tensor:
     values = torch.empty_like(x)
     size = max(1, len(work.p))
     for some, to in zip(x.split(size), values.split(size), strict=True):
-        room = work.first(len(some))
+        room = work.first(len(some))._replace(log_q=to)
         p, _, log_q = _sigmoid_and_log(some, room, precise=gamma < 1)
-        power = _power(p, gamma, room.more)
+        power = _power(p, gamma)
         torch.neg(log_q if power is None else log_q.mul_(power), out=to)
     return values
 
 
 def _negatives(x: Tensor, gamma: float) -> _Term:
     """Focal loss of negatives, p^γ softplus(x), and its derivative p^γ (γ (1 - p) softplus(x) + p)."""
-    p, q, log_q = _sigmoid_and_log(x, _Workspace.like(x))
+    p, q, log_q = _sigmoid_and_log(x, _Workspace.like(x, with_log=True, with_error=True))
     value, slope = -log_q, p - gamma * q * log_q
-    power = _power(p, gamma, torch.empty_like(p))
+    power = _power(p.clone(), gamma)
     return _Term(value, slope) if power is None else _Term(power * value, power * slope)
 
 
-def _power(p: Tensor, gamma: float, out: Tensor) -> Tensor | None:
-    """p^γ, or None for 1."""
+def _power(p: Tensor, gamma: float) -> Tensor | None:
+    """p^γ, in the place of p, or None for 1."""
     if gamma == 0:
         return None
     if gamma == 1:
         return p
     if gamma == 2:
-        return torch.mul(p, p, out=out)
-    return torch.pow(p, gamma, out=out)
+        return p.mul_(p)
+    return p.pow_(gamma)
 
 
 def _sigmoid_and_log(x: Tensor, work: _Workspace, *, precise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -562,7 +583,7 @@ def _sigmoid_and_log(x: Tensor, work: _Workspace, *, precise: bool = True) -> tu
         s, u = p, torch.sub(work.one, p, out=work.q)
     log = torch.log(u, out=work.log_q)
     if precise:
-        log += torch.sub(work.one, u, out=work.more).sub_(s)
+        log += torch.sub(work.one, u, out=work.error).sub_(s)
     if near_1:
         return p, q, log.sub_(x.clamp(min=0))
     return s, u, log

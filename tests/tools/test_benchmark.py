@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from focal_d2.analysis import benchmark
-from tests.conftest import REPOSITORY, runs_bfloat16
+from tests.conftest import REPOSITORY, make_cfg, runs_bfloat16
 
 SMALL = [
     "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.FPN.OUT_CHANNELS", "32",
@@ -119,6 +119,17 @@ def test_peak_is_the_allocators():
 
     peak = benchmark.peak_bytes(work, "cpu")
     assert 6 << 20 <= peak < (6 << 20) + 4096
+
+
+@pytest.mark.parametrize("boxes", [20, 100])
+def test_assignment_and_losses_take_little_beside_the_gradient(boxes):
+    """Of 2 images of 512 × 512 pixels at K = 80: all bytes, the gradient's included, of the logits'."""
+    cfg = make_cfg(MODEL__FPN__OUT_CHANNELS=8)
+    setting = benchmark.Setting("cpu", 512, 2, 80, boxes, 1, "fp32")
+    row = benchmark._losses_memory(cfg, setting)
+    assert row.limit_bytes == 2 * 9 * 80 * 5456 * 4  # 64² + 32² + 16² + 8² + 4² cells
+    assert row.ours_bytes <= 1.2 * row.limit_bytes
+    assert row.detectron2_bytes > 10 * row.limit_bytes
 
 
 def test_mistakes_are_named(monkeypatch, capsys):
