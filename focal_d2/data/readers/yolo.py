@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -140,7 +141,7 @@ def _read_lines(path: str, image: str, table: Rows) -> Iterator[_Row]:
         most = _MOST_CLASSES if table.classes is None else len(table.classes)
         if len(numbers) < 4:
             table.problem(item, f"{short(line)}: {len(numbers)} numbers after the class; it must be four")
-        elif label not in range(most):
+        elif not (label.is_integer() and 0 <= label < most):
             names = "" if table.classes is None else f" ({listed(table.classes)})"
             table.problem(item, f"the class {short(fields[0])}; it must be from 0 to {most - 1}{names}")
         else:
@@ -158,16 +159,18 @@ def _add_boxes(
 ) -> None:
     """Add the lines' boxes to the table; see `read_yolo`."""
     long_lines = [line.numbers for line in lines if len(line.numbers) != 4]
-    count = len(long_lines[0]) if long_lines else 4
     length = None  # of lines with keypoints, where it is known
     if rows is None and keypoint_shape is not None:
         length = _keypoint_length(table.source, keypoint_shape)
     elif rows is None and long_lines:
         rows = _tell_rows(long_lines, len(lines))
+        count = statistics.mode(map(len, long_lines))
         if rows is None:
+            others = [line for line in lines if len(line.numbers) != count]
+            other = f"; {others[0].item} has {len(others[0].numbers)}" if others else ""
             raise UserError(
                 f"{table.source}: lines with {count} numbers after the class may be polygons, or boxes with "
-                f"keypoints: set ROWS to {' or '.join(ROWS)}"
+                f"keypoints: set ROWS to {' or '.join(ROWS)}{other}"
             )
         if rows == "keypoints":
             notes.append(
@@ -206,7 +209,8 @@ def _tell_rows(long_lines: Sequence[Sequence[float]], count: int) -> str | None:
 
     Keypoints are all of one number, follow every box, and lie in it; as a polygon, the size of the box would
     be a point near the others. A polygon near the middle of its image can pass as a box with keypoints: all
-    lines are looked at.
+    lines are looked at. Lines of each length are looked at alone, since one line of another length may be a
+    mistake in a set of keypoints.
 
     Args:
         long_lines: numbers of the lines that have not four.
@@ -215,14 +219,23 @@ def _tell_rows(long_lines: Sequence[Sequence[float]], count: int) -> str | None:
     Returns:
         "polygons", "keypoints" or None if it may be either.
     """
-    length = len(long_lines[0])
-    if count > len(long_lines) or any(len(numbers) != length for numbers in long_lines) or length < 6:
+    by_length: dict[int, list[Sequence[float]]] = {}
+    for numbers in long_lines:
+        by_length.setdefault(len(numbers), []).append(numbers)
+    with_keypoints = of_polygons = 0.0  # numbers of lines
+    for group in by_length.values():
+        values = np.array(group)
+        with_keypoints += len(group) * max(_share_with_keypoints(values, size) for size in (2, 3))
+        of_polygons += len(group) * _share_of_polygons(values)
+    against_keypoints = 1 - with_keypoints / len(long_lines)
+    against_polygons = 1 - of_polygons / len(long_lines)
+    if with_keypoints == 0 or (0 < against_keypoints >= _CLEAR * against_polygons):
         return "polygons"
-    values = np.array(long_lines)
-    against_keypoints = 1 - max(_share_with_keypoints(values, size) for size in (2, 3))
-    against_polygons = 1 - _share_of_polygons(values)
-    if against_keypoints == 1 or (0 < against_keypoints >= _CLEAR * against_polygons):
-        return "polygons"
+    if len(by_length) > 1:
+        # No line is against polygons, and keypoints would be of one number.
+        return "polygons" if against_polygons == 0 else None
+    if count > len(long_lines):
+        return None
     return "keypoints" if 0 < against_polygons >= _CLEAR * against_keypoints else None
 
 

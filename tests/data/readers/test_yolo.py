@@ -161,6 +161,55 @@ def test_lines_that_may_be_either_are_refused_unless_the_user_says(folder):
     assert box.tolist() == pytest.approx([0.5 * 640 - 0.26 * 640, 0.25 * 427, 0.52 * 640, 0.5 * 427])
 
 
+def pose_lines(count, keypoints):
+    """Boxes that are small and far from the origin, with keypoints in them."""
+    rng = np.random.default_rng(0)
+    boxes = np.column_stack([rng.uniform(0.3, 0.7, (count, 2)), rng.uniform(0.05, 0.2, (count, 2))])
+    shares = rng.uniform(-0.4, 0.4, (count, keypoints, 2))
+    points = boxes[:, None, :2] + shares * boxes[:, None, 2:]
+    return [
+        " ".join(["0", *(f"{x:.6f}" for x in row)])
+        for row in np.column_stack([boxes, points.reshape(count, -1)])
+    ]
+
+
+@pytest.mark.parametrize("odd", ["0 0.5 0.5 0.2 0.2", pose_lines(1, 16)[0]], ids=["no keypoints", "one less"])
+@pytest.mark.parametrize("at_end", [True, False])
+def test_a_line_of_another_length_makes_no_polygons_of_keypoints(folder, odd, at_end):
+    lines = pose_lines(20, 17)
+    lines.insert(len(lines) if at_end else 0, odd)
+    (folder / "labels/a.txt").write_text("\n".join(lines))
+    place = f"line {21 if at_end else 1}"
+    message = rf"lines with 38 numbers .* set ROWS to polygons or keypoints; .*a\.txt: {place} has "
+    with pytest.raises(UserError, match=message):
+        read(folder, classes=["x"])
+    table = read(folder, classes=["x"], rows="keypoints")
+    assert len(table.boxes) == 21
+    assert table.boxes[:, 2].max() < 0.21 * WIDTH
+
+
+def test_boxes_among_polygons_do_not_make_keypoints_of_them(folder):
+    """Two polygons away from the middle, of different lengths, among boxes: they can hold no keypoints."""
+    lines = ["0 0.5 0.5 0.2 0.2"] * 5 + ["0 0.8 0.8 0.9 0.8 0.9 0.9", "0 0.1 0.8 0.2 0.8 0.2 0.9 0.1 0.9"]
+    (folder / "labels/a.txt").write_text("\n".join(lines))
+    assert read(folder, classes=["x"]).boxes[5:, 2].tolist() == pytest.approx([64, 64])
+    # In the middle, two lengths decide.
+    lines[5:] = ["0 0.5 0.5 0.52 0.5 0.52 0.52", "0 0.5 0.5 0.52 0.5 0.52 0.52 0.5 0.52"]
+    (folder / "labels/a.txt").write_text("\n".join(lines))
+    assert read(folder, classes=["x"]).boxes[5:, 2].tolist() == pytest.approx([12.8, 12.8])
+
+
+def test_a_class_is_compared_without_a_walk_over_all_classes(folder, monkeypatch):
+    """A float in a range is looked for number by number: 100,000 lines took half a minute."""
+    monkeypatch.setattr("focal_d2.data.readers.yolo._MOST_CLASSES", 10**15)
+    (folder / "labels/a.txt").write_text(
+        "3 0.5 0.5 0.2 0.2\n999999999999999.5 0.5 0.5 0.2 0.2\nnan 0 0 1 1\n"
+    )
+    table = read(folder)
+    assert table.labels.tolist() == [3]
+    assert ["it must be from 0 to 999999999999999" in problem for problem in table.problems] == [True, True]
+
+
 def test_kpt_shape_decides(folder):
     square = "0 0.5 0.5 0.52 0.5 0.52 0.52 0.5 0.52"
     (folder / "labels/a.txt").write_text(f"{square}\n{square} 0.5\n0 0.5 0.5 0.1 0.1\n")
