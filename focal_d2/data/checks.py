@@ -21,6 +21,7 @@ from focal_d2.data.datasets import load_known_tables
 from focal_d2.data.findings import NOTE, Example, Finding, Fix, share
 from focal_d2.data.resolution import largest_windows
 from focal_d2.data.table import Table
+from focal_d2.ops.common import ANY_CLASS
 
 MOST_EXAMPLES = 5
 
@@ -40,6 +41,8 @@ _MANY_NEGATIVES = 0.1
 _CUT = 0.05
 # Pixels by which a box may be larger than the crop: both are rounded to whole pixels.
 _CROP_SLACK = 1.0
+# What reading a dataset warns of already.
+_ANNOUNCED = ("box-degenerate", "box-outside")
 # Lines and examples that a training run prints.
 _MOST_LINES, _EXAMPLES_IN_A_LINE = 8, 2
 
@@ -48,7 +51,7 @@ def annotation_warnings(cfg: CfgNode, *, training: bool) -> list[str]:
     """Say what is wrong with the annotations of a run: a line a kind, with counts and the first examples.
 
     Datasets are left out that detectron2 or a program registered as records: to read them takes time. Boxes
-    without area are left out, too: `announce` counts them.
+    without area and boxes outside their image are left out, too: `announce` counts them.
 
     Args:
         cfg: full config.
@@ -63,7 +66,7 @@ def annotation_warnings(cfg: CfgNode, *, training: bool) -> list[str]:
         found += check_together(cfg, train, test)
     of_kind: dict[str, list[Finding]] = defaultdict(list)
     for finding in found:
-        if finding.severity != NOTE and finding.code != "box-degenerate":
+        if finding.severity != NOTE and finding.code not in _ANNOUNCED:
             of_kind[finding.code].append(finding)
     lines = [_line(code, findings) for code, findings in of_kind.items()]
     if len(lines) > _MOST_LINES:
@@ -155,6 +158,7 @@ def check_items(name: str, table: Table) -> list[Finding]:
     if not len(table):
         return [*found, Finding("dataset-empty", "no images in it", name)]
     wrong = (table.labels < 0) | (table.labels >= len(table.classes))
+    wrong &= ~table.ignored | (table.labels != ANY_CLASS)
     if wrong.any():
         examples = places(table, wrong, lambda i: f"label {table.labels[i]}")
         message = f"{share(int(wrong.sum()), wrong.size)} labels are not in [0, {len(table.classes)})"
@@ -206,9 +210,7 @@ def check_boxes(name: str, table: Table) -> list[Finding]:
     beyond = np.maximum.reduce(
         [-left, -top, left + width - image_width, top + height - image_height], initial=0, where=~broken
     )
-    outside = ~broken & (
-        (left >= image_width) | (top >= image_height) | (left + width <= 0) | (top + height <= 0)
-    )
+    outside = ~broken & ~table.usable
     if outside.any():
         message = f"{share(int(outside.sum()), outside.size)} boxes are outside their image"
         found.append(

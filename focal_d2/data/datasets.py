@@ -97,13 +97,17 @@ def _announce(name: str) -> None:
     table = load_table(name)
     for note in table.notes:
         logger.info(note)
-    dropped = np.flatnonzero(~table.has_area)
-    if dropped.size:
-        first = f"{table.file_names[table.image[dropped[0]]]}: {table.boxes[dropped[0]].tolist()}"
-        logger.warning(
-            f'dataset "{name}": {dropped.size} of {table.labels.size} boxes have no area and are left out of '
-            f"training and evaluation; the first (left, top, width, height): {first}"
-        )
+    for fault, mask in (
+        ("have no area", ~table.has_area),
+        ("are outside their image", table.has_area & ~table.usable),
+    ):
+        dropped = np.flatnonzero(mask)
+        if dropped.size:
+            first = f"{table.file_names[table.image[dropped[0]]]}: {table.boxes[dropped[0]].tolist()}"
+            logger.warning(
+                f'dataset "{name}": {dropped.size} of {table.labels.size} boxes {fault} and are left out of '
+                f"training and evaluation; the first (left, top, width, height): {first}"
+            )
 
 
 def load_table(name: str) -> Table:

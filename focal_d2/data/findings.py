@@ -58,7 +58,7 @@ KINDS = {
     "box-degenerate": Kind(
         ERROR, "a box without an area, or not of numbers: it is left out", "correct or remove the box"
     ),
-    "box-outside": Kind(ERROR, "a box wholly outside its image: it is dropped", "mend or remove the box"),
+    "box-outside": Kind(ERROR, "a box wholly outside its image: it is left out", "correct or remove the box"),
     "box-beyond-edge": Kind(
         WARNING,
         "a box reaches more than 2 pixels beyond its image: training clips it, evaluation does not",

@@ -10,6 +10,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from focal_d2.errors import UserError
+from focal_d2.ops.common import ANY_CLASS
 
 # Sides in pixels that are not longer are as good as none: detectron2 drops such boxes after clipping.
 SHORTEST_SIDE = 1e-5
@@ -27,7 +28,7 @@ class Table:
         sizes: (N, 2) int64, height and width as annotated, in pixels.
         image: (B,) int64, the place of a box's image; ascending.
         boxes: (B, 4) float64, left, top, width, height in pixels.
-        labels: (B,) int64 in [0, K).
+        labels: (B,) int64 in [0, K); of an ignored region it may be `ANY_CLASS`.
         ignored: (B,) bool: crowds, difficult objects and the like, neither background nor counted in AP.
         areas: (B,) float64 square pixels; COCO's own where a file has them (of the mask), else of the box.
         annotated: whether the dataset says which objects there are; False: a test set that keeps them secret.
@@ -58,9 +59,19 @@ class Table:
         return np.isfinite(self.boxes).all(axis=1) & (self.boxes[:, 2:] > SHORTEST_SIDE).all(axis=1)
 
     @property
+    def usable(self) -> np.ndarray:
+        """(B,) bool: whether a box has an area, and has one left when it is clipped to its image."""
+        usable = self.has_area
+        corners = self.boxes[usable]
+        corners[:, 2:] += corners[:, :2]
+        corners = corners.clip(0, np.tile(self.sizes[self.image[usable], ::-1], 2))
+        usable[usable] = (corners[:, 2:] - corners[:, :2] > SHORTEST_SIDE).all(axis=1)
+        return usable
+
+    @property
     def objects(self) -> np.ndarray:
-        """(B,) bool: boxes that are trained on and counted in AP; they have an area and are not ignored."""
-        return self.has_area & ~self.ignored
+        """(B,) bool: boxes that are trained on and counted in AP; they are usable and not ignored."""
+        return self.usable & ~self.ignored
 
     def by_name(self) -> Table:
         """Return the same with images in order of their files' names."""
@@ -84,8 +95,8 @@ class Table:
         Args:
             classes: the K names to keep, in the order of the labels to come. Those that are not among the
                 table's are classes without boxes, named in `notes`.
-            ignore_others: boxes of other classes become ignored regions; False: they are left out, which
-                makes them background. An ignored region has a class: there is one for each class to keep.
+            ignore_others: boxes of other classes become ignored regions of `ANY_CLASS`; False: they are left
+                out, which makes them background.
 
         Raises:
             UserError: if the table has none of the classes.
@@ -98,21 +109,13 @@ class Table:
             raise UserError(f"KEEP: {', '.join(classes[:5])}: none of these is a class of the data ({shown})")
         if unknown:
             notes.append(f"KEEP: no class of the data is called {', '.join(unknown)}")
-        new_label = np.full(len(self.classes), -1)
+        new_label = np.full(len(self.classes), ANY_CLASS)
         for label, name in enumerate(classes):
             if name in known:
                 new_label[known[name]] = label
         labels = new_label[self.labels]
-        rows = np.flatnonzero(labels >= 0)
-        labels = labels[rows]
-        ignored = self.ignored[rows]
-        if ignore_others:
-            others = np.flatnonzero(new_label[self.labels] < 0)
-            rows = np.concatenate([rows, np.repeat(others, len(classes))])
-            labels = np.concatenate([labels, np.tile(np.arange(len(classes)), len(others))])
-            ignored = np.concatenate([ignored, np.ones(len(others) * len(classes), dtype=bool)])
-            order = np.argsort(self.image[rows], kind="stable")
-            rows, labels, ignored = rows[order], labels[order], ignored[order]
+        others = labels < 0
+        rows = np.flatnonzero(~others | ignore_others)
         # A class that the data lack still needs a number of its own in prediction files.
         free = iter(range(max(self.category_ids) + 1, max(self.category_ids) + 1 + len(classes)))
         return replace(
@@ -121,8 +124,8 @@ class Table:
             category_ids=tuple(self.category_ids[known[x]] if x in known else next(free) for x in classes),
             image=self.image[rows],
             boxes=self.boxes[rows],
-            labels=labels,
-            ignored=ignored,
+            labels=labels[rows],
+            ignored=(self.ignored | others)[rows],
             areas=self.areas[rows],
             notes=notes,
         )
@@ -130,11 +133,11 @@ class Table:
     def records(self) -> list[dict[str, Any]]:
         """Return the images in detectron2's dataset format, boxes as floats in `BoxMode.XYWH_ABS`.
 
-        Beside detectron2's keys an annotation has its "area". Boxes without area are left out: no detection
-        can match them. Records of a dataset that is not annotated have no "annotations", as detectron2 has
-        it.
+        Beside detectron2's keys an annotation has its "area"; its "category_id" may be `ANY_CLASS`. Boxes
+        that are not usable are left out: no detection can match them. Records of a dataset that is not
+        annotated have no "annotations", as detectron2 has it.
         """
-        kept = self.has_area
+        kept = self.usable
         ends = np.searchsorted(self.image[kept], np.arange(len(self)), side="right").tolist()
         boxes, labels = self.boxes[kept].tolist(), self.labels[kept].tolist()
         ignored, areas = self.ignored[kept].astype(int).tolist(), self.areas[kept].tolist()

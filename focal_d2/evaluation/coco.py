@@ -25,6 +25,7 @@ from tabulate import tabulate
 from focal_d2.errors import UserError
 from focal_d2.evaluation.analysis import analyse, finite
 from focal_d2.evaluation.backends import AREAS, IOUS, Curves, Detections, Truth, check_backend, coco_curves
+from focal_d2.ops.common import ANY_CLASS
 
 
 class FocalCOCOEvaluator(COCOEvaluator):
@@ -235,7 +236,8 @@ def _from_records(name: str) -> dict[str, Any]:
     if classes is None:
         classes = [str(k) for k in range(1 + max((a["label"] for a in annotations), default=-1))]
     given = metadata.get("thing_dataset_id_to_contiguous_id") or {k: k for k in range(len(classes))}
-    numbers = {label: number for number, label in given.items()}
+    # An ignored region of any class has no number.
+    numbers: dict[int, Any] = {ANY_CLASS: None, **{label: number for number, label in given.items()}}
     for i, annotation in enumerate(annotations, 1):
         annotation.update(id=i, category_id=numbers[annotation.pop("label")])
     categories = [{"id": numbers[k], "name": name} for k, name in enumerate(classes)]
@@ -247,15 +249,23 @@ def _from_records(name: str) -> dict[str, Any]:
 
 def _columns(annotations: list[dict[str, Any]], ids: list[Any], labels: Mapping[int, int]) -> Truth:
     place = {image_id: i for i, image_id in enumerate(ids)}
-    kept = [a for a in annotations if a["category_id"] in labels and a["image_id"] in place]
+    label_of: dict[Any, int] = dict(labels)
+    label_of[None] = ANY_CLASS
+    kept = [a for a in annotations if a["category_id"] in label_of and a["image_id"] in place]
+    labels_kept = np.array([label_of[a["category_id"]] for a in kept], dtype=np.int64)
+    # COCO's evaluation goes class by class: a region of any class becomes one of each.
+    any_class = labels_kept == ANY_CLASS
+    rows = np.repeat(np.arange(len(kept)), np.where(any_class, len(labels), 1))
+    repeated = labels_kept[rows]
+    repeated[any_class[rows]] = np.tile(np.arange(len(labels)), int(any_class.sum()))
     return Truth(
         images=len(ids),
         classes=len(labels),
-        image=np.array([place[a["image_id"]] for a in kept], dtype=np.int64),
-        boxes=np.array([a["bbox"] for a in kept], dtype=np.float64).reshape(-1, 4),
-        labels=np.array([labels[a["category_id"]] for a in kept], dtype=np.int64),
-        areas=np.array([a["area"] for a in kept], dtype=np.float64),
-        ignored=np.array([bool(a["iscrowd"]) for a in kept], dtype=bool),
+        image=np.array([place[a["image_id"]] for a in kept], dtype=np.int64)[rows],
+        boxes=np.array([a["bbox"] for a in kept], dtype=np.float64).reshape(-1, 4)[rows],
+        labels=repeated,
+        areas=np.array([a["area"] for a in kept], dtype=np.float64)[rows],
+        ignored=np.array([bool(a["iscrowd"]) for a in kept], dtype=bool)[rows],
     )
 
 

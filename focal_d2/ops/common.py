@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 IGNORE_LABEL = -1
+# Label of an ignored region that counts for every class.
+ANY_CLASS = -1
 
 
 def find_kernels(x: Tensor) -> ModuleType | None:

@@ -6,7 +6,7 @@ import pytest
 from detectron2.data import DatasetCatalog
 
 from focal_d2.data import load_table, register_datasets
-from focal_d2.data.checks import annotation_warnings, check_against_config
+from focal_d2.data.checks import annotation_warnings, check_against_config, check_dataset
 from focal_d2.engine import load_config
 from focal_d2.errors import UserError
 from tests.conftest import REPOSITORY, make_cfg
@@ -50,26 +50,26 @@ def test_the_demo_s_trees_give_no_line():
 
 def test_a_kind_is_one_line_with_its_count_and_first_examples(sides):
     train, test = sides
-    change_boxes(train, [[70, 5, 10, 10], [80, 5, 10, 10], [90, 5, 10, 10]])
-    change_boxes(test, [[0, 70, 10, 10]])
-    outside, more = annotation_warnings(config_of(sides), training=True)
-    assert outside == (
-        f"box-outside: {train.name}: 3 of 36 (8.3 %) boxes are outside their image; {test.name}: 1 of 36 "
-        f"(2.8 %) boxes are outside their image (first: {train.images / '0.png'}: box 70 5 10 10; "
-        f"{train.images / '0.png'}: box 80 5 10 10; …)"
+    change_boxes(train, [[58, 5, 10, 10], [60, 5, 10, 10], [59, 5, 10, 10]])
+    change_boxes(test, [[0, 60, 10, 10]])
+    beyond, more = annotation_warnings(config_of(sides), training=True)
+    assert beyond == (
+        f"box-beyond-edge: {train.name}: 3 of 36 (8.3 %) boxes reach beyond their image, by up to 6 pixels; "
+        f"{test.name}: 1 of 36 (2.8 %) boxes reach beyond their image, by up to 6 pixels (first: "
+        f"{train.images / '0.png'}: 6 pixels beyond; {train.images / '0.png'}: 5 pixels beyond; …)"
     )
     assert more.startswith("tools/doctor.py says more")
 
 
 def test_without_training_only_the_test_sets_count(sides):
-    change_boxes(sides[0], [[70, 5, 10, 10]])
+    change_boxes(sides[0], [[60, 5, 10, 10]])
     cfg = config_of(sides)
     assert len(annotation_warnings(cfg, training=True)) == 2
     assert annotation_warnings(cfg, training=False) == []
 
 
-def test_boxes_without_area_are_left_to_their_own_warning(sides):
-    change_boxes(sides[0], [[5, 5, 0, 10]])
+def test_boxes_that_are_left_out_have_their_own_warning(sides):
+    change_boxes(sides[0], [[5, 5, 0, 10], [70, 5, 10, 10]])
     assert annotation_warnings(config_of(sides), training=True) == []
 
 
@@ -99,7 +99,7 @@ def test_many_kinds_are_cut_short(coco_dataset):
     cfg = make_cfg(DATASETS__TRAIN=(data.name,), DATASETS__TEST=(data.name,), MODEL__RETINANET__NUM_CLASSES=4)
     *lines, others, more = annotation_warnings(cfg, training=True)
     assert len(lines) == 8
-    assert others.startswith("and 3 other kinds: class-unused, ")
+    assert others.startswith("and 2 other kinds: ")
     assert more.startswith("tools/doctor.py")
 
 
@@ -107,10 +107,20 @@ def test_datasets_of_records_are_not_read(sides, monkeypatch):
     cfg = config_of(sides)
     DatasetCatalog.register("of_a_program", lambda: pytest.fail("read"))
     cfg.DATASETS.TRAIN = (*cfg.DATASETS.TRAIN, "of_a_program")
-    change_boxes(sides[1], [[0, 70, 10, 10]])
+    change_boxes(sides[1], [[0, 60, 10, 10]])
     register_datasets([data.entry for data in sides])
     line, _ = annotation_warnings(cfg, training=True)
-    assert line.startswith("box-outside")
+    assert line.startswith("box-beyond-edge")
+
+
+def test_a_region_of_any_class_is_one_box_and_no_wrong_label(coco_dataset):
+    data = coco_dataset(images=2, classes=3)
+    change_boxes(data, [[5, 5, 20, 20], [5, 5, 0, 10]])
+    register_datasets([{**data.entry, "KEEP": ["class0", "class2"], "OTHERS": "ignored"}])
+    found = {x.code: x.message for x in check_dataset(data.name, load_table(data.name))}
+    assert found["boxes-ignored"] == "2 of 6 (33.3 %) boxes are crowds or difficult objects"
+    assert found["box-degenerate"] == "1 of 6 (16.7 %) boxes have no area"
+    assert "class-index" not in found
 
 
 def test_images_with_more_boxes_than_the_model_returns_are_named(sides):

@@ -20,6 +20,7 @@ from focal_d2.data import (
 )
 from focal_d2.data.checks import annotation_warnings
 from focal_d2.data.readers.common import class_names
+from focal_d2.ops.common import ANY_CLASS
 from tests.conftest import make_cfg
 from tests.data.test_table import RECORDS
 
@@ -152,18 +153,23 @@ def test_what_reading_made_of_a_dataset_is_logged_once(coco_dataset, caplog):
     content = json.loads(data.annotations.read_text())
     content["annotations"][0]["ignore"] = 1
     content["annotations"][1]["bbox"] = [5, 6, 0, 30]
+    content["annotations"][2]["bbox"] = [64, 6, 20, 30]
     data.annotations.write_text(json.dumps(content))
     register_datasets([data.entry])
     with caplog.at_level(logging.INFO, logger="focal_d2"):
         for _ in range(2):
             announce(data.name)
             (record,) = DatasetCatalog.get(data.name)
-    assert [a["category_id"] for a in record["annotations"]] == [0, 2]
-    note, warning = caplog.messages
+    assert [a["category_id"] for a in record["annotations"]] == [0]
+    note, warning, outside = caplog.messages
     assert '1 of 3 annotations have "ignore": 1' in note
     assert warning == (
         f'dataset "{data.name}": 1 of 3 boxes have no area and are left out of training and evaluation; the '
         f"first (left, top, width, height): {data.images / '0.png'}: [5.0, 6.0, 0.0, 30.0]"
+    )
+    assert outside == (
+        f'dataset "{data.name}": 1 of 3 boxes are outside their image and are left out of training and '
+        f"evaluation; the first (left, top, width, height): {data.images / '0.png'}: [64.0, 6.0, 20.0, 30.0]"
     )
     announce("coco_2017_val")  # detectron2's own datasets have nothing to log
 
@@ -315,7 +321,8 @@ def test_keep_makes_the_other_classes_background_or_ignored_regions(coco_dataset
         register_datasets([{**data.entry, "KEEP": ["class1"], **others}])
         (record,) = DatasetCatalog.get(data.name)
         assert len(record["annotations"]) == boxes
-        assert {x["category_id"] for x in record["annotations"]} == {0}
+        assert [x["category_id"] for x in record["annotations"]].count(0) == 1
+        assert [x["category_id"] for x in record["annotations"]].count(ANY_CLASS) == boxes - 1
         assert sum(x["iscrowd"] for x in record["annotations"]) == boxes - 1
         assert MetadataCatalog.get(data.name).thing_classes == ["class1"]
         assert MetadataCatalog.get(data.name).thing_dataset_id_to_contiguous_id == {2: 0}

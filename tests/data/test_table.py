@@ -6,6 +6,7 @@ from detectron2.structures import BoxMode
 
 from focal_d2 import UserError
 from focal_d2.data.table import Table
+from focal_d2.ops.common import ANY_CLASS
 
 XYWH = BoxMode.XYWH_ABS
 RECORDS = [
@@ -65,10 +66,20 @@ def test_boxes_without_area_are_no_records():
     annotations[4]["iscrowd"] = 1
     records = [{**RECORDS[0], "annotations": annotations[:2]}, {**RECORDS[1], "annotations": annotations[2:]}]
     table = Table.from_records(records, "abcde")
-    assert table.has_area.tolist() == [True, False, False, False, True]
+    assert table.has_area.tolist() == table.usable.tolist() == [True, False, False, False, True]
     assert table.objects.tolist() == [True, False, False, False, False]
     kept = [[a["category_id"] for a in record["annotations"]] for record in table.records()]
     assert kept == [[0], [4]]
+
+
+def test_boxes_outside_their_image_are_no_records():
+    """The image is 30 pixels wide and 20 high."""
+    boxes = [[30, 2, 5, 5], [-5, 2, 5, 5], [2, 20, 5, 5], [2, -5, 5, 5], [29.9, 2, 5, 5], [-1e300, 2, 5, 5]]
+    annotations = [{"bbox": box, "bbox_mode": XYWH, "category_id": k} for k, box in enumerate(boxes)]
+    table = Table.from_records([{**RECORDS[0], "annotations": annotations}], "abcdef")
+    assert table.has_area.all()
+    assert table.objects.tolist() == table.usable.tolist() == [False, False, False, False, True, False]
+    assert [a["category_id"] for a in table.records()[0]["annotations"]] == [4]
 
 
 @pytest.mark.parametrize("ignore_others", [False, True])
@@ -90,9 +101,9 @@ def test_keep_takes_some_classes_and_the_others_are_background_or_ignored(ignore
     assert kept.category_ids == (9, 10, 1)
     assert kept.notes == ["KEEP: no class of the data is called bird"]
     assert kept.file_names == ["a", "b"]
-    others = 3 if ignore_others else 0  # a detection of any class is ignored there
+    others = 1 if ignore_others else 0  # a detection of any class is ignored there
     assert kept.image.tolist() == [0, 0] + [1] * others
-    assert kept.labels.tolist() == [2, 0, *range(others)]
+    assert kept.labels.tolist() == [2, 0] + [ANY_CLASS] * others
     assert kept.ignored.tolist() == [False, True] + [True] * others
     assert kept.areas.tolist() == [1, 4] + [9] * others
     with pytest.raises(

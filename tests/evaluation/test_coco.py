@@ -207,6 +207,43 @@ def test_boxes_without_area_do_not_count(coco_dataset, tmp_path, style, backend)
     assert evaluate_boxes(entry["NAME"], [[box]], backend) == pytest.approx(100)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_boxes_outside_their_image_do_not_count(coco_dataset, backend):
+    data = coco_dataset(images=1, classes=1)
+    content = json.loads(data.annotations.read_text())
+    boxes = [[1, 1, 10, 10], [200, 200, 20, 20]]
+    content["annotations"] = [
+        {"id": i, "image_id": 0, "category_id": 1, "bbox": b} for i, b in enumerate(boxes, 1)
+    ]
+    data.annotations.write_text(json.dumps(content))
+    register_datasets([data.entry])
+    assert evaluate_boxes(data.name, [[[1, 1, 10, 10]]], backend) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_region_of_any_class_ignores_detections_of_each(coco_dataset, backend):
+    """A false alarm of class 1 in the region would halve the precision of the object that is found."""
+    data = coco_dataset(images=1, classes=3)
+    content = json.loads(data.annotations.read_text())
+    rows = [(2, [4, 4, 10, 10]), (3, [30, 30, 10, 10]), (1, [50, 4, 10, 10])]
+    content["annotations"] = [
+        {"id": i, "image_id": 0, "category_id": k, "bbox": box} for i, (k, box) in enumerate(rows, 1)
+    ]
+    data.annotations.write_text(json.dumps(content))
+    results = {}
+    for others in ("ignored", "background"):
+        register_datasets([{**data.entry, "KEEP": ["class0", "class1"], "OTHERS": others}])
+        (record,) = DatasetCatalog.get(data.name)
+        evaluator = FocalCOCOEvaluator(data.name, backend=backend)
+        evaluator.reset()
+        found = [(0, rows[1][1]), (1, rows[1][1]), (1, rows[0][1]), (0, rows[2][1])]
+        instances = instances_of([{"bbox": box, "category_id": k} for k, box in found])
+        instances.scores = torch.tensor([0.9, 0.9, 0.8, 0.8])
+        evaluator.process([record], [{"instances": instances}])
+        results[others] = evaluator.evaluate()["bbox"]["AP"]
+    assert results == {"ignored": pytest.approx(100), "background": pytest.approx(50)}
+
+
 def test_deepforests_empty_image_does_not_count(coco_dataset, tmp_path):
     data = coco_dataset(images=2, classes=1)
     (tmp_path / "boxes.csv").write_text("0.png,0,0,0,0,Tree\n1.png,5,6,25,40,Tree\n")
