@@ -7,7 +7,7 @@ from typing import Any
 
 from focal_d2.config import check_choice
 from focal_d2.data.readers import READERS
-from focal_d2.data.readers.common import ImageFolder, class_names, is_yaml, read_list
+from focal_d2.data.readers.common import ImageFolder, class_names, is_yaml, read_list, short
 from focal_d2.data.readers.csv_file import COLUMNS
 from focal_d2.data.readers.sniff import describe
 from focal_d2.data.readers.yolo import ROWS
@@ -24,6 +24,8 @@ _OF_FORMAT = {
     "yolo with a data.yaml": ("SPLIT", "OUTSIDE", "ROWS"),
 }
 _NEEDED = ("NAME", "IMAGES", "ANNOTATIONS", "SPLIT")
+# Of a NAME: file systems take names of 255 bytes, and names of files may add to it.
+_MOST_BYTES = 200
 _CHOICES = {"NAMES": ("path", "basename"), "OTHERS": ("background", "ignored"), "ROWS": ROWS}
 
 
@@ -39,13 +41,15 @@ def check_entry(place: str, entry: Any) -> None:
     """
     if not isinstance(entry, dict):
         raise UserError(f"{place} is {entry!r}; it must have NAME, IMAGES, ANNOTATIONS")
-    style = check_choice(f"{place}.FORMAT", entry.get("FORMAT", "coco"), tuple(READERS))
+    style = check_choice(f"{place}.FORMAT", _format(entry), tuple(READERS))
     if style == "yolo" and _is_data_file(entry):
         style = "yolo with a data.yaml"
     legal = (*_KEYS[:2], *_OF_FORMAT[style][:1], *_KEYS[2:], *_OF_FORMAT[style][1:])
     for key in entry:
         if key not in legal:
             raise UserError(f"{place} has {key}; of format {style} it can have {', '.join(legal)}")
+    if style == "yolo with a data.yaml" and entry.get("SPLIT") is None:
+        raise UserError(f"{place} has no SPLIT; it must be train, val, test or another key of the data.yaml")
     for key in dict.fromkeys((*(x for x in _NEEDED if x in legal), *entry)):
         _check_value(f"{place}.{key}", key, entry.get(key))
     if "OTHERS" in entry and entry.get("KEEP") is None:
@@ -53,6 +57,11 @@ def check_entry(place: str, entry: Any) -> None:
     name = entry["NAME"]
     if os.path.basename(name) != name or name in (os.curdir, os.pardir):
         raise UserError(f'{place}.NAME "{name}" becomes the name of a folder: it can have no slash')
+    if not name.isprintable() or len(name.encode()) > _MOST_BYTES:
+        raise UserError(
+            f"{place}.NAME is {short(name)}; it becomes the name of a folder: it must be printable "
+            f"characters, at most {_MOST_BYTES} bytes in UTF-8"
+        )
 
 
 def expand_paths(entry: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +90,11 @@ def _check_value(place: str, key: str, value: Any) -> None:
         raise UserError(f"{place} is {value!r}; it must be a text")
 
 
+def _format(entry: dict[str, Any]) -> Any:
+    """Return the format of an entry; without FORMAT, YAML is YOLO's and all else COCO's."""
+    return entry.get("FORMAT", "yolo" if _is_data_file(entry) else "coco")
+
+
 def _is_data_file(entry: dict[str, Any]) -> bool:
     return isinstance(entry.get("ANNOTATIONS"), str) and is_yaml(entry["ANNOTATIONS"])
 
@@ -103,7 +117,7 @@ def read_entry(entry: dict[str, Any]) -> Table:
     Raises:
         UserError: if they can't be read; it says what the file is, if another format or tool is recognised.
     """
-    style, path = entry.get("FORMAT", "coco"), entry["ANNOTATIONS"]
+    style, path = _format(entry), entry["ANNOTATIONS"]
     options: dict[str, Any] = {}
     if entry.get("CLASSES") is not None:
         options["classes"] = class_names(entry["CLASSES"])
@@ -114,7 +128,11 @@ def read_entry(entry: dict[str, Any]) -> Table:
         table = READERS[style](path, images_of(entry), **options)
     except UserError as error:
         kind = describe(path, style)
-        raise UserError(f"{path} {kind} (FORMAT is {style})") if kind else error from error
+        if kind is None:
+            raise
+        # These formats are read from folders, of which only a few files were looked at for `kind`.
+        reason = f"; {error}" if style in ("voc", "yolo") and os.path.isdir(path) else ""
+        raise UserError(f"{path} {kind} (FORMAT is {style}{reason})") from error
     if entry.get("KEEP") is not None:
         table = table.keep(class_names(entry["KEEP"], "KEEP"), ignore_others=entry.get("OTHERS") == "ignored")
     return table.by_name()

@@ -619,7 +619,7 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
             [path.unlink() for path in b.folder.glob("*.txt")]
             and (b.folder / "a.xml").write_text("<annotation><object><bndbox></bndbox></object></annotation>")
         ),
-        r"annotations is a folder of VOC files: set FORMAT: voc \(FORMAT is yolo\)",
+        r"annotations is a folder of VOC files: set FORMAT: voc \(FORMAT is yolo; .*no label file",
     ),
     "yolo: no labels": (
         "yolo",

@@ -74,6 +74,17 @@ def test_register_refuses(coco_dataset, changes, match):
         register_datasets([{**coco_dataset().entry, **changes}])
 
 
+@pytest.mark.parametrize("name", ["x\0y", "x" * 300, "é" * 101, "x\ny", "x\x1b[31m", "x\ud800"])
+def test_a_name_can_be_the_name_of_a_folder(coco_dataset, name):
+    with pytest.raises(UserError, match=r"FOCAL\[0\]\.NAME is .* printable characters, at most 200 bytes"):
+        register_datasets([{**coco_dataset().entry, "NAME": name}])
+
+
+def test_a_name_may_have_any_letters(coco_dataset):
+    register_datasets([{**coco_dataset(images=1).entry, "NAME": "Äpfel und 梨 (1)"}])
+    assert len(load_table("Äpfel und 梨 (1)")) == 1
+
+
 @pytest.mark.parametrize("name", ["a/b", "../a", ".."])
 def test_a_name_is_no_path(coco_dataset, name):
     with pytest.raises(UserError, match="it can have no slash"):
@@ -334,7 +345,8 @@ def test_keep_makes_the_other_classes_background_or_ignored_regions(coco_dataset
 
 
 @pytest.mark.parametrize("root", [".", "~"])
-def test_a_data_file_is_an_entry_without_images(tmp_path, monkeypatch, root):
+@pytest.mark.parametrize("style", [{"FORMAT": "yolo"}, {}])
+def test_a_data_file_is_an_entry_without_images(tmp_path, monkeypatch, root, style):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "train/images").mkdir(parents=True)
     (tmp_path / "train/labels").mkdir()
@@ -343,7 +355,7 @@ def test_a_data_file_is_an_entry_without_images(tmp_path, monkeypatch, root):
     (tmp_path / "data.yaml").write_text(f"path: {root}\ntrain: train/images\nnames: [x]\n")
     entry = {
         "NAME": "yolo_train",
-        "FORMAT": "yolo",
+        **style,
         "ANNOTATIONS": str(tmp_path / "data.yaml"),
         "SPLIT": "train",
     }
@@ -352,5 +364,7 @@ def test_a_data_file_is_an_entry_without_images(tmp_path, monkeypatch, root):
     check_datasets(cfg, training=True)
     assert load_table("yolo_train").boxes.tolist() == [[10, 5, 20, 10]]
     del entry["SPLIT"]
-    with pytest.raises(UserError, match="SPLIT is None; it must be a text"):
+    with pytest.raises(
+        UserError, match=r"FOCAL\[0\] has no SPLIT; it must be train, val, test or another key"
+    ):
         register_datasets([entry])

@@ -222,6 +222,11 @@ def last_part(name: str) -> str:
     return re.split(r"[\\/]", name)[-1]
 
 
+def no_folder(path: str) -> str:
+    """Say why a path is no folder."""
+    return "a file, where a folder is needed" if os.path.exists(path) else "no such folder"
+
+
 def list_files(root: str, suffixes: Sequence[str]) -> list[str]:
     """List the files under a folder by their endings, as sorted paths relative to it.
 
@@ -231,7 +236,7 @@ def list_files(root: str, suffixes: Sequence[str]) -> list[str]:
         UserError: if there is no such folder.
     """
     if not os.path.isdir(root):
-        raise UserError(f"{root}: no such folder")
+        raise UserError(f"{root}: {no_folder(root)}")
     files, entered = [], {os.path.realpath(root)}
     for folder, below, names in os.walk(root, followlinks=True):
         for name in sorted(below):
@@ -345,7 +350,7 @@ class Rows:
             source: the file or folder of the annotations, for messages.
         """
         if not os.path.isdir(images.root):
-            raise UserError(f"IMAGES: {images.root}: no such folder")
+            raise UserError(f"IMAGES: {images.root}: {no_folder(images.root)}")
         self.images, self.classes, self.source = images, classes, source
         self.problems: list[str] = []
         self._known = frozenset(classes or ())

@@ -38,13 +38,17 @@ _FOLDERS = {
     ),
 }
 
+# Of formats that are read from a folder: one of its files was named.
+_ONE_OF_A_FOLDER = {
+    "voc": Kind("is a VOC file: set ANNOTATIONS to its folder"),
+    "yolo": Kind("is a YOLO label file: set ANNOTATIONS to its folder"),
+}
+
 # By the first bytes.
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (LFS_POINTER, "is a Git LFS pointer, not the file itself: run `git lfs pull`"),
     (b"\x00\x00\x27\x0a", "is a shapefile (GIS): convert its boxes to pixels and save them as CSV"),
     (b"SQLite format 3\0", "is an SQLite database (a GeoPackage?): export the boxes in pixels as CSV"),
-    (b"PK\x03\x04", "is a zip archive: unpack it"),
-    (b"\x1f\x8b", "is a gzip archive: unpack it"),
     (b"PAR1", "is a Parquet table: save it as CSV"),
     (b"MATLAB 5.0", "is a MATLAB file: save its boxes as CSV"),
     (b"\x89HDF", "is an HDF5 file: save its boxes as CSV"),
@@ -57,6 +61,11 @@ _NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
     ((".xls", ".xlsx", ".ods"), "is a spreadsheet: save it as CSV"),
     ((".pkl", ".pickle", ".npy", ".npz"), "holds Python objects: save the boxes as CSV"),
     ((".shp", ".dbf", ".shx"), "is part of a shapefile (GIS): convert its boxes to pixels, save them as CSV"),
+)
+# By the first bytes, too, but spreadsheets and NumPy's files are archives inside: names come first.
+_ARCHIVES: tuple[tuple[bytes, str], ...] = (
+    (b"PK\x03\x04", "is a zip archive: unpack it"),
+    (b"\x1f\x8b", "is a gzip archive: unpack it"),
 )
 # Keys of a JSON object, or of the first object of a list, that only one tool writes.
 _JSON_KEYS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -119,19 +128,26 @@ def describe(path: str, style: str) -> str | None:
 
     Returns:
         The end of a sentence that begins with the path, with what to do; None if it is what it was read as,
-        or unknown.
+        a folder that has files of that format, or unknown.
     """
     try:
-        kind = _folder(path) if os.path.isdir(path) else _file(path, _FORMATS)
+        if os.path.isdir(path):
+            kind = _folder(path, style)
+        else:
+            kind = _file(path, {**_FORMATS, **{k: x for k, x in _ONE_OF_A_FOLDER.items() if k == style}})
     except UserError:
         return None  # it can't be read, which the reader has said
     return kind.text if kind and kind.style != style else None
 
 
-def _folder(path: str) -> Kind | None:
-    """Tell a folder by its files: one of each ending, the most frequent endings first."""
+def _folder(path: str, style: str) -> Kind | None:
+    """Tell a folder by its files: the first of each ending, the most frequent endings first.
+
+    A kind of file that is of `style` counts before all others.
+    """
+    kinds = []
     if any(os.path.isfile(os.path.join(path, name)) for name in ("data.yaml", "data.yml")):
-        return _FOLDERS["data"]
+        kinds.append(_FOLDERS["data"])
     by_ending: dict[str, list[str]] = {}
     for name in list_files(path, ("",)):
         by_ending.setdefault(os.path.splitext(name)[1].lower(), []).append(name)
@@ -143,18 +159,21 @@ def _folder(path: str) -> Kind | None:
             if kind is None:
                 continue
             if kind.style is None and kind not in _FOLDERS.values():
-                return Kind(f"is a folder whose file {name} {kind.text}")
-            return kind
-    return None
+                kind = Kind(f"is a folder whose file {name} {kind.text}")
+            kinds.append(kind)
+            break
+    return next((kind for kind in kinds if kind.style == style), kinds[0] if kinds else None)
 
 
 def _file(path: str, kinds: Mapping[str, Kind]) -> Kind | None:
     data = read_bytes(path)
-    for start, text in _MAGIC:
-        if data.startswith(start):
-            return Kind(text)
-    for endings, text in _NAMES:
-        if path.lower().endswith(endings):
+    tests = (
+        *((data.startswith(start), text) for start, text in _MAGIC),
+        *((path.lower().endswith(endings), text) for endings, text in _NAMES),
+        *((data.startswith(start), text) for start, text in _ARCHIVES),
+    )
+    for fits, text in tests:
+        if fits:
             return Kind(text)
     start = data.lstrip()[:1]
     if start in (b"{", b"["):

@@ -52,6 +52,10 @@ FILES = {
         "COCO detections",
     ),
     "archive.zip": ("PK\x03\x04", "zip archive"),
+    "boxes.xlsx": ("PK\x03\x04", "spreadsheet: save it as CSV"),
+    "boxes.ods": ("PK\x03\x04", "spreadsheet: save it as CSV"),
+    "boxes.npz": ("PK\x03\x04", "save the boxes as CSV"),
+    "pointer.xlsx": ("version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     "photo.jpg": (b"\xff\xd8\xff\xe0", "is an image"),
 }
 
@@ -105,7 +109,61 @@ def test_files_that_are_read_are_sent_to_their_format(tmp_path, name, style):
     text, own = GOOD[name]
     (tmp_path / name).write_text(text)
     message = describe(str(tmp_path / name), style)
-    assert message is None if style == own else f"set FORMAT: {own}" in message
+    if style != own:
+        assert f"set FORMAT: {own}" in message
+    elif name in ("a.xml", "a.txt"):
+        assert message.endswith("file: set ANNOTATIONS to its folder")
+    else:
+        assert message is None
+
+
+@pytest.mark.parametrize("name, style", [("a.xml", "voc"), ("a.txt", "yolo")])
+def test_a_file_in_place_of_a_folder_exists(tmp_path, name, style):
+    (tmp_path / name).write_text(GOOD[name][0])
+    entry = {"NAME": "x", "FORMAT": style, "IMAGES": str(tmp_path), "ANNOTATIONS": str(tmp_path / name)}
+    register_datasets([entry])
+    with pytest.raises(
+        UserError, match=rf"{name} is a .* file: set ANNOTATIONS to its folder \(FORMAT is {style}"
+    ):
+        load_table("x")
+    (tmp_path / name).write_text("hello")
+    with pytest.raises(UserError, match=rf"{name}: a file, where a folder is needed$"):
+        load_table("x")
+
+
+def folder_of(tmp_path, counts):
+    """Write so many files of each kind."""
+    for name, count in counts.items():
+        for i in range(count):
+            (tmp_path / f"{i}{name}").write_text(GOOD[name][0])
+    return tmp_path
+
+
+@pytest.mark.parametrize("counts", [{"a.xml": 1, "a.txt": 3}, {"a.xml": 3, "a.txt": 1}])
+@pytest.mark.parametrize("style", ["voc", "yolo"])
+@pytest.mark.parametrize("data_file", [True, False])
+def test_a_folder_of_two_kinds_keeps_the_readers_reason(tmp_path, counts, style, data_file):
+    folder = folder_of(tmp_path, counts)
+    if data_file:
+        (folder / "data.yaml").write_text(GOOD["dataset.yaml"][0])
+    entry = {"NAME": "x", "FORMAT": style, "ANNOTATIONS": str(folder), "IMAGES": str(folder / "imagse")}
+    register_datasets([entry])
+    with pytest.raises(UserError, match=r"imagse: no such folder$"):
+        load_table("x")
+    register_datasets([{**entry, "FORMAT": "coco"}])
+    with pytest.raises(UserError, match=r" is (a|the) folder of .* \(FORMAT is coco\)$"):
+        load_table("x")
+
+
+def test_a_folder_of_another_kind_keeps_the_readers_reason_beside_it(tmp_path):
+    folder = folder_of(tmp_path, {"a.txt": 2})
+    register_datasets(
+        [{"NAME": "x", "FORMAT": "voc", "ANNOTATIONS": str(folder), "IMAGES": str(folder / "imagse")}]
+    )
+    with pytest.raises(
+        UserError, match=r"set FORMAT: yolo \(FORMAT is voc; IMAGES: .*imagse: no such folder\)$"
+    ):
+        load_table("x")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[1]", "{", "hello", "<", "a,b\n", '{"a": 1}', "\xff\xfe"])
