@@ -20,9 +20,9 @@ from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.best import check_best
 from focal_d2.engine.checkpoint import FocalCheckpointer, check_file
 from focal_d2.engine.checks import check_training
-from focal_d2.engine.output_lock import output_lock
+from focal_d2.engine.output_lock import output_lock, was_trained_in
 from focal_d2.engine.ranks import check_backend, check_devices, restarted_by_torchrun, start
-from focal_d2.engine.setup import building, load_config, set_up_job
+from focal_d2.engine.setup import building, load_config, restored_config, set_up_job
 from focal_d2.engine.trainer import FocalTrainer
 from focal_d2.errors import UserError
 from focal_d2.unread_keys import unread_keys
@@ -63,14 +63,20 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("; ".join([str(error), *unread])) from error
     check_backend(torch.device(cfg.MODEL.DEVICE).type)
     if args.eval_only:
-        _set_up(cfg, args, unread)
+        # The config.yaml of a training says what was trained, not what was evaluated afterwards.
+        with restored_config(cfg.OUTPUT_DIR, always=was_trained_in(cfg.OUTPUT_DIR)):
+            _set_up(cfg, args, unread)
         _evaluate(cfg, args)
         return
+    check_training(cfg)
+    check_best(cfg)
     # Before anything is written there, config.yaml and log.txt included.
     with output_lock(cfg.OUTPUT_DIR):
         args.resume = args.resume or restarted_by_torchrun(cfg.OUTPUT_DIR)
-        _set_up(cfg, args, unread)
-        _train(cfg, args)
+        with restored_config(cfg.OUTPUT_DIR, always=False):
+            _set_up(cfg, args, unread)
+            trainer = _trainer(cfg, args)
+        trainer.train()
 
 
 def _set_up(cfg: CfgNode, args: argparse.Namespace, unread: list[str]) -> None:
@@ -85,13 +91,13 @@ def _set_up(cfg: CfgNode, args: argparse.Namespace, unread: list[str]) -> None:
             logger.warning(line)
 
 
-def _train(cfg: CfgNode, args: argparse.Namespace) -> None:
+def _trainer(cfg: CfgNode, args: argparse.Namespace) -> FocalTrainer:
     with building("trainer"):
         trainer = FocalTrainer(resolve_alpha(cfg))
     trainer.checkpointer.trust_files = args.trust_files
     trainer.checkpointer.allow_download = args.allow_download
     trainer.resume_or_load(resume=args.resume)
-    trainer.train()
+    return trainer
 
 
 def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -54,6 +54,11 @@ def output_lock(folder: str) -> Iterator[None]:
             os.close(handle)
 
 
+def was_trained_in(folder: str) -> bool:
+    """Say whether a training has held the lock of this folder, now or earlier."""
+    return os.path.isfile(os.path.join(folder, _NAME))
+
+
 def _lock(folder: str) -> int:
     """Lock the file and write this process's name into it; return its descriptor.
 

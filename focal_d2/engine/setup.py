@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import yaml
@@ -29,6 +30,7 @@ from focal_d2.errors import UNLESS_TRUSTED, UserError, did_you_mean
 from focal_d2.evaluation import check_backend
 from focal_d2.legal_values import check_values
 from focal_d2.storage.downloads import is_address
+from focal_d2.storage.files import write_aside
 
 _KERNELS = "MODEL.FOCAL.KERNELS"
 _COMMAND_LINE = "command line"
@@ -39,6 +41,8 @@ _MISMATCH = re.compile(
     r"with values \(.* vs\. (?P<value>.*)\) for config key: (?P<key>\S+)",
     re.DOTALL,
 )
+# A list of texts as YAML has it, which is no literal of Python.
+_PLAIN_LIST = re.compile(r"\[[^][(){}:]*\]")
 _TYPES = {"bool": "True or False", "int": "a whole number", "str": "a text", "CfgNode": "a section"}
 
 
@@ -79,7 +83,7 @@ def load_config(
                 merge_file(cfg, config_file, allow_download=allow_download)
     _check_pairs(overrides)
     with _config_errors(cfg, _COMMAND_LINE), _other_types(cfg):
-        cfg.merge_from_list(list(overrides))
+        cfg.merge_from_list(_with_lists(cfg, overrides))
     _refuse_nulls(cfg)
     cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = map(os.path.expanduser, (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS))
     if not trust_files:
@@ -161,9 +165,12 @@ def _wrong_type(key: str, type: str, given: str, value: str, *, quoted: bool) ->
         wanted = f"a number with a point, such as {value}.0" if given == "int" else "a number"
     elif type in ("tuple", "list"):
         wanted = "a list"
-        if given in ("str", "int", "float", "bool"):
-            item = repr(value) if quoted and given == "str" else value
-            wanted = f'a list: "[{item}]"' if quoted else f"a list: [{item}]"
+        if key == "DATASETS.FOCAL":
+            wanted = "a list of mappings with NAME, IMAGES, ANNOTATIONS (docs/data.md)"
+        elif given in ("str", "int", "float", "bool"):
+            items = _parts(value) if given == "str" else [value]
+            listed = ", ".join(repr(x) if quoted and given == "str" else x for x in items)
+            wanted = f'a list: "[{listed}]"' if quoted else f"a list: [{listed}]"
     return f"{key} is {value}; it must be {wanted}"
 
 
@@ -180,6 +187,26 @@ def _check_pairs(overrides: Sequence[str]) -> None:
             raise UserError(f"{text}: write {text.replace('=', ' ', 1)}, without =")
     if len(overrides) % 2:
         raise UserError(f"overrides must be KEY VALUE pairs; {overrides[-1]} has no value")
+
+
+def _with_lists(cfg: CfgNode, overrides: Sequence[str]) -> list[Any]:
+    """Read `[mine_train, other]` as a list of texts, as it is read in YAML, where the default is a list."""
+    values = leaves(cfg)
+    result: list[Any] = list(overrides)
+    for i in range(1, len(result), 2):
+        text = str(result[i]).strip()
+        if isinstance(values.get(result[i - 1]), (list, tuple)) and _PLAIN_LIST.fullmatch(text):
+            try:
+                ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                result[i] = _parts(text)
+    return result
+
+
+def _parts(text: str) -> list[str]:
+    """Return the items of a list that is written without quotes, or with some, maybe without brackets."""
+    items = (item.strip().strip("\"'").strip() for item in text.strip("[]() ").split(","))
+    return [item for item in items if item]
 
 
 def _refuse_nulls(cfg: CfgNode) -> None:
@@ -267,6 +294,26 @@ def set_up_job(cfg: CfgNode, args: argparse.Namespace) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = focal.TF32
     # Our own records go where detectron2's go.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="focal_d2")
+
+
+@contextmanager
+def restored_config(folder: str, *, always: bool) -> Iterator[None]:
+    """Put back the config.yaml of an earlier job if the block, which replaces it, fails.
+
+    Args:
+        folder: OUTPUT_DIR.
+        always: put it back where the block succeeds as well.
+    """
+    path, before, done = os.path.join(folder, "config.yaml"), b"", False
+    if comm.is_main_process() and os.path.isfile(path):
+        with open(path, "rb") as file:
+            before = file.read()
+    try:
+        yield
+        done = True
+    finally:
+        if before and (always or not done):
+            write_aside(path, lambda file: file.write(before))
 
 
 @contextmanager

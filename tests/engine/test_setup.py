@@ -131,6 +131,13 @@ def test_bad_yaml_gives_one_line(tmp_path, text, match):
         (["SOLVER.MAX_ITER", "1.5"], "SOLVER.MAX_ITER is 1.5; it must be a whole number"),
         (["solver.max_iter", "5"], "unknown key solver.max_iter; did you mean SOLVER.MAX_ITER?"),
         (["DATASETS.TRAIN", "mine"], r"DATASETS.TRAIN is mine; it must be a list: \"\['mine'\]\"$"),
+        (["DATASETS.TRAIN", "mine,other"], r"is mine,other; it must be a list: \"\['mine', 'other'\]\"$"),
+        (["DATASETS.TRAIN", "(mine)"], r"is \(mine\); it must be a list: \"\['mine'\]\"$"),
+        (["DATASETS.FOCAL", "x"], "DATASETS.FOCAL is x; it must be a list of mappings with NAME, IMAGES, A"),
+        (
+            [*CPU, "DATASETS.FOCAL", "[x]"],
+            r"DATASETS.FOCAL\[0\] is 'x'; it must have NAME, IMAGES, ANNOTATIONS",
+        ),
         (["INPUT.MIN_SIZE_TRAIN", "800"], r"MIN_SIZE_TRAIN is 800; it must be a list: \"\[800\]\"$"),
         (["SEED", "1", "--resume"], "--resume must come before the KEY VALUE pairs, .* begin with SEED"),
         (["SEED", "1", "--num-gpus", "2"], "--num-gpus must come before the KEY VALUE pairs"),
@@ -142,6 +149,23 @@ def test_bad_yaml_gives_one_line(tmp_path, text, match):
 def test_bad_overrides_give_one_line(overrides, match):
     with pytest.raises(UserError, match=match):
         load_config("", overrides)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("[mine_train]", ("mine_train",)),
+        ("[mine_train, 'other set']", ("mine_train", "other set")),
+        ("['a,b']", ("a,b",)),
+        ("('a',)", ("a",)),
+        ("[]", ()),
+    ],
+)
+def test_lists_of_texts_are_read_as_in_yaml(text, expected):
+    cfg = load_config("", [*CPU, "DATASETS.TRAIN", text, "MODEL.WEIGHTS", "[a]", "SOLVER.STEPS", "[1, 2]"])
+    assert expected == cfg.DATASETS.TRAIN
+    assert cfg.MODEL.WEIGHTS == "[a]"  # no list
+    assert cfg.SOLVER.STEPS == (1, 2)
 
 
 def test_missing_file_is_named():

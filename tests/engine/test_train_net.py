@@ -48,6 +48,7 @@ def test_train_evaluate_resume(job, tmp_path, monkeypatch, capsys):
     assert run_main(monkeypatch, *evaluate) == 0
     after = json.loads((tmp_path / "eval/inference" / data.name / "coco_instances_results.json").read_text())
     assert after == before
+    assert "SOLVER:" in (tmp_path / "eval/config.yaml").read_text()
 
     # --resume goes on from the last checkpoint, normaliser included.
     saved = torch.load(out / "model_final.pth")
@@ -57,6 +58,7 @@ def test_train_evaluate_resume(job, tmp_path, monkeypatch, capsys):
     torch.save(saved, out / "model_final.pth")
     assert run_main(monkeypatch, "--config-file", config, "--resume", "SOLVER.MAX_ITER", 11) == 0
     assert "Starting training from iteration 8" in (out / "log.txt").read_text()
+    assert "MAX_ITER: 11\n" in (out / "config.yaml").read_text()
     resumed = torch.load(out / "model_final.pth")
     assert resumed["iteration"] == 10
     # Three steps of the saved moving average, not of one that starts at 100 again.
@@ -135,6 +137,27 @@ def test_annotations_are_checked_before_training(job, coco_dataset, tmp_path, mo
     assert run_main(monkeypatch, *args) == 2
     assert f'dataset "{test.name}" has no box to test on' in capsys.readouterr().err
     assert not (tmp_path / "second").exists()
+
+
+def test_a_refused_job_and_an_evaluation_keep_the_config_of_the_training(job, tmp_path, monkeypatch):
+    config, _ = job
+    written, weights = tmp_path / "out/config.yaml", tmp_path / "out/model_final.pth"
+    train = ["--config-file", config, "--resume", "SOLVER.MAX_ITER", 1]
+    assert run_main(monkeypatch, *train) == 0
+    before = written.read_bytes()
+    for refused in (
+        ["TEST.EVAL_PERIOD", -5],
+        ["TEST.FOCAL.PATIENCE", 3],
+        ["DATALOADER.SAMPLER_TRAIN", "Even"],
+        ["SOLVER.FOCAL.OPTIMIZER", "SGD"],  # known when the checkpoint is read
+    ):
+        assert run_main(monkeypatch, *train, *refused) == 2
+        assert written.read_bytes() == before, refused
+    evaluate = ["--eval-only", "--config-file", config, "SEED", 5, "MODEL.WEIGHTS"]
+    assert run_main(monkeypatch, *evaluate, "nowhere.pth") == 2
+    assert written.read_bytes() == before
+    assert run_main(monkeypatch, *evaluate, weights) == 0
+    assert written.read_bytes() == before
 
 
 def test_resume_without_a_checkpoint_starts_anew(job, tmp_path, monkeypatch):
