@@ -91,7 +91,7 @@ def check_dataset(name: str, table: Table) -> list[Finding]:
         name: the dataset's.
         table: its annotations.
     """
-    notes = [Finding("annotations-read", note, name) for note in table.notes]
+    notes = [Finding("annotations-read", note, name) for note in (*table.warnings, *table.notes)]
     return [*check_items(name, table), *check_boxes(name, table), *notes]
 
 

@@ -97,6 +97,8 @@ def _announce(name: str) -> None:
     table = load_table(name)
     for note in table.notes:
         logger.info(note)
+    for warning in table.warnings:
+        logger.warning(warning)
     for fault, mask in (
         ("have no area", ~table.has_area),
         ("are outside their image", table.has_area & ~table.usable),

@@ -34,6 +34,7 @@ class Table:
         annotated: whether the dataset says which objects there are; False: a test set that keeps them secret.
         problems: a line for each item that could not be read; those items are in no column.
         notes: lines for the log: what the reader decided that its user may not expect.
+        warnings: the same, where the decision may be wrong.
     """
 
     classes: tuple[str, ...]
@@ -49,6 +50,7 @@ class Table:
     annotated: bool = True
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.file_names)

@@ -45,7 +45,7 @@ class _Annotation(Struct, gc=False):
     image_id: _Id
     category_id: _Id
     bbox: tuple[float, float, float, float]
-    id: _Id | str | None = None  # of no use here
+    id: _Id | float | str | None = None  # of no use here
     area: float | None = None
     iscrowd: int | bool | None = None
     ignore: int | bool | float | None = None
@@ -126,11 +126,9 @@ def read_coco(annotations: str, images: ImageFolder | str, classes: Sequence[str
     if empty:
         reason = f": {problems[0]}" if problems else ""
         raise UserError(f"{annotations}: no {' and no '.join(empty)} in it{reason}")
-    for section in _SECTIONS:
-        seen: dict[int | str, Any] = {}
-        for i, item in enumerate(getattr(coco, section) or ()):
-            if item.id is None:
-                continue
+    for section in ("images", "categories"):
+        seen: dict[int, Any] = {}
+        for i, item in enumerate(getattr(coco, section)):
             if item.id in seen and not (section == "categories" and seen[item.id] == item):
                 note(section, i, "has the id of an earlier one; ids must be different whole numbers")
             seen[item.id] = item
@@ -150,7 +148,7 @@ def read_coco(annotations: str, images: ImageFolder | str, classes: Sequence[str
         path, refused = images.path(image.file_name)
         height, width = image.height, image.width
         if path is None:
-            note("images", i, f"has the file_name {refused}")
+            note("images", i, f"has a file_name that is refused: {refused}")
         elif height and width and (height != int(height) or width != int(width)):
             note("images", i, f"has the height and width {height}, {width}; not whole numbers")
         elif image.id not in places:
@@ -315,13 +313,20 @@ def _usual(item: Any) -> Any:
     """Return an item as most tools write it: ids as numbers, and a box where there is a mask."""
     if not isinstance(item, dict):
         return item
-    item = {
-        key: int(value) if key in _IDS and isinstance(value, str) and _WHOLE.fullmatch(value) else value
-        for key, value in item.items()
-    }
+    item = {key: _whole(value) if key in _IDS else value for key, value in item.items()}
     if not item.get("bbox") and item.get("segmentation"):
         item["bbox"] = mask_box(item["segmentation"])
     return item
+
+
+def _whole(value: Any) -> Any:
+    """Return the whole number that a text or a float is; pandas writes 1.0 where other ids are missing."""
+    if isinstance(value, str) and _WHOLE.fullmatch(value):
+        return int(value)
+    # Larger floats can stand for several ids.
+    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+        return int(value)
+    return value
 
 
 def _what_is_wrong(item: Any, kind: type[Struct], message: str) -> str:

@@ -24,6 +24,7 @@ COLUMNS = {
 }
 _NEEDED = ("image", "xmin", "ymin", "xmax", "ymax", "label")
 _CORNERS = _NEEDED[1:5]
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 # As programs write them.
 _FLAGS = {"": False, "0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 
@@ -44,7 +45,7 @@ def read_csv(
 
     Args:
         annotations: the file, UTF-8, separated by commas, semicolons or tabs, whichever part its first line
-            into most fields. Under semicolons, numbers may have a decimal comma.
+            into most fields. Between semicolons or tabs, numbers may have a decimal comma.
         images: folder of the images.
         classes: K names in the order of labels; None: those that occur, sorted.
         columns: what the header calls the columns above, where it calls them otherwise.
@@ -62,11 +63,11 @@ def read_csv(
             if not any(field.strip() for field in fields):
                 continue
             if places is None:
-                places, is_header = _places(annotations, fields, columns or {})
+                places, is_header = _places(annotations, fields, columns or {}, separator)
                 if is_header:
                     continue
             row = [field.strip() for field in fields]
-            _add(rows, places, row, f"{annotations}: line {reader.line_num}", decimal_comma=separator == ";")
+            _add(rows, places, row, f"{annotations}: line {reader.line_num}", decimal_comma=separator != ",")
     except csv.Error as error:
         raise UserError(f"{annotations}: line {reader.line_num}: {error}") from error
     return rows.table()
@@ -75,10 +76,12 @@ def read_csv(
 def _separator(text: str) -> str:
     """Return what parts the first line that is not blank into most fields."""
     line = next((x for x in text.splitlines() if x.strip()), "")
-    return max(",;\t", key=line.count)
+    return max(_SEPARATORS, key=line.count)
 
 
-def _places(path: str, first: Sequence[str], renamed: Mapping[str, str]) -> tuple[dict[str, int], bool]:
+def _places(
+    path: str, first: Sequence[str], renamed: Mapping[str, str], separator: str
+) -> tuple[dict[str, int], bool]:
     """Return the place of each column, and whether the first line names them."""
     corners = [x.strip().replace(",", ".") for x in first[1:5]]
     if not renamed and len(first) >= len(_NEEDED) and all(is_number(x) or not x for x in corners):
@@ -95,8 +98,14 @@ def _places(path: str, first: Sequence[str], renamed: Mapping[str, str]) -> tupl
     if missing:
         accepted = "; ".join(" or ".join(aliases[column]) for column in missing)
         header = listed([short(x)[1:-1] for x in first])
+        if len(first) == 1:
+            raise UserError(
+                f"{path}: the first line, {header}, is one field; fields are separated by "
+                f"{', '.join(_SEPARATORS.values())}"
+            )
         raise UserError(
-            f"{path}: the header {header} has no column {', '.join(missing)}, which may be called "
+            f"{path}: the header {header} (separated by {_SEPARATORS[separator]}) has no column "
+            f"{', '.join(missing)}, which may be called "
             f"{accepted}, or as COLUMNS of the entry says"
         )
     return places, True

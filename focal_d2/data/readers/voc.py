@@ -14,6 +14,7 @@ from focal_d2.data.readers.common import (
     Box,
     ImageFolder,
     Rows,
+    image_size,
     list_files,
     listed,
     path_under,
@@ -42,7 +43,8 @@ def read_voc(
         images: folder of the images. An XML file's image is the one in the same subfolder that has the XML
             file's stem and a known ending; without such an image, the one that its `filename` names, in the
             same subfolder or in `images` itself. Files that were renamed keep an old `filename`, which may
-            meanwhile be the name of another image.
+            meanwhile be the name of another image. Where the two are different images, and only the second
+            one has the size that the file gives, it is the second one.
         classes: K names in the order of labels; None: those that occur, sorted.
         chosen: names of XML files without ending, as in VOC's ImageSets/Main; None: all.
 
@@ -61,11 +63,12 @@ def read_voc(
                 renamed.append(name)
         except UserError as error:
             rows.problems.append(str(error))
-    notes = []
+    notes, warnings = [], []
     if renamed:
-        notes.append(
+        warnings.append(
             f"{annotations}: in {len(renamed)} of {len(names)} files <filename> is the name of another image "
-            f"than the one with the file's own name, which is taken; the first is {renamed[0]}"
+            "than the one with the file's own name, which is taken unless only the other one has the file's "
+            f"<size>; the first is {renamed[0]}"
         )
     table = rows.table()
     from_zero = (table.boxes[:, :2] == -1).any(axis=1) | (table.boxes % 1 != 0).any(axis=1)
@@ -74,7 +77,7 @@ def read_voc(
             f"{annotations}: {from_zero.sum()} of {len(from_zero)} boxes have a corner of 0 or one that is "
             "not whole, as tools write that count pixels from 0; VOC counts from 1: boxes may be a pixel off"
         )
-    return dataclasses.replace(table, notes=notes)
+    return dataclasses.replace(table, notes=notes, warnings=warnings)
 
 
 def read_voc_boxes(path: str | Path) -> np.ndarray:
@@ -113,7 +116,7 @@ def _read_file(path: str, stem: str, rows: Rows) -> bool:
             raise UserError(f"{path}: size has the height and width {sides}; not whole numbers")
         # Some tools write 0 for a size that they don't know.
         size = None if 0 in numbers else (int(numbers[0] or 0), int(numbers[1] or 0))
-    name, differs = _image_name(path, root, stem, rows.images)
+    name, differs = _image_name(path, root, stem, rows.images, size)
     if name in rows:
         raise UserError(f"{path}: another file has the annotations of {name} already")
     if rows.add_image(name, path, size) is not None:
@@ -122,8 +125,10 @@ def _read_file(path: str, stem: str, rows: Rows) -> bool:
     return differs
 
 
-def _image_name(path: str, root: ElementTree.Element, stem: str, images: ImageFolder) -> tuple[str, bool]:
-    """Return the name of an XML file's image, and whether `filename` means another image; see `read_voc`.
+def _image_name(
+    path: str, root: ElementTree.Element, stem: str, images: ImageFolder, size: tuple[int, int] | None
+) -> tuple[str, bool]:
+    """Return the name of an XML file's image, and whether `filename` and stem differ; see `read_voc`.
 
     Raises:
         UserError: naming the file, if it names no image or the stem means several.
@@ -142,7 +147,19 @@ def _image_name(path: str, root: ElementTree.Element, stem: str, images: ImageFo
         raise UserError(
             f"{path}: no <filename> in <{root.tag}> and no image {stem}.* in {images.root}: not a VOC file"
         )
-    return [*both, *own, *named, given][0], bool(named and own and not both)
+    differs = bool(named and own and not both)
+    if differs and size and _has_size(images, named[0], size) and not _has_size(images, own[0], size):
+        return named[0], differs
+    return [*both, *own, *named, given][0], differs
+
+
+def _has_size(images: ImageFolder, name: str, size: tuple[int, int]) -> bool:
+    """Tell whether an image can be read and has a size; some tools ignore that an image is turned."""
+    path, _ = images.path(name)
+    try:
+        return path is not None and sorted(image_size(path)) == sorted(size)
+    except UserError:
+        return False
 
 
 def _parse(path: str | Path) -> ElementTree.Element:

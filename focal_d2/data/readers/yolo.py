@@ -82,17 +82,25 @@ def read_yolo(
             boxes with keypoints.
     """
     images = ImageFolder.of(images)
-    names_file, keypoint_shape = about_classes(annotations)
+    names_file, class_count, keypoint_shape = about_classes(annotations)
     notes: list[str] = []
+    warnings: list[str] = []
     if classes is None and names_file:
         classes = class_names(names_file)
         notes.append(f"{annotations}: the class names are those of {names_file}")
+        if class_count is not None and class_count != len(classes):
+            warnings.append(
+                f"{names_file}: nc is {short(class_count)}, but names has {len(classes)} classes, which are "
+                "taken"
+            )
     elif classes is None:
         notes.append(f"{annotations}: no class names found; the classes are numbers (CLASSES names them)")
     if is_yaml(annotations):
         files = files_of_split(annotations, split, images)
     else:
         files = files_of_folder(annotations, images, chosen)
+        if not files.labels:
+            raise UserError(f"{annotations}: no images in {images.root}")
     table = Rows(files.images, classes, annotations)
     lines: list[_Row] = []
     sizes: dict[str, tuple[int, int]] = {}
@@ -111,11 +119,15 @@ def read_yolo(
         if _has_labels(path, table):
             table.problem(path, f"no image of that name in {files.images.root}")
     if not table.problems and not files.any_labels:
-        raise UserError(f"{annotations}: no label file of any of the {len(files.labels)} images is there")
+        name, label_file = next(iter(files.labels.items()))
+        raise UserError(
+            f"{annotations}: none of the {len(files.labels)} images has a label file; that of {name} would "
+            f"be {label_file}"
+        )
     if classes is None:
         # Numbers stand for themselves: that 0 occurs nowhere must not make 1 the first class.
         table.classes = [str(k) for k in range(1 + max(map(int, table.names()), default=-1))]
-    return dataclasses.replace(table.table(), notes=notes)
+    return dataclasses.replace(table.table(), notes=notes, warnings=warnings)
 
 
 def _has_labels(path: str, table: Rows) -> bool:

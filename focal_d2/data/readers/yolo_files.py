@@ -34,23 +34,37 @@ class YoloFiles(NamedTuple):
     without_image: list[str]
 
 
-def about_classes(annotations: str) -> tuple[str | None, Any]:
-    """Find the file that names the classes, and ultralytics' `kpt_shape`.
+class AboutClasses(NamedTuple):
+    """What a dataset's files say about its classes.
+
+    Attributes:
+        names_file: the file that names them; None if there is none.
+        number: `nc` of this file, if it is a data.yaml that has it.
+        keypoint_shape: `kpt_shape` of a data.yaml, or None.
+    """
+
+    names_file: str | None
+    number: Any
+    keypoint_shape: Any
+
+
+def about_classes(annotations: str) -> AboutClasses:
+    """Find the file that names the classes, and ultralytics' `nc` and `kpt_shape`.
 
     Args:
         annotations: the folder of labels, or a data.yaml.
 
     Returns:
-        The data.yaml, or of the files that tools leave in the folder, else in one of the three above it, the
-        nearest; None if there is none. `kpt_shape` of such a data.yaml, or None.
+        The names file is the data.yaml, or of the files that tools leave in the folder, else in one of the
+        three above it, the nearest.
     """
-    if is_yaml(annotations):
-        content = read_yaml(annotations)
-        return annotations if "names" in content else None, content.get("kpt_shape")
-    data = _nearby(annotations, _DATA_FILES)
+    data = annotations if is_yaml(annotations) else _nearby(annotations, _DATA_FILES)
     content = read_yaml(data) if data else {}
-    names = _nearby(annotations, (*_NAMES, *_DATA_FILES) if "names" in content else _NAMES)
-    return names, content.get("kpt_shape")
+    if is_yaml(annotations):
+        names = annotations if "names" in content else None
+    else:
+        names = _nearby(annotations, (*_NAMES, *_DATA_FILES) if "names" in content else _NAMES)
+    return AboutClasses(names, content.get("nc") if names == data else None, content.get("kpt_shape"))
 
 
 def _nearby(folder: str, names: Sequence[str]) -> str | None:
@@ -133,6 +147,11 @@ def files_of_split(path: str, split: str | None, options: ImageFolder) -> YoloFi
             folder = os.path.dirname(_label_stem(os.path.join(source, "x")))
             if os.path.isdir(folder):
                 label_files += [os.path.join(folder, x) for x in list_files(folder, (".txt",))]
+        elif source.lower().endswith(IMAGE_SUFFIXES):
+            raise UserError(
+                f"{path}: {split}: {short(place)} is an image; it must be a folder of images, or a text file "
+                "that lists images"
+            )
         else:
             folders = [
                 ImageFolder(x, outside=options.outside, basename=options.basename)
@@ -140,9 +159,11 @@ def files_of_split(path: str, split: str | None, options: ImageFolder) -> YoloFi
             ]
             images += [_listed_image(line, folders, source) for line in read_list(source)]
     images = list(dict.fromkeys(images))
+    if not images:
+        raise UserError(f"{path}: {split}: no images in {listed(places)}")
     stems = {os.path.splitext(x)[0]: x for x in label_files}
     labels = {x: stems.get(_label_stem(x), f"{_label_stem(x)}.txt") for x in images}
-    root = os.path.commonpath(map(os.path.dirname, images)) if images else beside
+    root = os.path.commonpath(map(os.path.dirname, images))
     known = set(map(_label_stem, images))
     return YoloFiles(
         images=ImageFolder(root),

@@ -102,6 +102,29 @@ def test_all_annotations_may_be_absent(coco_dataset):
     assert [r["annotations"] for r in table.records()] == [[], []]
 
 
+def test_ids_may_be_whole_floats_and_annotations_may_share_one(coco_dataset):
+    data = coco_dataset(images=2)
+    whole = read_changed(data, lambda c: None)
+
+    def change(coco):
+        for annotation in coco["annotations"]:
+            annotation.update(
+                id=7.5, image_id=float(annotation["image_id"]), category_id=1.0 * annotation["category_id"]
+            )
+
+    table = read_changed(data, change)
+    assert not table.problems
+    assert (table.image.tolist(), table.labels.tolist()) == (whole.image.tolist(), whole.labels.tolist())
+    table = read_changed(data, lambda c: c["annotations"][0].update(image_id=0.5))
+    assert "annotations[0] (id 7.5) has the image_id 0.5; it must be the id of an image" in table.problems[0]
+
+
+def test_annotations_with_one_id_are_read(coco_dataset):
+    table = read_changed(coco_dataset(images=2), lambda c: [a.update(id=1) for a in c["annotations"]])
+    assert not table.problems
+    assert len(table.boxes) == 6
+
+
 def test_nothing_good_says_what_was_wrong(coco_dataset):
     with pytest.raises(UserError, match=r"json: no images in it: .*images\[0\] has no id"):
         read_changed(coco_dataset(images=1), lambda c: c["images"][0].pop("id"))

@@ -95,3 +95,17 @@ def test_a_header_with_unknown_names_tells_the_known_ones(read):
         UserError, match="has no column image, which may be called image or image_path or filename"
     ):
         read("bild,xmin,ymin,xmax,ymax,label\n")
+
+
+def test_numbers_between_tabs_may_have_a_decimal_comma(read):
+    table = read("image\txmin\tymin\txmax\tymax\tlabel\na.png\t1,5\t2\t10,5\t4\ttree\n")
+    assert table.boxes.tolist() == [[1.5, 2, 9, 2]]
+
+
+def test_a_header_that_is_not_understood_names_the_separator(read):
+    with pytest.raises(UserError, match=r"image\|xmin\|ymin, is one field; .* by commas, semicolons, tabs$"):
+        read("image|xmin|ymin\n")
+    with pytest.raises(
+        UserError, match=r"the header image, xmin, a \(separated by semicolons\) has no column ymin"
+    ):
+        read("image;xmin;a\n")

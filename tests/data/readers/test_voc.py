@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from PIL import Image
 
 from focal_d2 import UserError
 from focal_d2.data.checks import check_dataset
@@ -116,12 +117,38 @@ def test_an_old_filename_that_is_now_another_images_does_not_count(folder):
     table = read_voc(str(folder), str(images), chosen=["1", "7"])
     assert [os.path.basename(name) for name in table.file_names] == ["1.png", "7.png"]
     assert table.boxes[:, 0].tolist() == [2, 4]
-    assert "in 1 of 2 files <filename> is the name of another image" in table.notes[0]
+    assert not table.notes
+    assert "in 1 of 2 files <filename> is the name of another image" in table.warnings[0]
+    assert table.warnings[0] in [finding.message for finding in check_dataset("x", table)]
     # Of two images with the file's stem, filename says which.
     (images / "1.jpg").write_bytes(b"")
     assert [os.path.basename(x) for x in read_voc(str(folder), str(images), chosen=["1"]).file_names] == [
         "1.png"
     ]
+
+
+@pytest.mark.parametrize(
+    "own, other, taken",
+    [
+        ((40, 30), (40, 30), "1.png"),
+        ((40, 30), (20, 20), "1.png"),
+        ((20, 20), (40, 30), "img_7.png"),
+        ((20, 20), (30, 40), "img_7.png"),  # of an image that is turned
+        ((20, 20), (10, 10), "1.png"),
+    ],
+)
+def test_the_size_in_a_file_tells_its_image_from_another_one_of_its_name(folder, own, other, taken):
+    """<filename> in 1.xml is img_7.png, and there are both images; the file's <size> is 40 x 30."""
+    images = folder / "images"
+    images.mkdir()
+    Image.new("RGB", own).save(images / "1.png")
+    Image.new("RGB", other).save(images / "img_7.png")
+    (folder / "1.xml").write_text(
+        f"<annotation>{HEAD.format('img_7')}{OBJECT.format('x', 0, 1, 1, 9, 9)}</annotation>"
+    )
+    table = read_voc(str(folder), str(images), chosen=["1"])
+    assert [os.path.basename(name) for name in table.file_names] == [taken]
+    assert len(table.warnings) == 1
 
 
 @pytest.mark.parametrize("corners, count", [((0, 5, 9, 9), 1), ((3, 4.5, 9, 9), 1), ((1, 1, 9, 9), 0)])

@@ -300,3 +300,32 @@ def test_aliases_of_a_data_file_are_bounded(data_file):
     data_file.write_text("\n".join([*rows, "names: [x]", "train: [*a11]"]))
     with pytest.raises(UserError, match=r"data\.yaml, line \d+: more than 100000 values"):
         read_yolo(str(data_file), "", split="train")
+
+
+@pytest.mark.parametrize("count, warnings", [(2, 0), (3, 1)])
+def test_a_number_of_classes_that_is_not_that_of_the_names_is_a_warning(data_file, count, warnings):
+    data_file.write_text(f"train: train/images\nnc: {count}\nnames: [x, y]\n")
+    for table in (
+        read_yolo(str(data_file), "", split="train"),
+        read_yolo(str(data_file.parent / "train/labels"), str(data_file.parent / "train/images")),
+    ):
+        assert table.classes == ("x", "y")
+        assert len(table.warnings) == warnings
+        assert all("data.yaml: nc is 3, but names has 2 classes" in text for text in table.warnings)
+
+
+def test_a_split_is_no_image(data_file):
+    data_file.write_text("train: train/images/a.png\nnames: [x]\n")
+    with pytest.raises(
+        UserError, match=r"data\.yaml: train: 'train/images/a\.png' is an image; it must be a folder"
+    ):
+        read_yolo(str(data_file), "", split="train")
+
+
+def test_a_folder_without_images_is_named(data_file):
+    (data_file.parent / "empty").mkdir()
+    with pytest.raises(UserError, match=r"train/labels: no images in .*/empty$"):
+        read_yolo(str(data_file.parent / "train/labels"), str(data_file.parent / "empty"))
+    data_file.write_text("train: empty\nnames: [x]\n")
+    with pytest.raises(UserError, match=r"data\.yaml: train: no images in empty$"):
+        read_yolo(str(data_file), "", split="train")
