@@ -81,8 +81,8 @@ def main() -> None:
         print(f"{len(paths)} pictures in {args.output}")
     if cut:
         print(
-            f"TEST.DETECTIONS_PER_IMAGE {limit} cuts off detections of {args.threshold:g} and above in "
-            f"{len(cut)} of {len(paths)} images; the first is {cut[0]}",
+            f"TEST.DETECTIONS_PER_IMAGE {limit} cuts off detections with scores of {args.threshold:g} and "
+            f"above in {len(cut)} of {len(paths)} images; the first is {cut[0]}",
             file=sys.stderr,
         )
 

@@ -77,7 +77,8 @@ KINDS = {
         WARNING,
         "images have more boxes than the model returns detections of an image, or candidates of a level: the "
         "others are missed",
-        "raise the key to the number of boxes, or cut the images into smaller ones",
+        "raise DETECTIONS_PER_IMAGE to the number of boxes, TOPK_CANDIDATES_TEST to several times it, or cut "
+        "the images into smaller ones",
     ),
     # Classes.
     "class-count": Kind(
@@ -109,7 +110,8 @@ KINDS = {
     ),
     "box-cropped": Kind(
         WARNING,
-        "many boxes are larger than every crop of training: the model never sees such an object whole",
+        "many boxes are larger than nine in ten crops of training: the model hardly ever sees such an object "
+        "whole",
         "enlarge INPUT.CROP.SIZE or INPUT.FOCAL.BOX_CROP.SIZE, or train on smaller images (MIN_SIZE_TRAIN)",
     ),
     "box-long": Kind(

@@ -13,6 +13,9 @@ from detectron2.config import CfgNode
 
 from focal_d2.data.table import SHORTEST_SIDE, Table
 
+# Share of the training samples that show more of an image than `large_windows` says.
+_LARGER = 0.1
+
 
 class NetworkInputs(NamedTuple):
     """N images on their way into the network."""
@@ -77,11 +80,11 @@ def training_inputs(cfg: CfgNode, sizes: np.ndarray) -> NetworkInputs:
     )
 
 
-def largest_windows(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
-    """Return the most of each image that one training sample can show.
+def large_windows(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
+    """Return how much of each image a training sample shows when it shows much: one in ten shows more.
 
-    Of what training draws at random, the draw is taken that shows most: the largest crop, the smallest size
-    of `MIN_SIZE_TRAIN`, the smallest factor of `SCALE_JITTER`.
+    The crop of `INPUT.CROP` is taken at that share of its draws, and what follows at that share of the sizes
+    of `MIN_SIZE_TRAIN` and factors of `SCALE_JITTER`.
 
     Args:
         cfg: full config.
@@ -92,22 +95,31 @@ def largest_windows(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
 
     """
     inputs, crop_type, edges = cfg.INPUT, _crop_type(cfg), sorted(cfg.INPUT.MIN_SIZE_TRAIN)
+    if inputs.MIN_SIZE_TRAIN_SAMPLING == "range":
+        edges = np.linspace(edges[0], edges[-1], 11)[1:].astype(int).tolist()  # each tenth of the draws
+    low, high = inputs.FOCAL.SCALE_JITTER
     sizes = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
     crops = sizes
     if crop_type is not None:
-        crops = _crop(sizes, crop_type, np.asarray(inputs.CROP.SIZE, dtype=np.float64), at=1.0)
+        # Height and width are drawn each by itself.
+        at = 1 - _LARGER**0.5
+        crops = _crop(sizes, crop_type, np.asarray(inputs.CROP.SIZE, dtype=np.float64), at=at)
     last_crop = inputs.FOCAL.BOX_CROP.SIZE
     if not last_crop:
         return crops.astype(np.float64)
     windows = np.zeros(crops.shape)
-    for edge in edges:
+    for i, edge in enumerate(edges, 1):
+        # Of all draws, that share has this size or a smaller one, and this factor or a smaller one.
+        smaller = _LARGER * len(edges) / i
+        if smaller > 1:
+            continue
         resized = network_inputs(
             crops,
             crop_type=None,
             crop_size=(),
             short_edge=edge,
             max_size=inputs.MAX_SIZE_TRAIN,
-            factor=inputs.FOCAL.SCALE_JITTER[0],
+            factor=low + smaller * (high - low),
             last_crop=None,
         ).sizes
         windows = np.maximum(windows, crops * np.minimum(1, np.asarray(last_crop) / resized))

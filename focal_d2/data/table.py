@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -60,7 +61,7 @@ class Table:
         """(B,) bool: whether a box is of finite numbers and both sides are longer than `SHORTEST_SIDE`."""
         return np.isfinite(self.boxes).all(axis=1) & (self.boxes[:, 2:] > SHORTEST_SIDE).all(axis=1)
 
-    @property
+    @functools.cached_property
     def usable(self) -> np.ndarray:
         """(B,) bool: whether a box has an area, and has one left when it is clipped to its image."""
         usable = self.has_area
@@ -70,7 +71,7 @@ class Table:
         usable[usable] = (corners[:, 2:] - corners[:, :2] > SHORTEST_SIDE).all(axis=1)
         return usable
 
-    @property
+    @functools.cached_property
     def objects(self) -> np.ndarray:
         """(B,) bool: boxes that are trained on and counted in AP; they are usable and not ignored."""
         return self.usable & ~self.ignored

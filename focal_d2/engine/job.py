@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
     cfg = load_config(
         args.config_file, args.opts, trust_files=args.trust_files, allow_download=args.allow_download
     )
+    if not cfg.OUTPUT_DIR:
+        raise UserError("OUTPUT_DIR is empty; it must be the path of a folder")
     unread = unread_keys(cfg)
     try:
         check_datasets(cfg, training=not args.eval_only)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 
 import pytest
 from detectron2.data import DatasetCatalog
 
 from focal_d2.data import load_table, register_datasets
-from focal_d2.data.checks import annotation_warnings, check_against_config, check_dataset
+from focal_d2.data.checks import annotation_warnings, check_against_config, check_dataset, check_repeats
 from focal_d2.engine import load_config
 from focal_d2.errors import UserError
 from tests.conftest import REPOSITORY, make_cfg
@@ -85,6 +87,18 @@ def test_a_file_in_both_sets_is_named(sides):
     assert f"the same file is in {train.name}" in line
 
 
+def test_the_same_path_in_other_words_is_the_same_file(monkeypatch):
+    table = make_table([], sizes=[(64, 64)] * 2)
+    absolute = os.path.abspath
+    asked = []
+    monkeypatch.setattr(os.path, "abspath", lambda path: asked.append(path) or absolute(path))
+    train = dataclasses.replace(table, file_names=["/data/a.jpg", os.path.join(os.getcwd(), "b.jpg")])
+    test = dataclasses.replace(table, file_names=["/data/x/../a.jpg", "b.jpg"])
+    (found,) = check_repeats({"train": train}, {"test": test}, {})
+    assert (found.code, found.count) == ("image-leak", 2)
+    assert asked == test.file_names  # it takes long for many files: only where it changes something
+
+
 def test_many_kinds_are_cut_short(coco_dataset):
     data = coco_dataset(images=2)
     content = json.loads(data.annotations.read_text())
@@ -152,13 +166,23 @@ def test_574_boxes_of_an_image_are_more_than_100():
         found.message == "1 of 1 images have more boxes than TEST.DETECTIONS_PER_IMAGE 100; the most is 574"
     )
     assert [(fix.key, fix.value) for fix in found.fixes] == [("TEST.DETECTIONS_PER_IMAGE", 574)]
+    # Training never sees all boxes of an image that it crops; the test set is seen whole.
+    for settings in ({"CROP__ENABLED": True, "CROP__SIZE": [0.9, 0.9]}, {"FOCAL__BOX_CROP__SIZE": [99, 99]}):
+        cropped = make_cfg(**{f"INPUT__{key}": value for key, value in settings.items()})
+        assert check_against_config(cropped, {"train": table}, {}) == []
+        assert [x.code for x in check_against_config(cropped, {}, {"test": table})] == ["boxes-above-limit"]
+    # Most candidates of a level are removed by NMS: their number of boxes would not be enough.
+    few = make_cfg(TEST__DETECTIONS_PER_IMAGE=-1, MODEL__RETINANET__TOPK_CANDIDATES_TEST=100)
+    (found,) = check_against_config(few, {}, {"test": table})
+    assert [(fix.key, fix.value) for fix in found.fixes] == [("", None)]
+    assert "MODEL.RETINANET.TOPK_CANDIDATES_TEST: several times 574" in found.fixes[0].why
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"CROP__ENABLED": True, "CROP__TYPE": "absolute", "CROP__SIZE": [256, 256]},
-        {"CROP__ENABLED": True, "CROP__TYPE": "absolute_range", "CROP__SIZE": [200, 256]},
+        {"CROP__ENABLED": True, "CROP__TYPE": "absolute_range", "CROP__SIZE": [256, 256]},
         {"FOCAL__BOX_CROP__SIZE": [256, 256]},
         # Twice the size in a crop of twice the size.
         {"FOCAL__BOX_CROP__SIZE": [512, 512], "MIN_SIZE_TRAIN": (1280, 1600)},
@@ -171,9 +195,22 @@ def test_objects_of_320_pixels_fit_into_no_crop_of_256(settings):
     cfg = make_cfg(**{f"INPUT__{key}": value for key, value in settings.items()})
     (found,) = check_against_config(cfg, {"train": table}, {})
     assert (found.code, found.severity, found.count) == ("box-cropped", "warning", 22)
-    assert found.message == "22 of 22 boxes fit whole into no crop that training takes"
-    assert str(found.examples[0]) == "0.png: 320 × 320 pixels, the crop is at most 256 × 256"
+    assert found.message == "nine in ten crops of training are too small for 22 of 22 boxes"
+    assert str(found.examples[0]) == "0.png: 320 × 320 pixels, nine in ten crops are at most 256 × 256"
     assert check_against_config(cfg, {}, {"test": table}) == []  # test images are not cropped
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"FOCAL__BOX_CROP__SIZE": [256, 256], "FOCAL__SCALE_JITTER": [0.79, 1.0]},  # 5 % of the factors
+        {"CROP__ENABLED": True, "CROP__TYPE": "absolute_range", "CROP__SIZE": [256, 330]},  # 2 % of the crops
+    ],
+)
+def test_crops_that_hold_the_boxes_in_few_draws_are_named(settings):
+    cfg = make_cfg(INPUT__MIN_SIZE_TRAIN=(0,), **{f"INPUT__{key}": x for key, x in settings.items()})
+    table = make_table([[10, 20, 320, 320]] * 3, sizes=[(640, 900)])
+    assert [x.code for x in check_against_config(cfg, {"train": table}, {})] == ["box-cropped"]
 
 
 def test_crops_that_can_hold_the_boxes_are_no_finding():

@@ -7,7 +7,7 @@ from detectron2.data import transforms as T
 
 from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.data.augmentations import ResizeAndCrop
-from focal_d2.data.resolution import largest_windows, network_inputs, training_boxes, training_inputs
+from focal_d2.data.resolution import large_windows, network_inputs, training_boxes, training_inputs
 from focal_d2.data.table import Table
 from tests.conftest import make_cfg
 
@@ -85,15 +85,20 @@ def test_jitter_and_the_last_crop_are_those_of_the_augmentation():
         {"CROP__ENABLED": True, "CROP__TYPE": "relative_range", "CROP__SIZE": [0.5, 0.8]},
         {"FOCAL__BOX_CROP__SIZE": [90, 160]},
         {"FOCAL__BOX_CROP__SIZE": [90, 160], "FOCAL__SCALE_JITTER": [0.7, 1.5], "MIN_SIZE_TRAIN": (150, 250)},
+        {
+            "FOCAL__BOX_CROP__SIZE": [90, 160],
+            "MIN_SIZE_TRAIN": (150, 250),
+            "MIN_SIZE_TRAIN_SAMPLING": "range",
+        },
         {"FOCAL__BOX_CROP__SIZE": [90, 90], "CROP__ENABLED": True, "CROP__SIZE": [0.9, 0.9]},
     ],
 )
-def test_no_draw_shows_more_than_the_largest_window(settings):
-    """The window is that of the file's pixels that training's own augmentations leave, at its largest."""
+def test_one_draw_in_ten_shows_more_than_the_large_window(settings):
+    """The window is that of the file's pixels that training's own augmentations leave."""
     settings = {"MIN_SIZE_TRAIN": (0,), **settings}
     cfg = make_cfg(**{f"INPUT__{key}": value for key, value in settings.items()})
     height, width = 200, 300
-    (largest,) = largest_windows(cfg, np.array([[height, width]]))
+    (large,) = large_windows(cfg, np.array([[height, width]]))
     mapper = FocalDatasetMapper(cfg, is_train=True)
     shown = np.zeros((400, 2))
     for i in range(len(shown)):
@@ -102,8 +107,9 @@ def test_no_draw_shows_more_than_the_largest_window(settings):
         corners = transforms.apply_box(np.array([[0.0, 0.0, width, height]]))[0]
         scales = np.array([(corners[3] - corners[1]) / height, (corners[2] - corners[0]) / width])
         shown[i] = inputs.image.shape[:2] / scales
-    assert (shown <= largest + 0.5 + 1e-6).all()
-    np.testing.assert_allclose(shown.max(axis=0), largest, rtol=0.03)
+    larger = (shown > large + 0.5 + 1e-6).all(axis=1).mean()
+    assert larger <= 0.15  # 400 draws: 3 standard deviations
+    assert (shown >= large * 0.97).all(axis=1).mean() >= 0.08
 
 
 def test_jitter_is_taken_at_its_middle():

@@ -346,6 +346,7 @@ def other_architecture(data) -> None:
         (break_annotations, [], "annotation file not found: {folder}/annotations.json"),
         (None, ["--num-gpus", "64"], "--num-gpus 64"),
         (None, ["--eval-only"], "--eval-only needs a checkpoint"),
+        (None, ["OUTPUT_DIR", ""], "OUTPUT_DIR is empty; it must be the path of a folder"),
         (None, ["OUTPUT_DIR", "/proc/nowhere"], "OUTPUT_DIR /proc/nowhere"),
         pytest.param(
             None, ["MODEL.DEVICE", "cuda"], "no CUDA device",

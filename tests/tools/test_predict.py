@@ -88,7 +88,8 @@ def test_detections_that_the_limit_cut_off_are_counted(job, tmp_path, monkeypatc
     cut, warnings = run("TEST.DETECTIONS_PER_IMAGE", 5)
     assert cut == [scores[:5] for scores in whole]
     assert warnings == [
-        f"TEST.DETECTIONS_PER_IMAGE 5 cuts off detections of 0 and above in 2 of 2 images; the first is "
+        f"TEST.DETECTIONS_PER_IMAGE 5 cuts off detections with scores of 0 and above in 2 of 2 "
+        "images; the first is "
         f"{data.images / '0.png'}"
     ]
     # Five above the threshold are all that there are.

@@ -258,7 +258,7 @@ FAULTS = {
     "more boxes than detections": Fault(
         crowded, "boxes-above-limit", 1, "more boxes than TEST.DETECTIONS_PER_IMAGE 3"
     ),
-    "crops smaller than boxes": Fault(small_crops, "box-cropped", 36, "36 of 36 boxes fit whole into no"),
+    "crops smaller than boxes": Fault(small_crops, "box-cropped", 36, "too small for 36 of 36 boxes"),
     "learning rate 10 times off": Fault(learning_rate, "learning-rate", 1, "0.0125 is 10 times the 0.00125"),
     "key of another detector": Fault(other_detectors_key, "key-unread", 1, "ROI_HEADS.NUM_CLASSES is 3"),
     "corners as sizes": Fault(
