@@ -210,7 +210,7 @@ class FocalRetinaNet(RetinaNet):
         if actual is not anchors:  # a backbone that rounds its sizes another way
             anchors, targets = actual, self.label_anchors(actual, *boxes)
         seeds = [_seed_of(x) for x in batched_inputs] if self.cls_loss.samples else ()
-        return self._losses(predictions, anchors, targets, seeds)
+        return self._losses(predictions, anchors, targets, seeds, images.image_sizes)
 
     @torch.no_grad()
     def count_positives(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
@@ -267,6 +267,7 @@ class FocalRetinaNet(RetinaNet):
         anchors: Anchors,
         targets: AnchorTargets,
         seeds: Sequence[int],
+        sizes: Sequence[tuple[int, int]] = (),
     ) -> dict[str, Tensor]:
         """Return `loss_cls` and `loss_box_reg`, scalars, each divided by the normaliser."""
         with torch.autocast(self.device.type, enabled=False):
@@ -287,6 +288,7 @@ class FocalRetinaNet(RetinaNet):
                 anchors=anchors.boxes,
                 decode=self.box2box_transform.apply_deltas,
                 seeds=seeds,
+                sizes=sizes,
             )
             losses = {
                 "loss_cls": self.cls_loss(batch),

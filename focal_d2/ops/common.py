@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
 from types import ModuleType
 from typing import NamedTuple
@@ -102,12 +103,14 @@ def check_in_0_1(name: str, value: float) -> None:
 
 
 def check_at_least_0(name: str, value: float) -> None:
-    """Refuse negative values.
+    """Refuse negative values, and what is no finite number.
 
     Raises:
         ValueError: naming the value.
     """
-    if not value >= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; it must be a finite number, at least 0")
+    if value < 0:
         raise ValueError(f"{name} is {value}; it must be at least 0")
 
 

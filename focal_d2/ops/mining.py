@@ -26,6 +26,36 @@ def top_negatives(score: Tensor, negative: Tensor, *, count: int) -> Tensor:
     return keep
 
 
+def random_numbers(seed: int, positions: Tensor) -> Tensor:
+    """Return a random number for each position: the same one on any device, whatever the other positions are.
+
+    The numbers are those of SplitMix64's mixing function (Steele, Lea, Flood, "Fast Splittable Pseudorandom
+    Number Generators", OOPSLA 2014), which maps different positions to different numbers.
+
+    Args:
+        seed: in [0, 2^63).
+        positions: (R,) int64.
+
+    Returns:
+        (R,) int64, over the whole range of int64.
+    """
+    mixed_seed = _mix(torch.tensor(seed, dtype=torch.int64, device=positions.device))
+    return _mix(_mix(positions) ^ mixed_seed)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Mix the bits of int64; products and sums wrap around."""
+    x = x - 0x61C8864680B583EB
+    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shift in zeros, where `>>` repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
 def suppress(
     loss: Tensor, boxes_of: Callable[[Tensor], Tensor], nms: Callable[[Tensor, Tensor], Tensor], *, count: int
 ) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou, nms
 
-from focal_d2.ops.mining import suppress, top_negatives
+from focal_d2.ops.mining import random_numbers, suppress, top_negatives
 
 
 @pytest.mark.parametrize("count", [0, 3, 10, 1000])
@@ -13,6 +13,21 @@ def test_top_negatives_are_the_top_of_a_sorted_list(count):
     ranked = sorted(negative.nonzero().flatten().tolist(), key=lambda i: -loss[i].item())
     kept = top_negatives(loss, negative, count=count).nonzero().flatten().tolist()
     assert sorted(kept) == sorted(ranked[:count])
+
+
+def test_random_numbers_are_those_of_splitmix64():
+    def mix(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    assert mix(0) == 0xE220A8397B1DCDAF  # the published generator's first number of seed 0
+    positions = torch.tensor([0, 1, 7, 3 << 56, 2**63 - 1])
+    for seed in (0, 5, 2**63 - 1):
+        expected = [mix(mix(x) ^ mix(seed)) for x in positions.tolist()]
+        assert [x % 2**64 for x in random_numbers(seed, positions).tolist()] == expected
+    assert len(random_numbers(3, torch.arange(10_000)).unique()) == 10_000
 
 
 def brute_force(loss, boxes, threshold, count):

@@ -35,6 +35,7 @@ class DenseBatch(NamedTuple):
     anchors: Tensor  # (R, 4) XYXY
     decode: Callable[[Tensor, Tensor], Tensor]  # (deltas (E, 4), anchors (E, 4)) -> boxes (E, 4) XYXY
     seeds: Sequence[int] = ()  # N, of each image, for losses that sample; empty for others
+    sizes: Sequence[tuple[int, int]] = ()  # N × (height, width) before padding; empty: not known
 
     def levels(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (N, H·W·A, C) logits and (N, H·W·A) labels of one level after another."""
@@ -56,7 +57,30 @@ class DenseBatch(NamedTuple):
             gt_boxes=self.gt_boxes[own],
             deltas=[x[image] for x in self.deltas],
             seeds=self.seeds[image],
+            sizes=self.sizes[image],
         )
+
+    def positions(self) -> Tensor:
+        """Return a number (R,) int64 for each anchor's level, row, column and place in its cell.
+
+        Unlike the anchor's index it does not depend on the size that the images are padded to.
+        """
+        parts = []
+        for level, (x, start, stop) in enumerate(level_ranges(self.logits, self.num_logits)):
+            index = torch.arange(stop - start, device=self.labels.device)
+            cell, place = divide(index, x.shape[1] // self.num_logits)
+            row, column = divide(cell, max(1, x.shape[3]))
+            parts.append((((level << 20) + row << 20) + column << 16) + place)
+        return torch.cat(parts)
+
+    def inside(self, image: int) -> Tensor:
+        """Whether each anchor's centre is in the image, (R,) bool, not in its padding; all, if not known."""
+        if not self.sizes:
+            return torch.ones_like(self.positive[image])
+        height, width = self.sizes[image]
+        centre = (self.anchors[:, :2] + self.anchors[:, 2:]) / 2
+        # Centres are at multiples of half a pixel, up to rounding; those at the edge belong to the padding.
+        return (centre[:, 0] < width - 0.25) & (centre[:, 1] < height - 0.25)
 
     def split(self, values: Tensor) -> list[Tensor]:
         """Cut values of all anchors (N, R, ...) into those of each level, L × (N, H·W·A, ...)."""

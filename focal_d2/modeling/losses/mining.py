@@ -11,8 +11,8 @@ from torchvision.ops import nms
 
 from focal_d2.modeling.losses.base import ClassificationLoss, DenseBatch, register_loss
 from focal_d2.ops import IGNORE_LABEL, sigmoid_focal_loss
-from focal_d2.ops.common import check_at_least_0
-from focal_d2.ops.mining import suppress, top_negatives
+from focal_d2.ops.common import check_at_least_0, check_in_0_1
+from focal_d2.ops.mining import random_numbers, suppress, top_negatives
 
 
 def _cross_entropy(batch: DenseBatch) -> Tensor:
@@ -57,15 +57,19 @@ class _AtRatio(_Mining):
 
     def __init__(self, *, num_classes: int, negatives_per_positive: float) -> None:
         super().__init__(num_classes=num_classes)
-        check_at_least_0("negatives_per_positive", negatives_per_positive)
+        check_at_least_0("NEGATIVES_PER_POSITIVE", negatives_per_positive)
         self.negatives_per_positive = negatives_per_positive
 
     def choose(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
         """All positives and the first negatives."""
         positive = batch.positive[image]
         count = int(self.negatives_per_positive * int(positive.sum()))
-        score = self.score(image, loss, batch)
-        return positive | top_negatives(score, batch.labels[image] == self.num_classes, count=count)
+        negative = self.negatives(image, batch)
+        return positive | top_negatives(self.score(image, loss, batch), negative, count=count)
+
+    def negatives(self, image: int, batch: DenseBatch) -> Tensor:
+        """Return (R,) bool: the anchors of an image that negatives are chosen from."""
+        return batch.labels[image] == self.num_classes
 
     def score(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
         """Return (R,) numbers of an image with losses (R,); the negatives of the highest are chosen."""
@@ -85,8 +89,10 @@ class HardNegativeMining(_AtRatio):
 class RandomSampling(_AtRatio):
     """All positives and random negatives, in a ratio, as two-stage detectors do (paper, section 2).
 
-    The numbers come from each image's seed, which our loader derives from the number of its draw. So they are
-    the same in any number of processes, workers and parts of a batch, on any device, and after a resumption.
+    The numbers come from each image's seed, which our loader derives from the number of its draw, and from
+    each anchor's level, cell and place in it; anchors in the padding take no part. So the negatives are the
+    same whatever size the image is padded to, in any number of processes, workers and parts of a batch, on
+    any device, and after a resumption.
 
     Departure from the region proposal network of Faster R-CNN: that draws 256 anchors of an image, positives
     too where there are many, and fills up with negatives where positives are few.
@@ -96,8 +102,11 @@ class RandomSampling(_AtRatio):
 
     def score(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
         """Random numbers."""
-        generator = torch.Generator().manual_seed(batch.seeds[image])
-        return torch.rand(len(loss), generator=generator, dtype=torch.float64).to(loss.device)
+        return random_numbers(batch.seeds[image], batch.positions())
+
+    def negatives(self, image: int, batch: DenseBatch) -> Tensor:
+        """Those outside the padding."""
+        return super().negatives(image, batch) & batch.inside(image)
 
 
 @register_loss("ohem")
@@ -113,11 +122,10 @@ class OnlineHardExampleMining(_Mining):
         self, *, num_classes: int, examples: int, nms_thresh: float, negatives_per_positive: float
     ) -> None:
         super().__init__(num_classes=num_classes)
-        check_at_least_0("negatives_per_positive", negatives_per_positive)
+        check_at_least_0("NEGATIVES_PER_POSITIVE", negatives_per_positive)
         if not isinstance(examples, int) or examples < 1:
-            raise ValueError(f"examples is {examples}; it must be a whole number, at least 1")
-        if not 0 <= nms_thresh <= 1:
-            raise ValueError(f"nms_thresh is {nms_thresh}; it must be in [0, 1]")
+            raise ValueError(f"EXAMPLES is {examples}; it must be a whole number, at least 1")
+        check_in_0_1("NMS_THRESH", nms_thresh)
         self.examples = examples
         self.nms_thresh = nms_thresh
         self.negatives_per_positive = negatives_per_positive

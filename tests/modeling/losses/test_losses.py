@@ -282,6 +282,28 @@ def test_random_sampling_draws_each_negative_alike():
     assert (counts - share * draws).abs().max() < 5 * math.sqrt(draws * share * (1 - share))
 
 
+def test_random_sampling_takes_the_same_negatives_however_the_image_is_padded():
+    model = build_model(make_cfg(MODEL__FOCAL__LOSS__NAME="random_sampling"))
+    batches = []
+    model.cls_loss.forward = lambda batch: batches.append(batch) or torch.zeros(())
+    image = {**make_image(5, K, size=(100, 130)), "sampling_seed": 11}
+    wide = {**make_image(5, K, size=(300, 520)), "sampling_seed": 12}
+    model([image])
+    model([wide, image])
+    del model.cls_loss.forward
+    (alone, beside), found = batches, []
+    for batch, index in ((alone, 0), (beside, 1)):
+        kept = chosen(model.cls_loss, batch)[index] & ~batch.positive[index]
+        numbers = dict(zip(batch.positions().tolist(), batch.anchors.tolist(), strict=True))
+        found.append({x: numbers[x] for x in batch.positions()[kept].tolist()})
+    assert found[0] == found[1]
+    assert len(found[0]) == 3 * int(alone.positive.sum()) > 20
+    # None in the padding: both are padded to multiples of 128.
+    for left, top, right, bottom in found[0].values():
+        assert (left + right) / 2 < 130
+        assert (top + bottom) / 2 < 100
+
+
 def test_random_sampling_in_the_model_reads_the_samples_seeds(monkeypatch):
     model = build_model(make_cfg(MODEL__FOCAL__LOSS__NAME="random_sampling"))
     seeds = []
@@ -425,12 +447,21 @@ def test_focal_reads_detectron2s_keys_unless_its_own_are_set():
         ("varifocal", {"ALPHA": -1.0}, "ALPHA is -1.0; it must be in"),
         ("varifocal", {"GAMMA": -2.0}, "GAMMA is -2.0"),
         ("quality_focal", {"BETA": 0.5}, "beta is 0.5; it must be 0, or at least 1"),
-        ("ohem", {"EXAMPLES": 0}, "examples is 0"),
-        ("ohem", {"EXAMPLES": 2.5}, "examples is 2.5; it must be a whole number"),
-        ("ohem", {"NMS_THRESH": 50.0}, "nms_thresh is 50.0"),
-        ("ohem", {"NEGATIVES_PER_POSITIVE": -1.0}, "negatives_per_positive is -1.0"),
-        ("hard_negative_mining", {"NEGATIVES_PER_POSITIVE": -1.0}, "negatives_per_positive is -1.0"),
-        ("random_sampling", {"NEGATIVES_PER_POSITIVE": -1.0}, "negatives_per_positive is -1.0"),
+        ("ohem", {"EXAMPLES": 0}, "EXAMPLES is 0"),
+        ("ohem", {"EXAMPLES": 2.5}, "EXAMPLES is 2.5; it must be a whole number"),
+        ("ohem", {"NMS_THRESH": 50.0}, "NMS_THRESH is 50.0"),
+        ("ohem", {"NEGATIVES_PER_POSITIVE": -1.0}, "NEGATIVES_PER_POSITIVE is -1.0"),
+        ("hard_negative_mining", {"NEGATIVES_PER_POSITIVE": -1.0}, "NEGATIVES_PER_POSITIVE is -1.0"),
+        ("random_sampling", {"NEGATIVES_PER_POSITIVE": -1.0}, "NEGATIVES_PER_POSITIVE is -1.0"),
+        *[
+            (
+                name,
+                {"NEGATIVES_PER_POSITIVE": value},
+                f"NEGATIVES_PER_POSITIVE is {value!r}; .* finite number",
+            )
+            for name in ("random_sampling", "hard_negative_mining", "ohem")
+            for value in (float("inf"), float("nan"), "inf", True)
+        ],
         ("ghm", {"BINS": 0}, "BINS is 0"),
         ("fixed_weights", {"POSITIVE_WEIGHT": -1.0}, "at least 0"),
     ],
