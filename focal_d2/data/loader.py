@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from focal_d2.config import check_choice
 from focal_d2.data.seeding import derived_seed, seeded
 from focal_d2.errors import UserError
+from focal_d2.ops.common import ANY_CLASS
 
 logger = logging.getLogger(__name__)
 
@@ -205,8 +206,12 @@ def _repeat_factors(cfg: CfgNode, records: Any, name: str) -> torch.Tensor:
     """Return how often detectron2's sampler of that name repeats each record: (N,) float32."""
 
     def by_class(records: Any) -> torch.Tensor:
+        # detectron2 would take regions of any class for a class of their own.
+        of_classes = [
+            {"annotations": [a for a in x["annotations"] if a["category_id"] != ANY_CLASS]} for x in records
+        ]
         return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+            of_classes, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
 
     if name == _REPEAT_FACTOR:

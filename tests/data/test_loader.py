@@ -18,6 +18,7 @@ from focal_d2.data.loader import (
     ClassBalancedSampler,
     Content,
     TrainingBatches,
+    _repeat_factors,
     build_sampler,
     build_training_loader,
     check_sampler,
@@ -29,6 +30,7 @@ from focal_d2.data.loader import (
 )
 from focal_d2.data.seeding import random_state
 from focal_d2.engine import FocalTrainer
+from focal_d2.ops.common import ANY_CLASS
 from tests.conftest import make_cfg
 
 # 8 images: class 0 in five, class 2 in two, class 5 in one; two have none.
@@ -366,3 +368,11 @@ def test_loader_knows_the_folder_of_its_images(coco_dataset):
     edited = build_training_loader(cfg, mapper=None).content
     assert edited.image_content == contents[1].image_content
     assert edited.annotation_content != contents[1].annotation_content
+
+
+def test_a_region_of_any_class_is_no_class_to_repeat():
+    """One region in 100 images would repeat its image 10 times, at a threshold of 1."""
+    records = [{"annotations": [{"category_id": 0, "iscrowd": 0}]} for _ in range(100)]
+    records[7]["annotations"].append({"category_id": ANY_CLASS, "iscrowd": 1})
+    cfg = make_cfg(DATALOADER__REPEAT_THRESHOLD=1.0)
+    assert _repeat_factors(cfg, records, "RepeatFactorTrainingSampler").tolist() == [1.0] * 100
