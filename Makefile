@@ -40,8 +40,8 @@ demo: data ## train, evaluate and draw detections on real images (CPU: about ten
 	@echo "  $(BIN)/python tools/predict.py --config-file $(DEMO_OUTPUT)/config.yaml --input YOUR_IMAGE_OR_FOLDER --output output/predictions MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth"
 	@echo "  $(BIN)/python train_net.py --config-file $(DEMO_OUTPUT)/config.yaml --resume SOLVER.MAX_ITER 1200"
 
-test: $(VENV)/.installed ## run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed ## run the tests, on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed ## ruff, mypy, import-linter
 	$(BIN)/ruff check
