@@ -180,7 +180,7 @@ _WIDTH = whole(1, MOST_CHANNELS)
 _ITERATIONS = whole(0, MOST_ITERATIONS)
 _NOT_NEGATIVE = number(least=0)
 _SHARE = number(least=0, most=1)
-_DETECTRON2_RANGES: dict[str, Range] = {
+DETECTRON2_RANGES: dict[str, Range] = {
     **{key: either(one_of("auto"), whole(1, 10**6)) for key in CLASS_KEYS},
     "MODEL.PIXEL_MEAN": list_of(number()),
     "MODEL.PIXEL_STD": list_of(number(above=0)),
@@ -240,7 +240,7 @@ _DETECTRON2_RANGES: dict[str, Range] = {
     "VIS_PERIOD": whole(0, MOST_ITERATIONS, note="0: no pictures"),
     "SEED": whole(-(2**31), 2**31 - 1, note="negative: another one for each run"),
 }
-RANGES: dict[str, Range] = {key: legal for key, (_, legal) in KEYS.items()} | _DETECTRON2_RANGES
+RANGES: dict[str, Range] = {key: legal for key, (_, legal) in KEYS.items()} | DETECTRON2_RANGES
 
 
 def add_focal_config(cfg: CfgNode) -> None:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 
-from focal_d2.architectures import require_retinanet
+from focal_d2.architectures import known_architecture
 from focal_d2.config import loss_parameters
 from focal_d2.data.resolution import training_boxes
 from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import build_layout
 from focal_d2.modeling.losses import LOSSES
-from focal_d2.modeling.losses.elementwise import AUTO, AUTO_PER_CLASS, FocalLoss
+from focal_d2.modeling.losses.elementwise import AUTO, AUTO_PER_CLASS, PAPER_GAMMAS, FocalLoss, best_alpha
 from focal_d2.modeling.targets import LabelCounts, build_matcher, count_labels
 
 # Beyond these a few wrong labels would own the gradient (paper, table 1a: α = 0.999 loses 6 AP).
 ALPHA_RANGE = (0.01, 0.99)
-# The γ that the paper tried and the α that was best for each (table 1b). α 0.25 is kept beyond γ 5.
-_GAMMAS, _BEST_ALPHAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0), (0.75, 0.75, 0.75, 0.5, 0.25, 0.25, 0.25)
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +36,15 @@ def resolve_alpha(cfg: CfgNode) -> CfgNode:
         cfg: full config.
 
     Returns:
-        The config itself if ALPHA is neither, else a copy with the numbers, frozen.
+        The config itself if ALPHA is neither, or the model is no `FocalRetinaNet`, which alone reads it; else
+        a copy with the numbers, frozen.
 
     Raises:
         UserError: if no anchor is positive, or the loss has no use for such an α.
     """
     name, wanted = cfg.MODEL.FOCAL.LOSS.NAME, cfg.MODEL.FOCAL.LOSS.ALPHA
-    if wanted not in (AUTO, AUTO_PER_CLASS):
+    if wanted not in (AUTO, AUTO_PER_CLASS) or known_architecture(cfg) != "FocalRetinaNet":
         return cfg
-    require_retinanet(cfg, f"MODEL.FOCAL.LOSS.ALPHA {wanted} and its count of anchors")
     counting = sorted(name for name, loss in LOSSES.items() if getattr(loss, "counts_alpha", False))
     if name not in counting:
         raise UserError(
@@ -53,14 +52,7 @@ def resolve_alpha(cfg: CfgNode) -> CfgNode:
         )
     by_gamma = None
     if issubclass(LOSSES[name], FocalLoss):
-        gamma = loss_parameters(cfg)["GAMMA"]
-        if not isinstance(gamma, (int, float)):
-            raise UserError(f"MODEL.FOCAL.LOSS.GAMMA is {gamma!r}; it must be a number, at least 0")
-        by_gamma = best_alpha(gamma)
-        logger.info(
-            f"MODEL.FOCAL.LOSS.ALPHA {wanted}: {by_gamma:g} is the paper's best α for γ {gamma:g} (table 1b, "
-            "linear in between)"
-        )
+        by_gamma = _alpha_of_gamma(cfg, wanted)
     if wanted == AUTO:
         alpha: float | list[float] = _balance(cfg) if by_gamma is None else by_gamma
     else:
@@ -72,13 +64,31 @@ def resolve_alpha(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def best_alpha(gamma: float) -> float:
-    """Return the α that the paper found best for a γ of the focal loss (table 1b).
-
-    That is 0.75 for γ up to 0.2, 0.5 at 0.5 and 0.25 from 1. In between, where the paper has no
-    figure, it is linear.
-    """
-    return float(np.interp(gamma, _GAMMAS, _BEST_ALPHAS))
+def _alpha_of_gamma(cfg: CfgNode, wanted: str) -> float:
+    """Return the α that is best for the γ of a focal loss, and log it."""
+    name = cfg.MODEL.FOCAL.LOSS.NAME
+    parameter = inspect.signature(LOSSES[name].__init__).parameters.get("gamma")
+    gamma = loss_parameters(cfg).get("GAMMA", None if parameter is None else parameter.default)
+    if gamma in (None, inspect.Parameter.empty):
+        raise UserError(
+            f"MODEL.FOCAL.LOSS.ALPHA is {wanted}, which follows from γ, but no GAMMA is known of the loss "
+            f"{name}: give a number, or a list of one for each class"
+        )
+    try:
+        alpha = best_alpha(gamma)
+    except ValueError as error:
+        raise UserError(f"MODEL.FOCAL.LOSS ({name}): {error}") from error
+    if gamma in PAPER_GAMMAS:
+        source = "table 1b"
+    elif gamma < PAPER_GAMMAS[-1]:
+        source = "table 1b, linear between its values of γ"
+    else:
+        source = f"table 1b, that of its highest γ, {PAPER_GAMMAS[-1]:g}"
+    receiver = "" if wanted == AUTO else "the mean class gets "
+    logger.info(
+        f"MODEL.FOCAL.LOSS.ALPHA {wanted}: {receiver}{alpha:g}, the paper's best α for γ {gamma:g} ({source})"
+    )
+    return alpha
 
 
 def per_class_alphas(positives: np.ndarray, negatives: int, *, mean_alpha: float | None) -> np.ndarray:
@@ -119,10 +129,13 @@ def _balance_classes(cfg: CfgNode, mean_alpha: float | None) -> list[float]:
     positives, negatives = count_anchors_by_class(cfg)
     alphas = per_class_alphas(positives, negatives, mean_alpha=mean_alpha)
     most, least = int(positives.argmax()), int(np.where(positives > 0, positives, positives.max()).argmin())
+    names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", [])
+    names = names if len(names) == len(alphas) else range(len(alphas))
+    without = int((positives == 0).sum())
     logger.info(
-        f"MODEL.FOCAL.LOSS.ALPHA auto_per_class: {alphas[most]:.4f} for class {most} ({positives[most]} "
-        f"positive anchors, the most) to {alphas[least]:.4f} for class {least} "
-        f"({positives[least]}, the fewest); {int((positives == 0).sum())} classes have none"
+        f"MODEL.FOCAL.LOSS.ALPHA auto_per_class: {alphas[most]:.4f} for class {names[most]} "
+        f"({positives[most]} positive anchors, the most) to {alphas[least]:.4f} for class {names[least]} "
+        f"({positives[least]}, the fewest); {without} {'class has' if without == 1 else 'classes have'} none"
     )
     if len(alphas) > 1 and (alphas == ALPHA_RANGE[1]).all():
         logger.warning(

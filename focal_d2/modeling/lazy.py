@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import RetinaNet
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from focal_d2.config import add_focal_config
+from focal_d2.config import DETECTRON2_RANGES, add_focal_config, loss_parameters
 from focal_d2.errors import UserError
 from focal_d2.modeling.losses import ClassificationLoss
+from focal_d2.modeling.losses.elementwise import AUTO, AUTO_PER_CLASS, best_alpha
 from focal_d2.modeling.retinanet import FocalRetinaNet, build_focal_parts
+from focal_d2.ranges import check_value
 
 # Keys of MODEL.FOCAL that say how to build a part which a LazyConfig hands over as it is.
 _KEYS_OF_PARTS = {
@@ -22,6 +25,11 @@ _KEYS_OF_PARTS = {
     "FPN.P6_FROM": "backbone.top_block",
     "HEAD.CHANNELS": "head.conv_dims",
     "LOW_QUALITY_MATCHES": "anchor_matcher.allow_low_quality_matches",
+}
+# Arguments of detectron2's RetinaNet, and the keys with the same legal values.
+_NUMBERS = {
+    "focal_loss_alpha": "MODEL.RETINANET.FOCAL_LOSS_ALPHA",
+    "focal_loss_gamma": "MODEL.RETINANET.FOCAL_LOSS_GAMMA",
 }
 
 
@@ -46,12 +54,15 @@ def build_focal_retinanet(*, focal: Mapping[str, Any] | None = None, **arguments
     add_focal_config(cfg)
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     _merge(cfg.MODEL.FOCAL, focal or {})
+    for name, key in _NUMBERS.items():
+        check_value(f"model.{name}", given[name], DETECTRON2_RANGES[key])
     retinanet = cfg.MODEL.RETINANET
     retinanet.NUM_CLASSES = given["num_classes"]
     retinanet.FOCAL_LOSS_ALPHA = given.pop("focal_loss_alpha")
     retinanet.FOCAL_LOSS_GAMMA = given.pop("focal_loss_gamma")
     retinanet.SMOOTH_L1_LOSS_BETA = given.pop("smooth_l1_beta")
     retinanet.BBOX_REG_LOSS_TYPE = given.pop("box_reg_loss_type")
+    _resolve_alpha(cfg)
     del given["vis_period"], given["input_format"]
     parts = build_focal_parts(cfg, given["box2box_transform"])
     _fit_head(given["head"], parts["cls_loss"], given["anchor_generator"].num_anchors[0])
@@ -60,18 +71,43 @@ def build_focal_retinanet(*, focal: Mapping[str, Any] | None = None, **arguments
 
 def _merge(node: CfgNode, focal: Mapping[str, Any]) -> None:
     """Merge `focal` into `MODEL.FOCAL`."""
+    focal = _plain(focal, node, "model.focal")
     for key, part in _KEYS_OF_PARTS.items():
         section, _, name = key.rpartition(".")
         if name in (focal.get(section, {}) if section else focal):
             raise UserError(f"model.focal.{key} has no effect in a LazyConfig: set model.{part}")
     try:
-        node.merge_from_other_cfg(CfgNode(_plain(focal)))
+        node.merge_from_other_cfg(CfgNode(focal))
     except (KeyError, ValueError) as error:
         raise UserError(f"model.focal: {error.args[0]}") from error
 
 
-def _plain(node: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _plain(value) if isinstance(value, Mapping) else value for name, value in node.items()}
+def _plain(value: Any, default: Any, key: str) -> Any:
+    """Return a key's value without OmegaConf's types; a section must be a mapping, as its default is."""
+    if isinstance(value, (DictConfig, ListConfig)):
+        value = OmegaConf.to_container(value, resolve=True)
+    if not isinstance(default, CfgNode):
+        return value
+    if not isinstance(value, Mapping):
+        raise UserError(f"{key} is {value!r}; it must be a mapping with keys among {', '.join(default)}")
+    return {name: _plain(item, default.get(name), f"{key}.{name}") for name, item in value.items()}
+
+
+def _resolve_alpha(cfg: CfgNode) -> None:
+    """Replace ALPHA "auto" of the focal loss by the best α for its γ; refuse to count a dataset.
+
+    Other losses refuse a text that they do not take.
+    """
+    node = cfg.MODEL.FOCAL.LOSS
+    if node.ALPHA == AUTO and node.NAME == "focal":
+        gamma = loss_parameters(cfg)["GAMMA"]
+        check_value("model.focal.LOSS.GAMMA", gamma, DETECTRON2_RANGES["MODEL.RETINANET.FOCAL_LOSS_GAMMA"])
+        node.ALPHA = best_alpha(gamma)
+    elif node.ALPHA in (AUTO, AUTO_PER_CLASS):
+        raise UserError(
+            f"model.focal.LOSS.ALPHA is {node.ALPHA}, which needs a dataset to count: give a number, or "
+            "a list of one for each class"
+        )
 
 
 def _fit_head(head: nn.Module, cls_loss: ClassificationLoss, num_anchors: int) -> None:

@@ -11,6 +11,8 @@ from focal_d2 import UserError
 from focal_d2.data import register_datasets
 from focal_d2.engine import resolve_alpha
 from focal_d2.engine.alpha import count_anchors, count_anchors_by_class, per_class_alphas
+from focal_d2.modeling.losses import LOSSES, register_loss
+from focal_d2.modeling.losses.elementwise import FocalLoss
 from focal_d2.modeling.targets import LabelCounts
 from tests.conftest import make_cfg
 from tests.modeling.test_retinanet import make_image
@@ -87,13 +89,44 @@ def test_auto_of_the_focal_loss_is_the_papers_best_for_gamma(cfg, monkeypatch, c
         assert pytest.approx(alpha) == resolved.MODEL.FOCAL.LOSS.ALPHA
         section[key] = 3.0  # the key under MODEL.FOCAL.LOSS goes before the other
     assert build_model(resolved).cls_loss.alpha == pytest.approx(alpha)
-    assert f"is the paper's best α for γ {gamma}" in caplog.text
+    assert f"the paper's best α for γ {gamma} (table 1b" in caplog.text
+    assert ("linear between" in caplog.text) == (gamma in (0.35, 0.75))
+    assert "mean class" not in caplog.text
 
 
-def test_auto_needs_a_gamma_that_is_a_number(cfg):
-    cfg.MODEL.FOCAL.LOSS.NAME, cfg.MODEL.FOCAL.LOSS.GAMMA = "focal", "high"
-    with pytest.raises(UserError, match="GAMMA is 'high'; it must be a number, at least 0"):
+@pytest.mark.parametrize("gamma", ["high", True, float("inf"), -1.0])
+def test_auto_needs_a_gamma_that_is_a_number(cfg, gamma):
+    cfg.MODEL.FOCAL.LOSS.NAME, cfg.MODEL.FOCAL.LOSS.GAMMA = "focal", gamma
+    with pytest.raises(UserError, match=f"GAMMA is {gamma!r}; it must be .*at least 0"):
         resolve_alpha(cfg)
+
+
+def test_auto_knows_the_gamma_of_derived_losses_or_refuses(cfg):
+    class Steep(FocalLoss):
+        def __init__(self, *, num_classes, alpha, gamma=0.5):
+            super().__init__(num_classes=num_classes, alpha=alpha, gamma=gamma)
+
+    class Fixed(FocalLoss):
+        def __init__(self, *, num_classes, alpha):
+            super().__init__(num_classes=num_classes, alpha=alpha, gamma=2.0)
+
+    try:
+        register_loss("steep")(Steep)
+        register_loss("fixed")(Fixed)
+        cfg.MODEL.FOCAL.LOSS.NAME = "steep"
+        assert resolve_alpha(cfg).MODEL.FOCAL.LOSS.ALPHA == 0.5
+        cfg.MODEL.FOCAL.LOSS.NAME = "fixed"
+        with pytest.raises(UserError, match="no GAMMA is known of the loss fixed: give a number"):
+            resolve_alpha(cfg)
+    finally:
+        LOSSES.pop("steep"), LOSSES.pop("fixed")
+
+
+@pytest.mark.parametrize("architecture", ["RetinaNet", "GeneralizedRCNN"])
+def test_auto_counts_nothing_for_models_that_do_not_read_it(cfg, caplog, architecture):
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    assert resolve_alpha(cfg) is cfg
+    assert not caplog.text
 
 
 def test_per_class_alphas_are_inverse_frequencies():
@@ -124,8 +157,11 @@ def test_auto_per_class_gives_each_class_its_own(cfg, caplog, name):
     expected = per_class_alphas(positives, negatives, mean_alpha=mean)
     assert expected.tolist() == resolved.MODEL.FOCAL.LOSS.ALPHA
     torch.testing.assert_close(build_model(resolved).cls_loss.alpha, torch.from_numpy(expected).float())
-    assert f"{positives.max()} positive anchors, the most" in caplog.text
-    # As a run's config.yaml keeps it.
+    assert (
+        f"for class class{positives.argmax()} ({positives.max()} positive anchors, the most)" in caplog.text
+    )
+    assert ("the mean class gets 0.25, the paper's best α for γ 2" in caplog.text) == (name == "focal")
+    # The command line takes such a list.
     again = make_cfg()
     again.merge_from_list(["MODEL.FOCAL.LOSS.ALPHA", str(resolved.MODEL.FOCAL.LOSS.ALPHA)])
     assert expected.tolist() == again.MODEL.FOCAL.LOSS.ALPHA
@@ -137,6 +173,18 @@ def test_auto_per_class_says_when_it_balances_nothing(cfg, monkeypatch, caplog):
     monkeypatch.setattr("focal_d2.engine.alpha.count_labels", lambda *_, **__: counts)
     assert resolve_alpha(cfg).MODEL.FOCAL.LOSS.ALPHA == [0.99] * 3
     assert "each gets the highest, 0.99" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("by_class", "expected"), [([1, 2, 0], "1 class has none"), ([3], "2 classes have none")]
+)
+def test_auto_per_class_says_how_many_classes_have_no_anchors(cfg, monkeypatch, caplog, by_class, expected):
+    caplog.set_level("INFO", logger="focal_d2")
+    cfg.MODEL.FOCAL.LOSS.ALPHA = "auto_per_class"
+    counts = LabelCounts([3], [10], 1, 1, by_class)
+    monkeypatch.setattr("focal_d2.engine.alpha.count_labels", lambda *_, **__: counts)
+    resolve_alpha(cfg)
+    assert expected in caplog.text
 
 
 def test_a_number_stays_as_it_is():

@@ -75,8 +75,6 @@ def test_faster_rcnn_trains_evaluates_and_resumes(faster_rcnn, tmp_path, monkeyp
         (["MODEL.KEYPOINT_ON", True], "has boxes only, but MODEL.KEYPOINT_ON True needs keypoints"),
         (["MODEL.META_ARCHITECTURE", "PanopticFPN"], "but MODEL.META_ARCHITECTURE PanopticFPN "
          "needs classes of pixels"),
-        (["MODEL.FOCAL.LOSS.ALPHA", "auto"], "MODEL.META_ARCHITECTURE is GeneralizedRCNN; "
-         "MODEL.FOCAL.LOSS.ALPHA auto and its count of anchors are for FocalRetinaNet, RetinaNet"),
     ],
 )  # fmt: skip
 def test_mistakes_with_faster_rcnn_give_one_line(faster_rcnn, monkeypatch, capfd, arguments, expected):

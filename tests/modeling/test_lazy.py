@@ -77,6 +77,15 @@ def test_focal_keys_and_their_overrides_on_the_command_line():
         ({"LOSS": {"NAME": "none"}}, "MODEL.FOCAL.LOSS.NAME is .none"),
         ({"LOSS": {"NAME": "softmax_ce"}}, "set model.head.num_classes to 4"),
         ({"LOS": {"NAME": "ce"}}, "model.focal: .*LOS"),
+        ("ce", "model.focal is 'ce'; it must be a mapping with keys among HEAD, .*LOSS"),
+        ({"LOSS": "ce"}, "model.focal.LOSS is 'ce'; it must be a mapping with keys among NAME, "),
+        (
+            {"LOSS": {"ALPHA": "auto_per_class"}},
+            "ALPHA is auto_per_class, which needs a dataset to count: give",
+        ),
+        ({"LOSS": {"NAME": "balanced_ce", "ALPHA": "auto"}}, "ALPHA is auto, which needs a dataset to count"),
+        ({"LOSS": {"ALPHA": "auto", "GAMMA": -1.0}}, "model.focal.LOSS.GAMMA is -1.0; "),
+        ({"LOSS": {"ALPHA": [0.1, 0.2]}}, "ALPHA has 2 values for 3 classes"),
         ({"CHANNELS_LAST": 3}, "model.focal: .*CHANNELS_LAST"),
         ({"HEAD": {"CHANNELS": 64}}, "model.focal.HEAD.CHANNELS has no effect .*model.head.conv_dims"),
         ({"LOW_QUALITY_MATCHES": False}, "model.focal.LOW_QUALITY_MATCHES has no effect"),
@@ -88,6 +97,33 @@ def test_a_mistake_in_focal_is_named(focal, match):
     cfg.model.focal = focal
     with pytest.raises(UserError, match=match):
         instantiate(cfg.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("focal_loss_alpha", None, "^model.focal_loss_alpha is None; "),
+        ("focal_loss_alpha", "auto", '^model.focal_loss_alpha is "auto"; '),
+        ("focal_loss_gamma", -1.0, "^model.focal_loss_gamma is -1.0; "),
+        ("focal_loss_gamma", "high", '^model.focal_loss_gamma is "high"; '),
+    ],
+)
+def test_a_mistake_in_an_argument_is_named(name, value, match):
+    cfg = make_config()
+    cfg.model._target_ = focal_d2.build_focal_retinanet
+    cfg.model[name] = value
+    with pytest.raises(UserError, match=match):
+        instantiate(cfg.model)
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [([0.1, 0.2, 0.3], [0.1, 0.2, 0.3]), ("auto", 0.5)])
+def test_alpha_for_each_class_or_of_gamma(alpha, expected):
+    cfg = make_config()
+    cfg.model._target_ = focal_d2.build_focal_retinanet
+    cfg.model.focal_loss_gamma = 0.5
+    cfg.model.focal = {"LOSS": {"ALPHA": alpha}}
+    built = instantiate(cfg.model).cls_loss.alpha
+    torch.testing.assert_close(torch.as_tensor(built), torch.tensor(expected))
 
 
 def test_an_argument_that_detectron2_does_not_have_is_refused():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,22 @@ from focal_d2.ops.common import check_at_least_0, check_in_0_1, check_quality_be
 _NO_WEIGHTING = -1.0
 # ALPHA that `focal_d2.engine.resolve_alpha` turns into numbers.
 AUTO, AUTO_PER_CLASS = "auto", "auto_per_class"
+# The γ that the paper tried and the α that was best for each (table 1b). α 0.25 is kept beyond γ 5.
+PAPER_GAMMAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_BEST_ALPHAS = (0.75, 0.75, 0.75, 0.5, 0.25, 0.25, 0.25)
+
+
+def best_alpha(gamma: float) -> float:
+    """Return the α that the paper found best for a γ of the focal loss (table 1b).
+
+    That is 0.75 for γ up to 0.2, 0.5 at 0.5 and 0.25 from 1. In between, where the paper has no
+    figure, it is linear.
+
+    Raises:
+        ValueError: if γ is no finite number, or below 0.
+    """
+    check_at_least_0("GAMMA", gamma)
+    return float(np.interp(gamma, PAPER_GAMMAS, _BEST_ALPHAS))
 
 
 class _Elementwise(ClassificationLoss):
