@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from detectron2.engine import launch
 from detectron2.utils import comm
+from torch import distributed
 
 from focal_d2 import UserError
 from focal_d2.engine.output_lock import output_lock
@@ -101,6 +102,9 @@ def try_to_hold(folder: str) -> None:
             pass
     except UserError as error:
         Path(folder, f"rank{comm.get_rank()}").write_text(str(error))
+    # As the trainer's processes do: Gloo may abort a process whose peer ends first.
+    comm.synchronize()
+    distributed.destroy_process_group()
 
 
 @pytest.mark.slow
