@@ -102,7 +102,8 @@ KEYS: dict[str, tuple[Any, Range]] = {
     # "off" or "auto", which is off: they have not run on a GPU yet. YAML that focal_d2 does not read itself
     # needs quotes around on and off.
     "MODEL.FOCAL.KERNELS": ("auto", one_of("auto", "on", "off")),
-    # Store weights and images as NHWC, which convolution libraries prefer; values stay the same.
+    # Store weights and images as NHWC, as convolution libraries prefer; values are the same up to rounding:
+    # of candidates with equal logits, which are common in bfloat16, others may come first.
     "MODEL.FOCAL.CHANNELS_LAST": (False, ANYTHING),
     # Compute a convolution and the frozen batch norm after it as one convolution: the same function, and
     # the same names in checkpoints.

@@ -6,7 +6,7 @@ of the batch. Boxes are XYXY in absolute pixels. Labels are int64: [0, K) a clas
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -47,7 +47,10 @@ from focal_d2.modeling.losses import (
 )
 from focal_d2.modeling.precision import check_channels_last, configured_type, is_narrow
 from focal_d2.modeling.targets import AnchorTargets, build_matcher, label_anchors
+from focal_d2.ops.common import import_kernels
 from focal_d2.ops.detect import best_boxes
+
+logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
@@ -420,9 +423,22 @@ def precision_around(cfg: CfgNode, model: nn.Module) -> Callable[[], AbstractCon
 def _use_kernels(cfg: CfgNode) -> bool:
     """Whether `MODEL.FOCAL.KERNELS` asks for Triton kernels; "auto" does not until they have run on a GPU."""
     value = focal_config(cfg).KERNELS
-    on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
-    if value == "on" and on_gpu and importlib.util.find_spec("triton") is None:
+    if value != "on":
+        return False
+    if torch.device(cfg.MODEL.DEVICE).type != "cuda":
+        logger.warning(
+            f"MODEL.FOCAL.KERNELS is on, but MODEL.DEVICE is {cfg.MODEL.DEVICE}: kernels need a GPU"
+        )
+        return True
+    try:
+        kernels = import_kernels()
+    except ImportError as error:
+        raise UserError(
+            f"MODEL.FOCAL.KERNELS is on, but the kernels can't be imported ({error}): install another "
+            "version of triton, or set it off"
+        ) from error
+    if kernels is None:
         raise UserError(
             "MODEL.FOCAL.KERNELS is on, but Triton is not installed: install triton, or set it off"
         )
-    return value == "on"
+    return True

@@ -20,15 +20,22 @@ ANY_CLASS = -1
 def find_kernels(x: Tensor) -> ModuleType | None:
     """Return the module of our Triton kernels if they can run on x: on a GPU, or in Triton's interpreter."""
     if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
-        return _import_kernels()
+        return import_kernels()
     return None
 
 
 @functools.cache
-def _import_kernels() -> ModuleType | None:
+def import_kernels() -> ModuleType | None:
+    """Return the module of our Triton kernels, or None if Triton is not installed.
+
+    Raises:
+        ImportError: if Triton is installed, but the kernels can't be imported with it.
+    """
     try:
         return importlib.import_module("focal_d2.ops.kernels")
-    except ImportError:  # no Triton here
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
         return None
 
 

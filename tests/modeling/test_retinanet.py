@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from detectron2.utils.events import EventStorage
 
 import focal_d2
 from focal_d2 import UserError
+from focal_d2.ops.common import import_kernels
 from tests.conftest import make_cfg, runs_bfloat16
 
 SIZE = (128, 160)
@@ -425,12 +428,21 @@ def test_kernels_are_ruled_by_one_key(monkeypatch, value, wanted):
     assert {what: len(calls) > 0 for what, calls in asked.items()} == {"loss": wanted, "matching": wanted}
 
 
-def test_kernels_need_triton_on_a_gpu(monkeypatch):
+def test_kernels_need_triton_on_a_gpu(monkeypatch, caplog):
     with pytest.raises(UserError, match='KERNELS is "fast"; legal values: auto, on, off'):
         build_model(make_cfg(MODEL__FOCAL__KERNELS="fast"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     cfg = make_cfg(MODEL__FOCAL__KERNELS="on")
     assert build_model(cfg).use_kernels  # there are none on a CPU
+    assert "KERNELS is on, but MODEL.DEVICE is cpu: kernels need a GPU" in caplog.text
     cfg.MODEL.DEVICE = "cuda"
-    with pytest.raises(UserError, match="KERNELS is on, but Triton is not installed"):
-        build_model(cfg)
+    for error, match in (
+        (ModuleNotFoundError("no triton", name="triton"), "KERNELS is on, but Triton is not installed"),
+        (ModuleNotFoundError("no libdevice", name="triton.libdevice"), "can't be imported .no libdevice.: "),
+        (ImportError("no cdiv", name="triton"), "can't be imported .no cdiv.: install another version"),
+    ):
+        monkeypatch.setattr(importlib, "import_module", Mock(side_effect=error))
+        import_kernels.cache_clear()
+        with pytest.raises(UserError, match=match):
+            build_model(cfg)
+        monkeypatch.undo()
+    import_kernels.cache_clear()
