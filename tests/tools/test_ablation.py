@@ -94,7 +94,7 @@ def test_every_loss_diverges_in_words_that_a_study_reads(command, tmp_path):
         (["--seeds", "a"], "--seeds is ['a']"),
         (["--num-gpus", "99"], "cell a: --num-gpus 99"),
         (["SEED", "3"], "cell a: SEED is set for each run"),
-        (["MODEL.FOCAL.GHM_R.MU", "0.0"], "cell a: MODEL.FOCAL.GHM_R: MU is 0.0"),
+        (["MODEL.FOCAL.GHM_R.MU", "0.0"], "cell a: MODEL.FOCAL.GHM_R.MU is 0.0; it must be above 0"),
         (["SOLVER.LR_SCHEDULER_NAME", "Nope"], "cell a: cannot build the trainer"),
         (["INPUT.FOCAL.BRIGHTNESS", "2.0"], "cell a: INPUT.FOCAL.BRIGHTNESS"),
         (["DATALOADER.SAMPLER_TRAIN", "Even"], 'cell a: DATALOADER.SAMPLER_TRAIN is "Even"'),

@@ -30,6 +30,7 @@ def test_it_says_what_it_made(wheel, tmp_path, monkeypatch, capsys):  # noqa: F8
 @pytest.mark.parametrize("argv", [("--wheel", "nowhere.whl"), ("--root", "file", "--wheel", "x.whl")])
 def test_mistakes_give_one_line_and_status_2(tmp_path, monkeypatch, capsys, argv):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     (tmp_path / "file").touch()
     assert prepare(monkeypatch, *argv) == 2
     assert capsys.readouterr().err.startswith("prepare_neon_trees.py: error: ")
