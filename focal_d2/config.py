@@ -99,7 +99,7 @@ KEYS: dict[str, tuple[Any, Range]] = {
     # PyTorch, and so detectron2, does so in convolutions. Read by focal_d2's trainer.
     "MODEL.FOCAL.TF32": (True, ANYTHING),
     # Triton kernels on a GPU, for matching anchors and for the fused loss (LOSS.IMPLEMENTATION fused): "on",
-    # "off" or "auto", which is off: they have not run on a GPU yet. YAML that focal_d2 does not read itself
+    # "off" or "auto", which is off: they were never run on a GPU. YAML that focal_d2 does not read itself
     # needs quotes around on and off.
     "MODEL.FOCAL.KERNELS": ("auto", one_of("auto", "on", "off")),
     # Store weights and images as NHWC, as convolution libraries prefer; values are the same up to rounding:

@@ -262,7 +262,7 @@ def _load(path: str, data: bytes) -> Any:
     """Read JSON slowly.
 
     Raises:
-        UserError: if it is none, or a key stands twice in an object.
+        UserError: if it is none, or a key occurs twice in an object.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
