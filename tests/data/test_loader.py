@@ -156,7 +156,8 @@ def test_images_without_boxes_are_counted_with_their_key(mixed, caplog, left_out
     mixed.DATALOADER.FILTER_EMPTY_ANNOTATIONS = left_out
     with caplog.at_level(logging.INFO, logger="focal_d2"):
         assert len(training_records(mixed)) == kept
-    assert caplog.messages == [
+    # detectron2 logs its own histogram where an earlier test has set its logger up.
+    assert [x.getMessage() for x in caplog.records if x.name.startswith("focal_d2")] == [
         f"2 of 6 images have no box and are {words} (DATALOADER.FILTER_EMPTY_ANNOTATIONS {left_out})"
     ]
 
