@@ -18,10 +18,11 @@ from focal_d2.engine.setup import building
 from focal_d2.engine.trainer import FocalTrainer
 from focal_d2.legal_values import check_values
 from tests.conftest import REPOSITORY, make_cfg
+from tests.test_configs import CONFIGS, EXAMPLES, name_of
 
 BASE = REPOSITORY / "configs/Base-FocalRetinaNet.yaml"
 ZOO = Path(detectron2.model_zoo.__file__).parent / "configs"
-CONFIGS = sorted(x for folder in (REPOSITORY, ZOO) for x in folder.rglob("configs/**/*.yaml"))
+ALL_CONFIGS = [*CONFIGS, *EXAMPLES, *sorted(ZOO.rglob("*.yaml"))]
 
 
 @pytest.mark.parametrize(
@@ -83,10 +84,8 @@ def test_a_division_by_a_value_is_one_line():
         FocalTrainer.build_lr_scheduler(cfg, None)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL_CONFIGS, ids=name_of)
 def test_every_config_of_ours_and_of_the_model_zoo_is_legal(path):
-    if path.parent.name == "grids":
-        pytest.skip("a study, not a config")
     cfg = get_cfg()
     add_focal_config(cfg)
     merge_file(cfg, str(path))
