@@ -10,12 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from detectron2.engine import launch
 from detectron2.utils import comm
-from torch import distributed
 
 from focal_d2 import UserError
 from focal_d2.engine.output_lock import output_lock
@@ -96,20 +93,16 @@ def test_a_folder_that_can_not_be_written_is_named(tmp_path):
         pass
 
 
-def try_to_hold(folder: str) -> None:
-    try:
-        with output_lock(folder):
-            pass
-    except UserError as error:
-        Path(folder, f"rank{comm.get_rank()}").write_text(str(error))
-    # As the trainer's processes do: Gloo may abort a process whose peer ends first.
-    comm.synchronize()
-    distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_all_processes_of_a_job_are_told(tmp_path, holder):
+@pytest.mark.parametrize("is_main", [True, False])
+def test_all_processes_of_a_job_are_told(tmp_path, holder, monkeypatch, is_main):
     process, _ = holder
-    launch(try_to_hold, 2, args=(str(tmp_path / "out"),), dist_url="auto")
-    for rank in (0, 1):
-        assert f"process {process.pid} on" in (tmp_path / f"out/rank{rank}").read_text()
+    line = f"in use: process {process.pid} on"
+
+    def gather(problem):
+        assert (line in problem) if is_main else problem is None
+        return [problem if is_main else f"OUTPUT_DIR is {line} HOST", None]
+
+    monkeypatch.setattr(comm, "is_main_process", lambda: is_main)
+    monkeypatch.setattr(comm, "all_gather", gather)
+    with pytest.raises(UserError, match=line), output_lock(str(tmp_path / "out")):
+        pass
