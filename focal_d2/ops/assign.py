@@ -10,7 +10,7 @@ IoU than matters however float32 rounds. Where that can't be said (a box that ha
 positives below the first threshold) all pairs are looked at, a slice of anchors at a time.
 
 On a GPU, lists whose length depends on the boxes wait for it. With `use_kernels`, Triton kernels look at all
-pairs there, if Triton is installed, and keep none. They have not run on a GPU yet.
+pairs there, if Triton is installed, and keep none. They were never run on a GPU.
 
 Shapes: M boxes, R anchors, S anchor shapes (levels × anchors a cell), T listed pairs. Boxes are XYXY.
 """

@@ -128,7 +128,7 @@ def unpickle(
 
 
 class _Maker(NamedTuple):
-    """What stands for a class or function of the list."""
+    """The function that is called in place of a class or function that a pickle names."""
 
     make: Callable[..., Any]
 
@@ -273,7 +273,7 @@ class _Machine:
         return key
 
     def _find(self, module: Any, name: Any) -> Any:
-        """Return what stands for a class or function."""
+        """Return what is used in place of a class or function that a pickle names."""
         # NumPy 2 moved numpy.core to numpy._core; Python 2 said __builtin__.
         module = re.sub(r"^numpy\._?core\.", "numpy.", str(module)).replace("__builtin__", "builtins")
         if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:

@@ -225,7 +225,7 @@ def _tell_rows(long_lines: Sequence[Sequence[float]], count: int) -> str | None:
     mistake in a set of keypoints.
 
     Args:
-        long_lines: numbers of the lines that have not four.
+        long_lines: numbers of each line that has more or fewer than four.
         count: of all lines.
 
     Returns:
