@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import launch
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -17,6 +16,7 @@ from focal_d2.engine import FocalTrainer, check_job, load_config
 from focal_d2.engine.best import Evaluation, TrainingEnded, check_best
 from focal_d2.evaluation import FocalCOCOEvaluator, metric_names
 from tests.conftest import make_cfg
+from tests.processes import run_in_processes
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def _run_process(folder: Path) -> None:
 
 def test_processes_agree_on_the_end(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    launch(_run_process, 2, dist_url="auto", args=(tmp_path,))
+    run_in_processes(_run_process, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert first[:2] == [6, [["model_best", 1], ["model_final", 5]]]

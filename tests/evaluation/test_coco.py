@@ -21,6 +21,7 @@ from focal_d2.evaluation.backends import BACKENDS
 from tests.data import formats
 from tests.evaluation.scenes import random_scene
 from tests.evaluation.test_backends import pycocotools_alone
+from tests.processes import run_in_processes
 
 
 @pytest.fixture
@@ -343,11 +344,8 @@ def process_all(evaluator, records, outputs):
     return list(zip(records, evaluator._predictions, strict=True))
 
 
-def _rank(rank, folder, content):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    comm.create_local_process_group(2)
+def _evaluate_in_process(folder):
+    rank = comm.get_rank()
     MetadataCatalog.get("two").set(json_file=f"{folder}/truth.json", thing_classes=["a"])
     evaluator = FocalCOCOEvaluator("two", output_dir=str(folder))
     evaluator.reset()
@@ -368,7 +366,7 @@ def test_two_gloo_processes_count_each_image_once(tmp_path):
         "categories": [{"id": 0, "name": "a"}],
     }
     (tmp_path / "truth.json").write_text(json.dumps(content))
-    torch.multiprocessing.spawn(_rank, (str(tmp_path), content), nprocs=2)
+    run_in_processes(_evaluate_in_process, tmp_path)
     assert len(json.loads((tmp_path / "coco_instances_results.json").read_text())) == 3
 
 

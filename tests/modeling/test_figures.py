@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -17,6 +16,7 @@ from focal_d2.ops import IGNORE_LABEL
 from tests.conftest import make_cfg
 from tests.modeling.losses.test_losses import NAMES, A, K, build, make_batch
 from tests.modeling.test_retinanet import make_image
+from tests.processes import run_in_processes
 
 LEVELS = ("P3", "P4")
 
@@ -181,7 +181,7 @@ def _measure_in_process(folder: Path) -> None:
 
 def test_processes_share_their_figures(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    launch(_measure_in_process, 2, dist_url="auto", args=(tmp_path,))
+    run_in_processes(_measure_in_process, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["figures"] == second["figures"]
     assert first["loss"] != second["loss"]
