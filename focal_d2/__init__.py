@@ -11,8 +11,8 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
     from focal_d2.config import add_focal_config
-    from focal_d2.engine import Detections, Predictor
     from focal_d2.errors import UserError
+    from focal_d2.inference import Detections, Predictor
     from focal_d2.modeling import FocalRetinaNet, build_focal_resnet_fpn_backbone, build_focal_retinanet
 
 __version__ = "0.1.0"

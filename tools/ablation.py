@@ -10,7 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
-from focal_d2.analysis import Result, as_json, check_seeds, load_grid, plan, run_study, write_report
+from focal_d2.analysis.study import Result, as_json, check_seeds, load_grid, plan, run_study, write_report
 from focal_d2.engine import Parser, check_job, command_line
 from focal_d2.errors import UserError
 from focal_d2.storage.yaml_text import parse_yaml

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from focal_d2.analysis.doctor import as_fix_list, as_page, as_text, build_without_memory, examine
-from focal_d2.engine import Parser, building, check_writable, command_line, load_config
+from focal_d2.engine import Parser, check_writable, command_line, load_config
+from focal_d2.modeling.build import building
 
 
 def main() -> int:

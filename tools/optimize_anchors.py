@@ -10,13 +10,13 @@ import json
 import os
 from pathlib import Path
 
-from focal_d2.analysis import check_seeds
-from focal_d2.analysis.anchor_fit import compare_anchors
-from focal_d2.architectures import require_retinanet
+from focal_d2.analysis.anchors.fit import compare_anchors
+from focal_d2.analysis.study import check_seeds
+from focal_d2.config.architectures import require_retinanet
 from focal_d2.data import check_datasets, load_table
 from focal_d2.engine import Parser, check_writable, command_line, load_config, positive
-from focal_d2.engine.setup import building
 from focal_d2.modeling.anchors import build_layout
+from focal_d2.modeling.build import building
 
 
 def main() -> None:

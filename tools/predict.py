@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from focal_d2.data import check_datasets, ground_truth
-from focal_d2.data.pixels import ImageReader
-from focal_d2.engine import Parser, Predictor, add_trust_flag, command_line, load_config
-from focal_d2.engine.pictures import (
+from focal_d2.data.pictures import (
     draw_detections,
     list_images,
     picture_files,
     read_image,
     write_picture,
 )
+from focal_d2.data.pixels import ImageReader
+from focal_d2.engine import Parser, add_trust_flag, command_line, load_config
+from focal_d2.inference import Predictor
 
 
 def main() -> None:

@@ -4,8 +4,8 @@
 import json
 from pathlib import Path
 
-from focal_d2.data.embedded import datasets_root
-from focal_d2.data.neon_trees import SPLITS, prepare
+from focal_d2.data.embedded.folder import datasets_root
+from focal_d2.data.embedded.neon_trees import SPLITS, prepare
 from focal_d2.engine.cli import Parser, command_line
 
 

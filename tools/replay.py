@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from focal_d2.engine import Parser, command_line
-from focal_d2.engine.forensics import load_step, replay
+from focal_d2.engine.nonfinite import load_step, replay
 
 
 def main() -> int:

@@ -1,18 +1,1 @@
-"""Studies of many training runs."""
-
-from focal_d2.analysis.grid import Cell, Grid, check_seeds, load_grid
-from focal_d2.analysis.report import as_json, write_report
-from focal_d2.analysis.study import Result, Run, plan, run_study
-
-__all__ = [
-    "Cell",
-    "Grid",
-    "Result",
-    "Run",
-    "as_json",
-    "check_seeds",
-    "load_grid",
-    "plan",
-    "run_study",
-    "write_report",
-]
+"""Programs that look at data, models and many runs: each a package of its own."""

@@ -1,6 +1,7 @@
 """Datasets and what happens to an image before the model sees it."""
 
-from focal_d2.data import digits, neon_trees
+from focal_d2.annotations import Table
+from focal_d2.data import embedded  # noqa: F401 - registers
 from focal_d2.data.datasets import (
     announce,
     check_annotations,
@@ -14,10 +15,6 @@ from focal_d2.data.datasets import (
     register_datasets,
 )
 from focal_d2.data.mapper import FocalDatasetMapper
-from focal_d2.data.table import Table
-
-digits.register()
-neon_trees.register()
 
 __all__ = [
     "FocalDatasetMapper",

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from detectron2.config import CfgNode
 
-from focal_d2.architectures import class_key, is_retinanet
+from focal_d2.annotations import Table
 from focal_d2.config import key_value
+from focal_d2.config.architectures import class_key, is_retinanet
 from focal_d2.data.datasets import load_known_tables
 from focal_d2.data.findings import NOTE, Example, Finding, Fix, share
 from focal_d2.data.resolution import large_windows
-from focal_d2.data.table import Table
 from focal_d2.ops.common import ANY_CLASS
 
 MOST_EXAMPLES = 5

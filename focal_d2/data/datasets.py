@@ -17,11 +17,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from focal_d2.architectures import class_key, needs_beyond_boxes
+from focal_d2.annotations import Table
 from focal_d2.config import key_value
+from focal_d2.config.architectures import class_key, needs_beyond_boxes
 from focal_d2.data.entries import check_entry, expand_paths, images_of, read_entry
 from focal_d2.data.readers.common import listed
-from focal_d2.data.table import Table
 from focal_d2.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from focal_d2.annotations import Table
 from focal_d2.config import check_choice
 from focal_d2.data.readers import READERS
 from focal_d2.data.readers.common import ImageFolder, class_names, is_yaml, read_list, short
 from focal_d2.data.readers.csv_file import COLUMNS
 from focal_d2.data.readers.sniff import describe
 from focal_d2.data.readers.yolo import ROWS
-from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
 # Keys that an entry can have, beside those of its format.

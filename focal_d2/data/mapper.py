@@ -15,8 +15,9 @@ from detectron2.data.detection_utils import SizeMismatchError, check_image_size,
 from detectron2.structures import Boxes, BoxMode, Instances
 from torch.utils.data import get_worker_info
 
-from focal_d2.architectures import known_architecture
 from focal_d2.config import check_choice
+from focal_d2.config.architectures import known_architecture
+from focal_d2.config.legal_values import check_values
 from focal_d2.data.augmentations import build_augmentations
 from focal_d2.data.pixels import (
     FORMATS,
@@ -26,7 +27,6 @@ from focal_d2.data.pixels import (
     why_unreadable,
 )
 from focal_d2.errors import UserError
-from focal_d2.legal_values import check_values
 
 
 class FocalDatasetMapper(DatasetMapper):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from detectron2.config import CfgNode
 
-from focal_d2.data.table import SHORTEST_SIDE, Table
+from focal_d2.annotations import SHORTEST_SIDE, Table
 
 # Share of the training samples that show more of an image than `large_windows` says.
 _LARGER = 0.1

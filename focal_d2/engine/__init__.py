@@ -10,18 +10,14 @@ from focal_d2.engine.cli import (
     positive,
 )
 from focal_d2.engine.job import check_job, launch_job
-from focal_d2.engine.predictor import Detections, Predictor
-from focal_d2.engine.setup import building, load_config
+from focal_d2.engine.load_config import load_config
 from focal_d2.engine.trainer import FocalTrainer
 
 __all__ = [
-    "Detections",
     "FocalTrainer",
     "Parser",
-    "Predictor",
     "add_trust_flag",
     "argument_parser",
-    "building",
     "check_job",
     "check_writable",
     "command_line",

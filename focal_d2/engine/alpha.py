@@ -9,10 +9,10 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 
-from focal_d2.architectures import known_architecture
+from focal_d2.annotations import Table
 from focal_d2.config import loss_parameters
+from focal_d2.config.architectures import known_architecture
 from focal_d2.data.resolution import training_boxes
-from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import build_layout
 from focal_d2.modeling.losses import LOSSES

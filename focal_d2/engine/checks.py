@@ -5,8 +5,8 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from focal_d2.config.legal_values import check_values
 from focal_d2.errors import UserError
-from focal_d2.legal_values import check_values
 
 
 def check_training(cfg: CfgNode) -> None:

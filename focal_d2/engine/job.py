@@ -13,19 +13,21 @@ from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
+from focal_d2.config.unread_keys import unread_keys
 from focal_d2.data import FocalDatasetMapper, announce, check_datasets
 from focal_d2.data.checks import annotation_warnings
 from focal_d2.data.loader import check_sampler
 from focal_d2.engine.alpha import resolve_alpha
-from focal_d2.engine.best import check_best
-from focal_d2.engine.checkpoint import FocalCheckpointer, check_file
 from focal_d2.engine.checks import check_training
+from focal_d2.engine.hooks.evaluation import check_best
+from focal_d2.engine.launch.start import check_backend, check_devices, restarted_by_torchrun, start
+from focal_d2.engine.load_config import load_config
 from focal_d2.engine.output_lock import output_lock, was_trained_in
-from focal_d2.engine.ranks import check_backend, check_devices, restarted_by_torchrun, start
-from focal_d2.engine.setup import building, load_config, restored_config, set_up_job
+from focal_d2.engine.setup import restored_config, set_up_job
 from focal_d2.engine.trainer import FocalTrainer
 from focal_d2.errors import UserError
-from focal_d2.unread_keys import unread_keys
+from focal_d2.modeling.build import building
+from focal_d2.storage.checkpoint import FocalCheckpointer, check_file
 
 logger = logging.getLogger(__name__)
 

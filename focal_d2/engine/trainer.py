@@ -28,21 +28,21 @@ from torch import distributed
 from focal_d2.data import FocalDatasetMapper
 from focal_d2.data.loader import TrainingLoader, build_training_loader
 from focal_d2.data.seeding import kept_random_state, random_state, set_random_state
-from focal_d2.engine.best import Evaluation, TrainingEnded, check_best
-from focal_d2.engine.checkpoint import FocalCheckpointer
 from focal_d2.engine.checks import check_training
 from focal_d2.engine.failures import end_hung_workers, tell
-from focal_d2.engine.forensics import examine, save_step
-from focal_d2.engine.live import TrainingPictures
-from focal_d2.engine.loop import FocalLoop, MovingAverage, Stopped
+from focal_d2.engine.hooks.evaluation import Evaluation, TrainingEnded, check_best
+from focal_d2.engine.hooks.pictures import TrainingPictures
+from focal_d2.engine.hooks.progress import ProgressBar
+from focal_d2.engine.hooks.wandb import WeightsAndBiases
+from focal_d2.engine.launch.start import StopRequest, remember_torchrun
+from focal_d2.engine.nonfinite import examine, save_step
 from focal_d2.engine.output_lock import output_lock
-from focal_d2.engine.progress import ProgressBar
-from focal_d2.engine.ranks import StopRequest, remember_torchrun
 from focal_d2.engine.resume import SolverSettings, check_state, set_aside
-from focal_d2.engine.weights_and_biases import WeightsAndBiases
+from focal_d2.engine.step import FocalLoop, MovingAverage, Stopped
 from focal_d2.errors import UserError, user_message
 from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, format_results
 from focal_d2.modeling.retinanet import precision_around
+from focal_d2.storage.checkpoint import FocalCheckpointer
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from pycocotools.coco import COCO
 from tabulate import tabulate
 
 from focal_d2.errors import UserError
-from focal_d2.evaluation.analysis import analyse, finite
 from focal_d2.evaluation.backends import AREAS, IOUS, Curves, Detections, Truth, check_backend, coco_curves
+from focal_d2.evaluation.errors import analyse, finite
 from focal_d2.ops.common import ANY_CLASS
 
 

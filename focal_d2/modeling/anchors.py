@@ -13,7 +13,7 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-from focal_d2.ops.assign import AnchorGrid
+from focal_d2.ops.matching.match import AnchorGrid
 
 # Multi-scale training meets a few dozen shapes; of 800 × 1333 pixels each takes 3 MB.
 _MOST_SHAPES = 32

@@ -28,12 +28,11 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from focal_d2.config import check_choice, focal_config, loss_parameters
+from focal_d2.config.legal_values import check_values
 from focal_d2.errors import UserError
-from focal_d2.legal_values import check_values
 from focal_d2.modeling import traced
 from focal_d2.modeling.anchors import AnchorCache, Anchors
 from focal_d2.modeling.candidates import find_candidates
-from focal_d2.modeling.figures import put_figures
 from focal_d2.modeling.folding import fold_norms
 from focal_d2.modeling.head import FocalRetinaNetHead
 from focal_d2.modeling.losses import (
@@ -45,9 +44,10 @@ from focal_d2.modeling.losses import (
     build_loss,
     gather_deltas,
 )
+from focal_d2.modeling.metrics import put_figures
 from focal_d2.modeling.precision import check_channels_last, configured_type, is_narrow
 from focal_d2.modeling.targets import AnchorTargets, build_matcher, label_anchors
-from focal_d2.ops.common import import_kernels
+from focal_d2.ops.common import LOSS_KERNELS, MATCHING_KERNELS, import_kernels
 from focal_d2.ops.detect import best_boxes
 
 logger = logging.getLogger(__name__)
@@ -431,13 +431,13 @@ def _use_kernels(cfg: CfgNode) -> bool:
         )
         return True
     try:
-        kernels = import_kernels()
+        modules = [import_kernels(name) for name in (LOSS_KERNELS, MATCHING_KERNELS)]
     except ImportError as error:
         raise UserError(
             f"MODEL.FOCAL.KERNELS is on, but the kernels can't be imported ({error}): install another "
             "version of triton, or set it off"
         ) from error
-    if kernels is None:
+    if None in modules:
         raise UserError(
             "MODEL.FOCAL.KERNELS is on, but Triton is not installed: install triton, or set it off"
         )

@@ -21,7 +21,7 @@ from focal_d2.config import focal_config
 from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import AnchorCache, AnchorLayout, Anchors
 from focal_d2.ops import IGNORE_LABEL
-from focal_d2.ops.assign import Matches, inside_regions, match_anchors
+from focal_d2.ops.matching.match import Matches, inside_regions, match_anchors
 
 # Counting the anchors of more images changes the third digit and costs minutes.
 _MOST_IMAGES = 1000

@@ -15,24 +15,31 @@ from torch import Tensor
 IGNORE_LABEL = -1
 # Label of an ignored region that counts for every class.
 ANY_CLASS = -1
+# The modules of Triton kernels below focal_d2.ops.
+LOSS_KERNELS, MATCHING_KERNELS = "losses.dense_triton", "matching.match_triton"
 
 
-def find_kernels(x: Tensor) -> ModuleType | None:
-    """Return the module of our Triton kernels if they can run on x: on a GPU, or in Triton's interpreter."""
+def find_kernels(name: str, x: Tensor) -> ModuleType | None:
+    """Return a module of Triton kernels if it can run on x: on a GPU, or in Triton's interpreter.
+
+    Args:
+        name: of the module: `LOSS_KERNELS` or `MATCHING_KERNELS`.
+        x: any tensor of those that the kernels would read.
+    """
     if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
-        return import_kernels()
+        return import_kernels(name)
     return None
 
 
 @functools.cache
-def import_kernels() -> ModuleType | None:
-    """Return the module of our Triton kernels, or None if Triton is not installed.
+def import_kernels(name: str) -> ModuleType | None:
+    """Return a module of Triton kernels below `focal_d2.ops`, or None if Triton is not installed.
 
     Raises:
         ImportError: if Triton is installed, but the kernels can't be imported with it.
     """
     try:
-        return importlib.import_module("focal_d2.ops.kernels")
+        return importlib.import_module(f"focal_d2.ops.{name}")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

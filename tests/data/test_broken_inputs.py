@@ -16,8 +16,8 @@ from detectron2.data import DatasetCatalog
 from PIL import Image, PngImagePlugin
 
 from focal_d2 import UserError
+from focal_d2.annotations import Table
 from focal_d2.data import FocalDatasetMapper, check_files, load_table, register_datasets
-from focal_d2.data.table import Table
 from focal_d2.errors import user_message
 from tests.conftest import make_cfg
 from tests.data import formats

@@ -22,7 +22,7 @@ from focal_d2.data.checks import annotation_warnings
 from focal_d2.data.readers.common import class_names
 from focal_d2.ops.common import ANY_CLASS
 from tests.conftest import make_cfg
-from tests.data.test_table import RECORDS
+from tests.test_annotations import RECORDS
 
 
 def test_register_makes_coco_data_usable_by_name(coco_dataset):

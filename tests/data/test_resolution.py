@@ -5,10 +5,10 @@ import pytest
 from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 
+from focal_d2.annotations import Table
 from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.data.augmentations import ResizeAndCrop
 from focal_d2.data.resolution import large_windows, network_inputs, training_boxes, training_inputs
-from focal_d2.data.table import Table
 from tests.conftest import make_cfg
 
 PLAIN = {"factor": 1, "last_crop": None}  # neither jitter nor a crop after the resize

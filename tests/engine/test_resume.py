@@ -20,7 +20,7 @@ import yaml
 from focal_d2 import UserError
 from focal_d2.engine import FocalTrainer, load_config
 from focal_d2.engine.failures import tell
-from focal_d2.engine.loop import FocalLoop, MovingAverage
+from focal_d2.engine.step import FocalLoop, MovingAverage
 from tests.conftest import REPOSITORY
 from tests.engine.runs import metrics, run_main
 
@@ -139,7 +139,7 @@ def test_killed_at_any_moment_and_resumed_is_the_same_to_the_bit(small_job, tmp_
 def test_a_second_signal_ends_at_once():
     program = """
 import os, signal, time
-from focal_d2.engine.ranks import StopRequest
+from focal_d2.engine.launch.start import StopRequest
 with StopRequest(lambda n: print("first", n, flush=True)) as stop:
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)  # the same, passed on

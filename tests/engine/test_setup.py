@@ -9,7 +9,8 @@ from detectron2.modeling import build_model
 from focal_d2 import UserError
 from focal_d2.data.datasets import check_files
 from focal_d2.engine import argument_parser, load_config
-from focal_d2.engine.setup import building, set_up_job
+from focal_d2.engine.setup import set_up_job
+from focal_d2.modeling.build import building
 from tests.conftest import REPOSITORY, make_cfg
 
 DEMO = str(REPOSITORY / "configs/neon_trees/focal_retinanet_R_18_FPN_demo.yaml")

@@ -6,7 +6,7 @@ their own, which `test_all_in_the_interpreter` starts; without a GPU, this proce
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -18,14 +18,16 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, pairwise_iou
 
 from focal_d2 import ops
-from focal_d2.ops import assign, common, fused, sigmoid_focal_loss
+from focal_d2.ops import common, sigmoid_focal_loss
+from focal_d2.ops.losses import dense
+from focal_d2.ops.matching import match
 from tests.conftest import REPOSITORY
-from tests.ops.test_assign import make_anchors, random_boxes
-from tests.ops.test_fused import LAYOUTS, LOSSES, flatten, make_levels, value_and_gradient
+from tests.ops.losses.test_dense import LAYOUTS, LOSSES, flatten, make_levels, value_and_gradient
+from tests.ops.matching.test_match import make_anchors, random_boxes
 
 dense_focal_loss = partial(ops.dense_focal_loss, use_kernels=True)
 dense_quality_focal_loss = partial(ops.dense_quality_focal_loss, use_kernels=True)
-match_anchors = partial(assign.match_anchors, use_kernels=True)
+match_anchors = partial(match.match_anchors, use_kernels=True)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -42,10 +44,11 @@ def device(request):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several programs for small levels, the last ones not full."""
-    from focal_d2.ops import kernels
+    from focal_d2.ops.losses import dense_triton
+    from focal_d2.ops.matching import match_triton
 
-    monkeypatch.setattr(kernels, "_LOSS_TILE", 256)
-    monkeypatch.setattr(kernels, "_MATCH_TILE", 128)
+    monkeypatch.setattr(dense_triton, "_LOSS_TILE", 256)
+    monkeypatch.setattr(match_triton, "_MATCH_TILE", 128)
 
 
 @pytest.mark.slow
@@ -73,7 +76,7 @@ from tests.ops.test_kernels import dense_focal_loss, match_anchors
 labels, box = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[0.0, 0, 1, 1]])
 print(float(dense_focal_loss([torch.zeros(1, 1, 1, 2)], labels, num_classes=1, alpha=-1.0, gamma=0.0)))
 print(match_anchors(box, box, None, thresholds=[0.5], labels=[0, 1], low_quality_matches=True))
-assert sys.modules.get("focal_d2.ops.kernels") is None
+assert sys.modules.get("focal_d2.ops.losses.dense_triton") is None
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # asks for kernels on the CPU
     command = [sys.executable, "-c", program]
@@ -86,32 +89,28 @@ assert sys.modules.get("focal_d2.ops.kernels") is None
 
 @pytest.mark.skipif(INTERPRETED, reason="is in the interpreter")
 def test_on_a_cpu_there_are_no_kernels():
-    assert common.find_kernels(torch.zeros(1)) is None
+    assert common.find_kernels(common.LOSS_KERNELS, torch.zeros(1)) is None
 
 
 def test_kernels_are_not_looked_for_unless_asked_for(monkeypatch):
     asked = []
-    for module in (fused, assign):
-        monkeypatch.setattr(module, "find_kernels", asked.append)
+    for module in (dense, match):
+        monkeypatch.setattr(module, "find_kernels", lambda name, _: asked.append(name))
     labels, box = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[0.0, 0, 1, 1]])
     for wanted in (False, True):
         more = {"use_kernels": wanted}
         ops.dense_focal_loss([torch.zeros(1, 1, 1, 2)], labels, num_classes=1, alpha=-1.0, gamma=0.0, **more)
-        assign.match_anchors(
-            box, box, None, thresholds=[0.5], labels=[0, 1], low_quality_matches=True, **more
-        )
+        match.match_anchors(box, box, None, thresholds=[0.5], labels=[0, 1], low_quality_matches=True, **more)
         assert len(asked) == 2 * wanted
 
 
-def compile_for_a_gpu(name, signature, constants, **options):
+def compile_for_a_gpu(module, name, signature, constants, **options):
     """PTX of a kernel for compute capability 8.0, which needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from focal_d2.ops import kernels
-
-    kernel = getattr(kernels, name)
+    kernel = getattr(importlib.import_module(f"focal_d2.ops.{module}"), name)
     types = {n: "constexpr" if n in constants else signature.get(n, "i32") for n in kernel.arg_names}
     source = ASTSource(kernel, types, constexprs=constants)
     return triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"]
@@ -133,9 +132,13 @@ def test_loss_compiles_without_float64(kind, channels_last, monkeypatch, tmp_pat
     constants = {"K": 20, "KIND": kind, "PER_CLASS": per_class, "CHANNELS_LAST": channels_last}
     constants |= {"TILE": 1024, "ROWS": 16, **({"quality": None} if kind == "focal" else {})}
     for power in (0, -1):
-        ptx = compile_for_a_gpu("_loss_kernel", types, {**constants, "POWER": power}, num_warps=4)
+        ptx = compile_for_a_gpu(
+            common.LOSS_KERNELS, "_loss_kernel", types, {**constants, "POWER": power}, num_warps=4
+        )
         assert ".f64" not in ptx
-    compile_for_a_gpu("_loss_kernel", types, {**constants, "POWER": 2, "gradient": None}, num_warps=4)
+    compile_for_a_gpu(
+        common.LOSS_KERNELS, "_loss_kernel", types, {**constants, "POWER": 2, "gradient": None}, num_warps=4
+    )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -147,9 +150,27 @@ def test_matching_compiles_to_the_operations_it_names(monkeypatch, tmp_path):
         **{"matched": "*i64", "best": "*i32", "is_best": "*i1"},
     }
     for ptx in (
-        compile_for_a_gpu("_match_kernel", types, {"BEST": True, "TILE": 512}, enable_fp_fusion=False),
-        compile_for_a_gpu("_match_kernel", types, {"BEST": False, "TILE": 512}, enable_fp_fusion=False),
-        compile_for_a_gpu("_best_kernel", {**types, "best": "*fp32"}, {"TILE": 512}, enable_fp_fusion=False),
+        compile_for_a_gpu(
+            common.MATCHING_KERNELS,
+            "_match_kernel",
+            types,
+            {"BEST": True, "TILE": 512},
+            enable_fp_fusion=False,
+        ),
+        compile_for_a_gpu(
+            common.MATCHING_KERNELS,
+            "_match_kernel",
+            types,
+            {"BEST": False, "TILE": 512},
+            enable_fp_fusion=False,
+        ),
+        compile_for_a_gpu(
+            common.MATCHING_KERNELS,
+            "_best_kernel",
+            {**types, "best": "*fp32"},
+            {"TILE": 512},
+            enable_fp_fusion=False,
+        ),
     ):
         assert "div.rn.f32" in ptx
         assert "fma" not in ptx

@@ -14,10 +14,10 @@ import pytest
 
 from focal_d2 import UserError
 from focal_d2.engine import load_config
-from focal_d2.engine.checkpoint import FocalCheckpointer, check_file
 from focal_d2.storage import downloads
+from focal_d2.storage.checkpoint import FocalCheckpointer, check_file
 from focal_d2.storage.downloads import check_address, fetch
-from tests.engine.test_checkpoint import Detector, save
+from tests.storage.test_checkpoint import Detector, save
 
 CONTENT = b"SEED: 7\n"
 ZOO = "https://dl.fbaipublicfiles.com/detectron2/"

@@ -9,7 +9,7 @@ import resource
 import pytest
 
 from focal_d2 import UserError
-from focal_d2.analysis import load_grid
+from focal_d2.analysis.study import load_grid
 from focal_d2.data.readers.common import class_names
 from focal_d2.engine import load_config
 from focal_d2.storage import yaml_text

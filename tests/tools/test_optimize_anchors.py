@@ -7,15 +7,15 @@ import sys
 import pytest
 import yaml
 
-from focal_d2.analysis import anchor_fit
+from focal_d2.analysis.anchors import fit
 from focal_d2.engine import load_config
 from tests.conftest import REPOSITORY
 
 
 @pytest.fixture
 def run(job, monkeypatch, capsys):
-    monkeypatch.setattr(anchor_fit, "_GENERATIONS", 3)
-    monkeypatch.setattr(anchor_fit, "_POPULATION", 5)
+    monkeypatch.setattr(fit, "_GENERATIONS", 3)
+    monkeypatch.setattr(fit, "_POPULATION", 5)
 
     def run(*argv):
         command = ["optimize_anchors.py", "--config-file", job[0], *argv]
@@ -67,7 +67,7 @@ def test_output_is_a_config_that_trains_with_them(run, job, tmp_path):
     ],
 )
 def test_mistakes_are_one_line(run, argv, message, monkeypatch):
-    monkeypatch.setattr(anchor_fit, "differential_evolution", None)  # said before the work is done
+    monkeypatch.setattr(fit, "differential_evolution", None)  # said before the work is done
     code, out, err = run(*argv)
     assert (code, out) == (2, "")
     assert message in err.splitlines()[-1]

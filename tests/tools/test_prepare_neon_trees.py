@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.data.test_neon_trees import wheel  # noqa: F401 - a fixture
+from tests.data.embedded.test_neon_trees import wheel  # noqa: F401 - a fixture
 
 
 def prepare(monkeypatch, *argv) -> int:

@@ -11,9 +11,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 from focal_d2.engine import FocalTrainer, load_config
-from focal_d2.engine.forensics import examine, load_step, replay, save_step
+from focal_d2.engine.nonfinite import examine, load_step, replay, save_step
 from tests.conftest import REPOSITORY, make_cfg
-from tests.engine.test_forensics import NAN, make_sample, usual
+from tests.engine.nonfinite.test_nonfinite import NAN, make_sample, usual
 
 
 def run(monkeypatch, *argv) -> int:

@@ -18,7 +18,9 @@ from focal_d2.analysis.doctor.training import (
     check_learning_rate,
     memory_facts,
 )
-from focal_d2.architectures import is_retinanet, known_architecture
+from focal_d2.config.architectures import is_retinanet, known_architecture
+from focal_d2.config.legal_values import check_values
+from focal_d2.config.unread_keys import unread_keys
 from focal_d2.data import FocalDatasetMapper, Table, check_annotations, load_table
 from focal_d2.data.checks import (
     check_against_config,
@@ -30,9 +32,7 @@ from focal_d2.data.checks import (
 from focal_d2.data.findings import ERROR, SEVERITIES, Finding
 from focal_d2.data.mapper import build_reader
 from focal_d2.errors import UserError
-from focal_d2.legal_values import check_values
 from focal_d2.modeling import FocalRetinaNet
-from focal_d2.unread_keys import unread_keys
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import numpy as np
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
+from focal_d2.annotations import Table
 from focal_d2.data.checks import MOST_EXAMPLES
 from focal_d2.data.findings import Example, Finding, share
 from focal_d2.data.pixels import UNREADABLE
-from focal_d2.data.table import Table
 
 # Files that are read before the progress bar moves.
 _CHUNK = 64

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
+from focal_d2.annotations import Table
 from focal_d2.data.readers.coco import read_coco
 from focal_d2.data.readers.csv_file import read_csv
 from focal_d2.data.readers.voc import read_voc
 from focal_d2.data.readers.yolo import read_yolo
-from focal_d2.data.table import Table
 
 # DATASETS.FOCAL's FORMAT, and who reads it.
 READERS: dict[str, Callable[..., Table]] = {

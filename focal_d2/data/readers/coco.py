@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
+from focal_d2.annotations import Table
 from focal_d2.data.readers.common import (
     MOST_PIXELS,
     ImageFolder,
@@ -27,7 +28,6 @@ from focal_d2.data.readers.common import (
     short,
 )
 from focal_d2.data.readers.masks import mask_box
-from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
 _Id = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]

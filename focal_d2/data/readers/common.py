@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from focal_d2.annotations import Table
 from focal_d2.data.pixels import IMAGE_SUFFIXES, UNREADABLE, upright_size, why_unreadable
-from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 from focal_d2.storage import yaml_text
 

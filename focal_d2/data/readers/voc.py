@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from focal_d2.annotations import Table
 from focal_d2.data.readers.common import (
     Box,
     ImageFolder,
@@ -21,7 +22,6 @@ from focal_d2.data.readers.common import (
     read_bytes,
     short,
 )
-from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from focal_d2.annotations import Table
 from focal_d2.data.readers.common import (
     Box,
     ImageFolder,
@@ -23,7 +24,6 @@ from focal_d2.data.readers.common import (
     short,
 )
 from focal_d2.data.readers.yolo_files import about_classes, files_of_folder, files_of_split
-from focal_d2.data.table import Table
 from focal_d2.errors import UserError
 
 # Where nobody named the classes, a larger number is a slip of a column.

@@ -13,8 +13,8 @@ from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor, nn
 
 from focal_d2.errors import UserError
-from focal_d2.modeling.ranks import sum_over_ranks
-from focal_d2.ops.ghm import harmonise
+from focal_d2.modeling.all_reduce import sum_over_ranks
+from focal_d2.ops.losses.ghm import harmonise
 
 _IOU_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 BOX_LOSSES = ("smooth_l1", *_IOU_LOSSES, "ghm_r")

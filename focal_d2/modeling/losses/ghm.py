@@ -1,4 +1,4 @@
-"""Gradient harmonising for classification (GHM-C, arXiv 1811.05181); see `focal_d2.ops.ghm`."""
+"""Gradient harmonising for classification (GHM-C, arXiv 1811.05181); see `focal_d2.ops.losses.ghm`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor
 
+from focal_d2.modeling.all_reduce import sum_over_ranks
 from focal_d2.modeling.losses.base import ClassificationLoss, DenseBatch, register_loss
-from focal_d2.modeling.ranks import sum_over_ranks
 from focal_d2.ops import sigmoid_focal_loss
 from focal_d2.ops.common import compare
-from focal_d2.ops.ghm import gradient_density, harmonise
+from focal_d2.ops.losses.ghm import gradient_density, harmonise
 
 
 @register_loss("ghm")

@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 
 from focal_d2.modeling.losses import DenseBatch
 from focal_d2.ops import sigmoid_focal_loss
-from focal_d2.ops.ghm import harmonise
+from focal_d2.ops.losses.ghm import harmonise
 from tests.conftest import make_cfg
 from tests.modeling.losses.test_losses import NAMES
 from tests.modeling.test_retinanet import make_image

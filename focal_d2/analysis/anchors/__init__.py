@@ -1,0 +1,1 @@
+"""How anchors fit the boxes of a training set, and anchors that fit them better."""

@@ -1,0 +1,354 @@
+"""Anchors from data: sizes and aspect ratios that fit a training set's boxes.
+
+The search keeps the detector's structure: the same octaves on every level, the same ratios for every size.
+Level l has the sizes base · growth^(l + e_k), with e_1 = 0 and the other e_k in [0, 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+from detectron2.config import CfgNode
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.matcher import Matcher
+from scipy.optimize import differential_evolution
+
+from focal_d2.analysis.anchors.coverage import AnchorGrids, best_anchors, grids_of, recall
+from focal_d2.annotations import Table
+from focal_d2.data.resolution import TrainingBoxes, training_boxes
+from focal_d2.errors import UserError
+from focal_d2.modeling.anchors import AnchorLayout
+from focal_d2.modeling.targets import build_matcher, count_labels
+
+THRESHOLDS = (0.5, 0.6, 0.7)
+# A fall of recall that is worth a line.
+_POINT = 0.01
+# What a gain in recall is worth beside the same gain in mean IoU; see `score`.
+_RECALL_WEIGHT = 3.0
+# Boxes that the search looks at; recall on so many is known to 0.7 per cent or better (one standard error).
+_SAMPLE = 5000
+# The smallest anchors, in strides of the finest level; RetinaNet's: 4.
+_BASES = (1.0, 16.0)
+# From a level to the next; strides double.
+_GROWTHS = (1.5, 2.5)
+_LARGEST_RATIO = 8.0
+# Differential evolution: at most so many generations of so many candidates a parameter; it stops once the
+# candidates' scores differ by less than so much of their mean.
+_GENERATIONS = 60
+_POPULATION = 12
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class AnchorSettings:
+    """`MODEL.ANCHOR_GENERATOR.SIZES` and `ASPECT_RATIOS`."""
+
+    sizes: list[list[float]]  # L × pixels: roots of areas
+    ratios: list[float]  # height / width
+
+    def __str__(self) -> str:
+        sizes, ratios = len(self.sizes[0]), len(self.ratios)
+        return f"{sizes * ratios} ({sizes} sizes × {ratios} ratios)"
+
+    def as_yaml(self) -> str:
+        """Return the lines to paste into a config."""
+        node = {"SIZES": self.sizes, "ASPECT_RATIOS": [self.ratios]}
+        content = {"MODEL": {"ANCHOR_GENERATOR": node}}
+        return yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well anchors fit some boxes."""
+
+    boxes: int
+    recall: list[float]  # share of boxes whose best anchor reaches an IoU, for each of THRESHOLDS
+    mean_iou: float  # of the best anchors
+    missed: int  # boxes whose best anchor is below the matcher's threshold for positives
+    positives_per_box: float  # anchors that the matcher gives a box, at most 1000 images counted
+    negatives_per_positive: float | None  # None without a positive
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Anchors of a config beside proposed ones."""
+
+    current: AnchorSettings
+    proposed: AnchorSettings
+    better: bool  # whether the proposal won on the images that decide: held-out ones, if there are any
+    threshold: float  # from which IoU the matcher calls an anchor positive
+    before: dict[str, Fit]  # "fitted", "held out" and names of test sets
+    after: dict[str, Fit]
+
+    @property
+    def chosen(self) -> AnchorSettings:
+        """The proposal if it is better, else what the config has."""
+        return self.proposed if self.better else self.current
+
+    def losses(self) -> list[str]:
+        """Say where the proposal's recall is lower on boxes that it was not fitted to, by a point or more."""
+        return [
+            f"Careful: {name}: recall at IoU {at} falls from {100 * before:.1f} to {100 * after:.1f} %."
+            for name in self.before
+            if name != "fitted"
+            for at, before, after in zip(
+                THRESHOLDS, self.before[name].recall, self.after[name].recall, strict=True
+            )
+            if after <= before - _POINT
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all figures, for JSON."""
+        more = {"thresholds": list(THRESHOLDS), "chosen": asdict(self.chosen), "losses": self.losses()}
+        return {**asdict(self), **more}
+
+    def as_text(self) -> str:
+        """Write it for a terminal: before and after of each set of boxes, a line each, and the YAML."""
+        head = [f"IoU >= {at}" for at in THRESHOLDS] + ["mean IoU", "missed", "positives", "negatives"]
+        lines = [f"{'share of boxes with an anchor at':<32}" + "".join(f"{x:>11}" for x in head)]
+        for name in self.before:
+            lines.append(f"{name}, {self.before[name].boxes} boxes")
+            for when, fit in (("now", self.before[name]), ("proposed", self.after[name])):
+                figures = [f"{100 * x:.1f} %" for x in fit.recall] + [f"{fit.mean_iou:.3f}", str(fit.missed)]
+                ratio = fit.negatives_per_positive
+                figures += [f"{fit.positives_per_box:.2f}", "-" if ratio is None else f"{ratio:.0f}"]
+                lines.append(f"  {when:<30}" + "".join(f"{x:>11}" for x in figures))
+        lines += [
+            f"missed: boxes below IoU {self.threshold:g}. positives: a box. negatives: a positive.",
+            f"anchors a cell: now {self.current}, proposed {self.proposed}",
+        ]
+        if not self.better:
+            lines.append("The proposal does not fit images that it has not seen better: keep what there is.")
+        lines += self.losses()
+        return "\n".join([*lines, "", self.chosen.as_yaml().rstrip()])
+
+
+def compare_anchors(
+    cfg: CfgNode,
+    layout: AnchorLayout,
+    train: Sequence[Table],
+    tests: Mapping[str, Table],
+    *,
+    num_sizes: int | None,
+    num_ratios: int | None,
+    seed: int,
+) -> Comparison:
+    """Search anchors on half of the training images, and set them beside the config's on the rest.
+
+    All images, also those of test sets, are taken at training resolution and not cropped. Where training
+    turns images by 90 degrees, training boxes count both as they are and turned.
+
+    Args:
+        cfg: full config.
+        layout: `build_layout(cfg)`.
+        train: the training sets.
+        tests: other sets to look at, by name.
+        num_sizes: on each level; None: as many as the config has.
+        num_ratios: of each size; None: as many as the config has.
+        seed: of the halves, the sample and the search.
+
+    Raises:
+        UserError: if the training set has no box that counts, or anchors are not detectron2's default kind.
+    """
+    grids = grids_of(layout)
+    current = _settings_of(cfg, levels=len(grids.shapes))
+    threshold = cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
+    found = _joined([training_boxes(cfg, table) for table in train])
+    if not len(found.boxes):
+        raise UserError("DATASETS.TRAIN has no box that could be fitted: none, or all ignored or empty")
+    rng = np.random.default_rng(seed)
+    images = rng.permutation(np.unique(found.image))
+    half = images[: (len(images) + 1) // 2]
+    if cfg.INPUT.FOCAL.ROTATE_90:
+        half = np.concatenate([half, half + len(found.sizes)])
+        found = _joined([found, _turned(found)])
+    fitted = np.isin(found.image, half)
+    sample = _part(found, rng.permutation(np.flatnonzero(fitted))[:_SAMPLE])
+    proposed = fit_anchors(
+        sample.boxes,
+        sample.image,
+        sample.sizes,
+        grids,
+        num_sizes=num_sizes or len(current.sizes[0]),
+        num_ratios=num_ratios or len(current.ratios),
+        threshold=threshold,
+        seed=seed,
+    )
+    parts = {"fitted": _part(found, fitted)}
+    if not fitted.all():
+        parts["held out"] = _part(found, ~fitted)
+    judge = list(parts)[-1]
+    parts |= {name: training_boxes(cfg, table) for name, table in tests.items()}
+    parts = {name: part for name, part in parts.items() if len(part.boxes)}
+    matcher = build_matcher(cfg)
+    fits, scores = [], []
+    for settings in (current, proposed):
+        grid = lay(settings, grids)
+        best = {name: best_anchors(p.boxes, p.image, p.sizes, grid).iou for name, p in parts.items()}
+        scores.append(score(best[judge], threshold))
+        fits.append(
+            {name: _fit(part, best[name], threshold, grid.layout, matcher) for name, part in parts.items()}
+        )
+    return Comparison(current, proposed, scores[1] > scores[0], threshold, *fits)
+
+
+def fit_anchors(
+    boxes: np.ndarray,
+    image: np.ndarray,
+    sizes: np.ndarray,
+    grids: AnchorGrids,
+    *,
+    num_sizes: int,
+    num_ratios: int,
+    threshold: float,
+    seed: int,
+) -> AnchorSettings:
+    """Search the anchors with the highest `score` by differential evolution, from where k-means leads.
+
+    Args:
+        boxes: (B, 4) XYXY in the pixels of `sizes`, B ≥ 1.
+        image: (B,) the image of each.
+        sizes: (N, 2) height and width of the images.
+        grids: where anchors stand; their shapes are not looked at.
+        num_sizes: on each level.
+        num_ratios: of each size.
+        threshold: from which IoU an anchor is positive.
+        seed: of the search; the same seed gives the same anchors.
+    """
+    levels, stride = len(grids.layout.strides), grids.layout.strides[0]
+    sides = boxes[:, 2:] - boxes[:, :2]
+    bounds = [np.log(np.array(_BASES) * stride), np.log(_GROWTHS)]
+    bounds += [(0.0, 1.0)] * (num_sizes - 1) + [np.log([1 / _LARGEST_RATIO, _LARGEST_RATIO])] * num_ratios
+
+    def settings(x: np.ndarray) -> AnchorSettings:
+        octaves = np.sort([0.0, *x[2 : 1 + num_sizes]])
+        made = np.exp(x[0] + x[1] * (np.arange(levels)[:, None] + octaves))
+        ratios = np.sort(np.exp(x[1 + num_sizes :]))
+        return AnchorSettings(made.round(2).tolist(), ratios.round(3).tolist())
+
+    def cost(x: np.ndarray) -> float:
+        return -score(best_anchors(boxes, image, sizes, lay(settings(x), grids)).iou, threshold)
+
+    low, high = np.array(bounds).T
+    start = _start(sides, levels, num_sizes, num_ratios).clip(low, high)
+    found = differential_evolution(
+        cost,
+        np.array(bounds),
+        maxiter=_GENERATIONS,
+        popsize=_POPULATION,
+        tol=_TOLERANCE,
+        seed=seed,
+        x0=start,
+        polish=False,  # recall has no gradient
+    )
+    return settings(found.x)
+
+
+def score(iou: np.ndarray, threshold: float) -> float:
+    """What is maximised: 3 · recall at the matcher's threshold + mean IoU, of the best anchors' IoU (B,).
+
+    Recall is what training needs, but it has steps and is often near 1 before anything is done; the mean
+    tells equal recalls apart, pulls missed boxes up to the threshold, and leaves the regression less to do.
+    With the same weight for both, a good mean was bought with boxes that were missed.
+    """
+    return _RECALL_WEIGHT * recall(iou, threshold) + float(iou.mean())
+
+
+def kmeans_iou(sides: np.ndarray, clusters: int) -> np.ndarray:
+    """k-means on 1 - IoU of widths and heights, as if centred alike (YOLO9000, arXiv 1612.08242, section 2).
+
+    Libraries' k-means know Euclidean distance only. Starts from boxes evenly spread over the sorted areas.
+
+    Args:
+        sides: (B, 2) width and height, B ≥ 1, above 0.
+        clusters: k.
+
+    Returns:
+        (k, 2) centres in rising order of area; a centre that no box is nearest to stays where it was.
+    """
+    areas = sides.prod(axis=1)
+    order = np.argsort(areas, kind="stable")
+    spread = (np.arange(clusters) + 0.5) / clusters * len(sides)
+    centres = sides[order[spread.astype(np.int64)]].copy()
+    nearest = np.full(len(sides), -1)
+    for _ in range(100):
+        overlap = np.minimum(sides[:, None], centres).prod(axis=2)
+        closest = (overlap / (areas[:, None] + centres.prod(axis=1) - overlap)).argmax(axis=1)
+        if (closest == nearest).all():
+            break
+        nearest = closest
+        for k in np.unique(nearest):
+            centres[k] = sides[nearest == k].mean(axis=0)
+    return centres[np.argsort(centres.prod(axis=1), kind="stable")]
+
+
+def _start(sides: np.ndarray, levels: int, num_sizes: int, num_ratios: int) -> np.ndarray:
+    """The search's parameters that are nearest to the centres of k-means with as many clusters as shapes."""
+    centres = kmeans_iou(sides, levels * num_sizes * num_ratios)
+    logs = np.log(centres.prod(axis=1)) / 2
+    growth = max((logs[-1] - logs[0]) / max(levels - 1 / num_sizes, 1), np.log(_GROWTHS[0]))
+    quantiles = (np.arange(num_ratios) + 0.5) / num_ratios
+    ratios = np.quantile(np.log(centres[:, 1] / centres[:, 0]), quantiles)
+    return np.concatenate([[logs[0], growth], np.arange(1, num_sizes) / num_sizes, ratios])
+
+
+def lay(settings: AnchorSettings, grids: AnchorGrids) -> AnchorGrids:
+    """Replace the anchors of a model's grids."""
+    made = DefaultAnchorGenerator(
+        sizes=settings.sizes,
+        aspect_ratios=[settings.ratios],
+        strides=grids.layout.strides,
+        offset=grids.offset,
+    )
+    return grids_of(grids.layout._replace(generator=made))
+
+
+def _settings_of(cfg: CfgNode, *, levels: int) -> AnchorSettings:
+    """Read the config, where one list may stand for all levels.
+
+    Raises:
+        UserError: for ratios that differ from level to level.
+    """
+    node = cfg.MODEL.ANCHOR_GENERATOR
+    sizes, ratios = (x if isinstance(x[0], (list, tuple)) else [x] for x in (node.SIZES, node.ASPECT_RATIOS))
+    if any(list(x) != list(ratios[0]) for x in ratios):
+        raise UserError("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS differ from level to level; one list is needed")
+    sizes = sizes if len(sizes) == levels else [*sizes] * levels
+    return AnchorSettings([[float(x) for x in level] for level in sizes], [float(x) for x in ratios[0]])
+
+
+def _joined(parts: Sequence[TrainingBoxes]) -> TrainingBoxes:
+    """Put sets of images one after the other."""
+    firsts = np.cumsum([0, *(len(part.sizes) for part in parts[:-1])])
+    moved = [p._replace(image=p.image + first) for p, first in zip(parts, firsts, strict=True)]
+    return TrainingBoxes(*(np.concatenate(column) for column in zip(*moved, strict=True)))
+
+
+def _turned(found: TrainingBoxes) -> TrainingBoxes:
+    """Exchange x and y."""
+    return found._replace(boxes=found.boxes[:, [1, 0, 3, 2]], sizes=found.sizes[:, ::-1])
+
+
+def _part(found: TrainingBoxes, chosen: np.ndarray) -> TrainingBoxes:
+    """Take boxes, by place or (M,) bool, and their images."""
+    images, image = np.unique(found.image[chosen], return_inverse=True)
+    return TrainingBoxes(found.rows[chosen], image, found.boxes[chosen], found.sizes[images])
+
+
+def _fit(
+    found: TrainingBoxes, iou: np.ndarray, threshold: float, layout: AnchorLayout, matcher: Matcher
+) -> Fit:
+    counts = count_labels(found.boxes, found.image, found.sizes, layout=layout, matcher=matcher)
+    positives, negatives = sum(counts.positives), sum(counts.negatives)
+    return Fit(
+        boxes=len(iou),
+        recall=[recall(iou, at) for at in THRESHOLDS],
+        mean_iou=float(iou.mean()),
+        missed=int((iou < threshold).sum()),
+        positives_per_box=positives / counts.boxes,
+        negatives_per_positive=negatives / positives if positives else None,
+    )

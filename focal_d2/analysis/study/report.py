@@ -1,0 +1,153 @@
+"""A study's results as a Markdown table, a CSV file and plots."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from focal_d2.analysis.study.grid import Cell
+from focal_d2.analysis.study.runs import Result, Run, read_metrics
+
+_IN_TABLE = re.compile(r"(^|/)bbox/(AP|AP50|AP75|AR@\d+)$")
+
+
+def write_report(runs: Sequence[Run], results: Sequence[Result], output: Path) -> None:
+    """Write table.md, results.csv, results.png and losses.png of the runs that have ended.
+
+    Args:
+        runs: all of the study.
+        results: of some of them.
+        output: the study's folder.
+    """
+    ended = {(result.cell, result.seed) for result in results}
+    done = [run for run in runs if (run.cell.name, run.seed) in ended]
+    cells = list({run.cell.name: run.cell for run in runs}.values())
+    (output / "table.md").write_text(markdown_table(cells, results) + "\n")
+    _write_csv(done, results, output / "results.csv")
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        _plot_metrics(cells, results, output / "results.png")
+        _plot_losses(cells, done, output / "losses.png")
+
+
+def as_json(results: Sequence[Result]) -> str:
+    """Return a list of objects; what is not a number (AP of a size that no box has) is null."""
+    plain = [
+        {**r._asdict(), "metrics": {k: x if math.isfinite(x) else None for k, x in r.metrics.items()}}
+        for r in results
+    ]
+    return json.dumps(plain, indent=1)
+
+
+def markdown_table(cells: Sequence[Cell], results: Sequence[Result]) -> str:
+    """Draw a row a cell: runs that finished, and mean ± sample standard deviation of each metric over them.
+
+    A diverged run counts in no mean; its iteration is named.
+    """
+    names = _table_metrics(results)
+    with_paper = any(cell.paper is not None for cell in cells)
+    rows = []
+    for cell in cells:
+        own = [r for r in results if r.cell == cell.name]
+        row: list[str] = [cell.name, _ended(own)]
+        row += [_mean_and_spread(_values(own, name)) for name in names]
+        if with_paper:
+            row.append("" if cell.paper is None else f"{cell.paper:.1f}")
+        rows.append(row)
+    headers = ["", "runs", *(name.replace("bbox/", "") for name in names)]
+    return tabulate(rows, headers + ["paper, COCO AP"] * with_paper, tablefmt="github", disable_numparse=True)
+
+
+def _table_metrics(results: Sequence[Result]) -> list[str]:
+    names = list(dict.fromkeys(name for r in results for name in r.metrics if _IN_TABLE.search(name)))
+    # Of each dataset's recalls the one with the most detections an image, which comes last.
+    recalls = {name.split("@")[0]: name for name in names if "AR@" in name}
+    return [name for name in names if "AR@" not in name or name in recalls.values()]
+
+
+def _values(results: Sequence[Result], metric: str) -> list[float]:
+    return [r.metrics[metric] for r in results if metric in r.metrics]
+
+
+def _ended(results: Sequence[Result]) -> str:
+    finished = sum(r.status == "finished" for r in results)
+    text = [str(finished)] if finished or not results else []
+    text += [f"diverged at {r.iteration} (seed {r.seed})" for r in results if r.status == "diverged"]
+    text += [f"failed (seed {r.seed})" for r in results if r.status == "failed"]
+    return ", ".join(text)
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def _write_csv(runs: Sequence[Run], results: Sequence[Result], path: Path) -> None:
+    metrics = list(dict.fromkeys(name for r in results for name in r.metrics))
+    keys = list(dict.fromkeys(key for run in runs for key in run.cell.settings))
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["cell", "seed", "status", "diverged at", *keys, *metrics])
+        for run, result in zip(runs, results, strict=True):
+            row = [result.cell, result.seed, result.status, result.iteration]
+            row += [run.cell.settings.get(key) for key in keys]
+            writer.writerow([*row, *(result.metrics.get(name) for name in metrics)])
+
+
+def _plot_metrics(cells: Sequence[Cell], results: Sequence[Result], path: Path) -> None:
+    """A panel a metric, a line a cell: a dot a seed, and their mean."""
+    names = [n for n in _table_metrics(results) if not n.endswith("AP75")]
+    if not names:
+        return
+    figure = Figure(figsize=(2.2 + 2.6 * len(names), 0.8 + 0.3 * len(cells)), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
+        for y, cell in enumerate(cells):
+            own = [r for r in results if r.cell == cell.name]
+            values = _values(own, name)
+            if values:
+                axes.plot(values, [y] * len(values), "o", color="tab:blue", alpha=0.5, markersize=4)
+                axes.plot(statistics.fmean(values), y, "|", color="black", markersize=12)
+            diverged = sum(r.status == "diverged" for r in own)
+            if diverged:
+                axes.text(0, y, f" {diverged} diverged", color="tab:red", va="center")
+        axes.set_yticks(range(len(cells)), [cell.name for cell in cells])
+        axes.set_ylim(len(cells) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(f"{name.replace('bbox/', '')}, per cent")
+        axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_losses(cells: Sequence[Cell], runs: Sequence[Run], path: Path) -> None:
+    """The classification loss of each run while it trained, a panel a cell; losses' scales differ."""
+    shown = [cell for cell in cells if any(run.cell.name == cell.name for run in runs)]
+    if not shown:
+        return
+    columns = min(4, len(shown))
+    figure = Figure(figsize=(2.6 * columns, 1.9 * math.ceil(len(shown) / columns)), layout="constrained")
+    panels: list[Axes] = list(
+        figure.subplots(math.ceil(len(shown) / columns), columns, sharex=True, squeeze=False).flat
+    )
+    for axes, cell in zip(panels, shown, strict=False):
+        for run in runs:
+            if run.cell.name == cell.name:
+                lines = [m for m in read_metrics(run.folder) if "loss_cls" in m]
+                axes.plot([m["iteration"] for m in lines], [m["loss_cls"] for m in lines], linewidth=1)
+        axes.set_ylim(bottom=0)
+        axes.set_title(cell.name, fontsize=9)
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
+    figure.supxlabel("iteration")
+    figure.supylabel("classification loss")
+    figure.savefig(path, dpi=120)

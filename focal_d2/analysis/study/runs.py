@@ -1,0 +1,231 @@
+"""Running a study: each cell and seed an ordinary training run in a process and folder of its own.
+
+Whatever stops a study, the same command goes on with it: finished runs are read back, a run that was cut off
+resumes from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from focal_d2.analysis.study.grid import Cell, Grid
+from focal_d2.config import leaves
+from focal_d2.errors import UserError
+from focal_d2.storage.yaml_text import parse_yaml
+
+_RECORD = "run.json"
+# What the trainer says of a loss that is not finite.
+_DIVERGED = re.compile(r"became infinite or NaN at iteration (\d+)")
+
+
+class Run(NamedTuple):
+    """A training run of a study."""
+
+    cell: Cell
+    seed: int
+    folder: Path
+    command: list[str]
+    config: str  # the whole config as YAML; a run made with another one is not taken for this one
+
+
+class Result(NamedTuple):
+    """How a run ended."""
+
+    cell: str
+    seed: int
+    status: str  # "finished", "diverged" or "failed"
+    iteration: int | None  # where it diverged
+    metrics: dict[str, float]  # of the last evaluation, per cent, by detectron2's names ("bbox/AP")
+    message: str  # why it failed
+
+    @property
+    def line(self) -> str:
+        """The result as a line of text."""
+        end = self.message
+        if self.status == "finished":
+            end = ", ".join(f"{k} {v:.1f}" for k, v in self.metrics.items() if k.endswith(("/AP", "/AP50")))
+        if self.status == "diverged":
+            end = f"loss infinite or NaN at iteration {self.iteration}"
+        return f"{self.cell}, seed {self.seed}: {self.status}: {end}"
+
+
+def plan(
+    grid: Grid, seeds: Sequence[int], output: Path, command: Sequence[str], check: Callable[[list[str]], str]
+) -> list[Run]:
+    """List the runs of a study, all cells of a seed before the next seed's: cut short, it has a whole table.
+
+    Args:
+        grid: the cells.
+        seeds: of each cell.
+        output: the study's folder.
+        command: of a training run, to which KEY VALUE … are added.
+        check: given a cell's KEY VALUE …, returns the whole config as YAML, or raises UserError. It is called
+            for each cell: a mistake in the last one must not show after a night.
+
+    Raises:
+        UserError: naming the cell.
+    """
+    configs = []
+    for cell in grid.cells:
+        try:
+            configs.append(check(cell.overrides))
+        except UserError as error:
+            raise UserError(f"cell {cell.name}: {error}") from error
+    runs = []
+    for seed in seeds:
+        for cell, config in zip(grid.cells, configs, strict=True):
+            folder = output / cell.folder / f"seed_{seed}"
+            own = [*cell.overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+            runs.append(Run(cell, seed, folder, [*command, *own], config))
+    return runs
+
+
+def run_study(
+    runs: Sequence[Run], output: Path, after: Callable[[list[Result], Result | None], None]
+) -> list[Result]:
+    """Run what is missing, one after another, and read back what is there.
+
+    A run that diverges or fails does not stop the others. A failed one is tried again next time, a diverged
+    one is not.
+
+    Args:
+        runs: of one study.
+        output: the study's folder.
+        after: called with all results there are, in the order of `runs`, and the newest: at the start, when
+            none is new, and after each run.
+
+    Returns:
+        A result for each run.
+
+    Raises:
+        UserError: if a study still runs in the folder, the folder has a run with another config or of
+            unknown origin, or a file can't be written.
+    """
+    with _locked(output) as lock:
+        for run in runs:
+            _check_same_config(run)
+        results = [_stored(run) for run in runs]
+        after([result for result in results if result], None)
+        for i, run in enumerate(runs):
+            if results[i] is None:
+                results[i] = _execute(run, lock)
+                after([result for result in results if result], results[i])
+    return [result for result in results if result]
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[int]:
+    """Hold the folder. The training process inherits the lock, as it outlives a killed study."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{output}: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{output} is in use: a study, or a training run that one started, still runs there"
+            ) from None
+        yield file.fileno()
+
+
+def _check_same_config(run: Run) -> None:
+    record = _read_record(run)
+    if record is None:
+        # A resumed run would take such a checkpoint for its own.
+        if (run.folder / "last_checkpoint").exists():
+            raise UserError(
+                f"{run.folder} has checkpoints but no {_RECORD}: choose another output folder, or delete it"
+            )
+        return
+    if record["config"] == run.config:
+        return
+    before, now = (
+        leaves(parse_yaml(text, f"{run.folder / _RECORD}: config")) for text in (record["config"], run.config)
+    )
+    key = min(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    values = f"{key} {before.get(key)}, not {now.get(key)}"
+    raise UserError(f"{run.folder} was run with {values}: choose another output folder, or delete it")
+
+
+def _stored(run: Run) -> Result | None:
+    record = _read_record(run)
+    if record is None or record["status"] not in ("finished", "diverged"):
+        return None
+    return Result(run.cell.name, run.seed, record["status"], record["iteration"], record["metrics"], "")
+
+
+def _execute(run: Run, lock: int) -> Result:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    _write_record(run, Result(run.cell.name, run.seed, "running", None, {}, ""))
+    console = run.folder / "console.txt"
+    with console.open("w") as stream:
+        process = subprocess.run(
+            run.command, stdout=stream, stderr=subprocess.STDOUT, pass_fds=(lock,), check=False
+        )
+    text = console.read_text(errors="replace")
+    diverged = _DIVERGED.search(text)
+    result = Result(run.cell.name, run.seed, "finished", None, {}, "")
+    if process.returncode == 0:
+        result = result._replace(metrics=last_metrics(run.folder))
+    elif diverged:
+        result = result._replace(status="diverged", iteration=int(diverged.group(1)))
+    else:
+        last = (text.strip().splitlines() or ["it wrote nothing"])[-1]
+        message = f"exit status {process.returncode}: {last} ({console})"
+        result = result._replace(status="failed", message=message)
+    _write_record(run, result)
+    return result
+
+
+def _read_record(run: Run) -> dict[str, Any] | None:
+    path = run.folder / _RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        record = None
+    is_whole = isinstance(record, dict) and {*Result._fields, "config"} <= record.keys()
+    if not is_whole or not isinstance(record["config"], str):
+        raise UserError(f"{path} is damaged: delete the folder, and the run is made again")
+    return record
+
+
+def _write_record(run: Run, result: Result) -> None:
+    record = {**result._asdict(), "settings": run.cell.settings, "config": run.config}
+    path = run.folder / _RECORD
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(record, indent=1))
+    os.replace(aside, path)
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Return the lines of a run's metrics.json, in the order of their iterations."""
+    path = folder / "metrics.json"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    metrics = []
+    for line in lines:
+        # A run that was killed may leave half a line, to which its resumption appends a whole one.
+        with suppress(ValueError):
+            metrics.append(json.loads(line[max(line.rfind("{"), 0) :]))
+    # The resumption also writes some iterations again.
+    return sorted(metrics, key=lambda m: m["iteration"])
+
+
+def last_metrics(folder: Path) -> dict[str, float]:
+    """Return the box metrics of a run's last evaluation."""
+    metrics: dict[str, float] = {}
+    for line in read_metrics(folder):
+        metrics.update({key: x for key, x in line.items() if re.search(r"(^|/)bbox/", key)})
+    return metrics

@@ -1,0 +1,192 @@
+"""NEON aerial tree crowns: the embedded data.
+
+Real 0.1 m aerial pictures of the National Ecological Observatory Network with hand-made boxes, as carried by
+the `deepforest` 2.1.0 wheel (MIT licence; Weinstein et al., "Individual tree-crown detection in RGB imagery
+using semi-supervised deep learning neural networks", Remote Sensing 2019). Only the wheel's files are read;
+the package is neither installed nor imported.
+
+Train and test are split by place, not by tile: of each YELL picture the left 65 % trains and the right 33 %
+tests. Another forest (OSBS, SOAP) is a second test set.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from focal_d2.annotations import Table
+from focal_d2.data.datasets import register_table
+from focal_d2.data.embedded.folder import datasets_root, prepare_once
+from focal_d2.data.pixels import read_with_pillow, write_image
+from focal_d2.data.readers.coco import coco_content, read_coco
+from focal_d2.data.readers.voc import read_voc_boxes
+from focal_d2.errors import UserError
+
+WHEEL = "deepforest==2.1.0"
+WHEEL_SHA256 = "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54"
+SPLITS = ("train", "test", "other")
+CLASSES = ["tree"]
+
+_YELL = ("2019_YELL_2_528000_4978000_image_crop2", "2019_YELL_2_541000_4977000_image_crop")
+_OTHER = ("OSBS_029", "SOAP_061")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the pictures are cut; cached tiles of another recipe are cut anew."""
+
+    version: int = 1
+    tile: int = 400  # pixels
+    train_stride: int = 200  # pixels: train tiles overlap by at least half
+    train_until: float = 0.65  # share of a picture's width
+    test_from: float = 0.67
+    min_visible: float = 0.5  # a box stays in a tile that shows at least this share of its area
+
+
+class Tile(NamedTuple):
+    """A window of a picture, in its pixels: [left, right) × [top, bottom)."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+def register() -> None:
+    """Register `neon_trees_train`, `neon_trees_test` and `neon_trees_other` with detectron2."""
+    for split in SPLITS:
+        folder = datasets_root() / "neon_trees"
+        name, annotations, images = f"neon_trees_{split}", folder / f"{split}.json", folder / split
+        read = functools.partial(_load, name, annotations, images)
+        register_table(name, read, source=str(annotations), thing_classes=CLASSES)
+
+
+def _load(name: str, annotations: Path, images: Path) -> Table:
+    if not annotations.is_file():
+        raise UserError(f"dataset {name} is not prepared: {annotations} not found; run `make data`")
+    return read_coco(str(annotations), str(images))
+
+
+def prepare(root: Path, wheel: Path | None = None, recipe: Recipe = Recipe()) -> Path:
+    """Cut the pictures into tiles under `root`/neon_trees, unless they are there already.
+
+    The folder appears whole or not at all.
+
+    Args:
+        root: the dataset folder.
+        wheel: the `deepforest` wheel; fetched with pip if not given.
+        recipe: how to cut.
+
+    Returns:
+        The folder, with {train,test,other}.json in COCO format and a folder of PNG tiles for each.
+
+    Raises:
+        UserError: if the wheel can be neither fetched nor read.
+    """
+
+    def write(cut: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=root, prefix=".neon_trees-") as work_name:
+            work = Path(work_name)
+            source = _unpack(wheel or _fetch_wheel(work), work)
+            for split, pictures in (("train", _YELL), ("test", _YELL), ("other", _OTHER)):
+                _write_split(source, cut, split, pictures, recipe)
+
+    return prepare_once(root / "neon_trees", recipe, SPLITS, write)
+
+
+def _fetch_wheel(work: Path) -> Path:
+    requirement = work / "requirement.txt"
+    requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--disable-pip-version-check", "--require-hashes"]
+    command += ["--dest", str(work), "--requirement", str(requirement)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"cannot fetch {WHEEL} with pip ({reason}); give its wheel with --wheel FILE")
+    return next(work.glob("*.whl"))
+
+
+def _unpack(wheel: Path, work: Path) -> Path:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [n for n in archive.namelist() if n.startswith("deepforest/data/")]
+            archive.extractall(work, members)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{wheel} is not a readable wheel: {error}") from error
+    data = work / "deepforest" / "data"
+    needed = [f"{name}.{suffix}" for name in (*_YELL, *_OTHER) for suffix in ("png", "xml")]
+    missing = [name for name in needed if not (data / name).is_file()]
+    if missing:
+        raise UserError(f"{wheel} is not {WHEEL}: it lacks {', '.join(missing)}")
+    return data
+
+
+def tiles_of(split: str, width: int, height: int, recipe: Recipe) -> list[Tile]:
+    """List the windows of a picture that belong to `split`."""
+    if split == "other":
+        return [Tile(0, 0, width, height)]
+    if split == "train":
+        lefts = _overlapping(0, int(width * recipe.train_until), recipe)
+        tops = _overlapping(0, height, recipe)
+        return [Tile(x, y, x + recipe.tile, y + recipe.tile) for y in tops for x in lefts]
+    xs = _adjoining(int(width * recipe.test_from), width, recipe.tile)
+    ys = _adjoining(0, height, recipe.tile)
+    return [Tile(x0, y0, x1, y1) for y0, y1 in itertools.pairwise(ys) for x0, x1 in itertools.pairwise(xs)]
+
+
+def _overlapping(start: int, stop: int, recipe: Recipe) -> list[int]:
+    steps = -(-(stop - start - recipe.tile) // recipe.train_stride)
+    return np.linspace(start, stop - recipe.tile, steps + 1).astype(int).tolist()
+
+
+def _adjoining(start: int, stop: int, tile: int) -> list[int]:
+    """Borders of equal pieces whose size is as near to `tile` as a whole number of them allows."""
+    return np.linspace(start, stop, round((stop - start) / tile) + 1).astype(int).tolist()
+
+
+def boxes_in(tile: Tile, boxes: np.ndarray, min_visible: float) -> np.ndarray:
+    """Clip boxes to a tile and shift them to its origin.
+
+    Args:
+        tile: the window.
+        boxes: (M, 4) XYXY in the picture's pixels.
+        min_visible: boxes that show a smaller share of their area are left out.
+
+    Returns:
+        (M', 4) XYXY in the tile's pixels.
+    """
+    low, high = np.array(tile[:2] * 2), np.array(tile[2:] * 2)
+    clipped = np.clip(boxes, low, high)
+    visible = _areas(clipped) / _areas(boxes)
+    return clipped[visible >= min_visible] - low
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def _write_split(source: Path, cut: Path, split: str, pictures: tuple[str, ...], recipe: Recipe) -> None:
+    (cut / split).mkdir()
+    tiles: list[tuple[str, tuple[int, int], list[list[float]], list[int]]] = []
+    for picture in pictures:
+        pixels = read_with_pillow(str(source / f"{picture}.png"), "BGR", max_pixels=None)
+        boxes = read_voc_boxes(source / f"{picture}.xml")
+        height, width = pixels.shape[:2]
+        for tile in tiles_of(split, width, height, recipe):
+            name = f"{picture}_{tile.left}_{tile.top}.png"
+            write_image(cut / split / name, pixels[tile.top : tile.bottom, tile.left : tile.right])
+            inside = boxes_in(tile, boxes, recipe.min_visible).tolist()
+            tiles.append((name, (tile.bottom - tile.top, tile.right - tile.left), inside, [0] * len(inside)))
+    description = f"NEON aerial tree crowns ({split}), from {WHEEL}, MIT licence"
+    (cut / f"{split}.json").write_text(json.dumps(coco_content(description, tiles, CLASSES)))

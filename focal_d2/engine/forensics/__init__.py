@@ -1,7 +1,0 @@
-"""Why a training step was not finite: what is examined, the report, and the step saved for a replay."""
-
-from focal_d2.engine.forensics.examination import examine
-from focal_d2.engine.forensics.report import Report, Step
-from focal_d2.engine.forensics.saved import load_step, replay, save_step
-
-__all__ = ["Report", "Step", "examine", "load_step", "replay", "save_step"]

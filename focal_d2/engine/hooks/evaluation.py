@@ -1,0 +1,199 @@
+"""Evaluation during training: keeping the best model, and ending training when nothing gets better."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine.hooks import EvalHook
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+
+from focal_d2.data import is_annotated, known_class_names
+from focal_d2.errors import UserError
+from focal_d2.evaluation import metric_names
+from focal_d2.storage.checkpoint import FocalCheckpointer
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingEnded(BaseException):
+    """Leaves detectron2's loop before its last iteration. No `Exception`: it would be logged as a failure."""
+
+
+class Evaluation(EvalHook):
+    """detectron2's evaluation hook, which also saves the best model and ends a training that stands still.
+
+    detectron2's `BestCheckpointer` can't do this: it forgets the best when training resumes, tags
+    model_best.pth as the checkpoint to resume from, and counts nothing.
+
+    Every process keeps the same state, from the main process's results. A checkpoint of the same iteration
+    is written before the evaluation where one is due, and after an evaluation that failed; who resumes from
+    it evaluates first.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        evaluate: Callable[[], dict[str, Any]],
+        checkpointer: FocalCheckpointer,
+        *,
+        metric: str,
+        patience: int,
+    ) -> None:
+        """Begin with no best.
+
+        Args:
+            period: iterations between evaluations.
+            evaluate: makes the trainer's `_last_eval_results`; see `DefaultTrainer.build_hooks`.
+            checkpointer: saves model_best, and model_final where training ends early.
+            metric: name as in metrics.json; larger is better. "": none is the best.
+            patience: evaluations without improvement after which training ends; 0: never.
+        """
+        super().__init__(period, evaluate)
+        self._checkpointer = checkpointer
+        self._metric = metric
+        self._patience = patience
+        self._best = -math.inf
+        self._best_iteration = 0  # iterations done at the best evaluation
+        self._evaluated = 0  # and at the last one
+        self._since = 0  # evaluations without improvement
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the metric and what is known of it, as plain numbers."""
+        return {
+            "metric": self._metric,
+            "best": self._best,
+            "best_iteration": self._best_iteration,
+            "evaluated": self._evaluated,
+            "since": self._since,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume; what is known of another metric is of no use."""
+        self._evaluated = state_dict["evaluated"]
+        if state_dict["metric"] != self._metric:
+            if state_dict["metric"]:
+                logger.warning(
+                    f"TEST.FOCAL.BEST_METRIC was {state_dict['metric']} and is {self._metric or 'none'}: the "
+                    "best so far is forgotten"
+                )
+            return
+        self._best = state_dict["best"]
+        self._best_iteration = state_dict["best_iteration"]
+        self._since = state_dict["since"]
+
+    def before_train(self) -> None:
+        """Make up for the evaluation that was due when the checkpoint was written."""
+        done = self.trainer.start_iter
+        due = self._period > 0 and done > 0 and done % self._period == 0
+        if due and self._evaluated < done < self.trainer.max_iter:
+            with self._after(done):
+                self._do_eval()
+
+    def before_step(self) -> None:
+        """End training, as if this had been its length, where patience is exhausted.
+
+        Raises:
+            TrainingEnded: with model_final.pth saved.
+        """
+        if not 0 < self._patience <= self._since:
+            return
+        done = self.trainer.iter
+        logger.info(
+            f"{self._metric} has not improved in {self._since} evaluations (TEST.FOCAL.PATIENCE): training "
+            f"ends after {done} iterations; the best was {self._best:.2f} after {self._best_iteration}"
+        )
+        with self._after(done):
+            self._checkpointer.save("model_final", iteration=done - 1)
+        self.trainer.max_iter = done
+        raise TrainingEnded
+
+    def after_train(self) -> None:
+        """Evaluate, unless this model has been, or training failed."""
+        # detectron2 counts one iteration too many where there was none left to do.
+        self.trainer.iter = self.trainer.storage.iter = min(self.trainer.iter, self.trainer.max_iter)
+        if self._evaluated < self.trainer.iter and not self.trainer.failed:
+            super().after_train()
+
+    @contextmanager
+    def _after(self, done: int) -> Iterator[None]:
+        """Put the trainer where so many iterations ended: checkpoints and metrics name the last one."""
+        self.trainer.iter = self.trainer.storage.iter = done - 1
+        yield
+        self.trainer.iter = self.trainer.storage.iter = done
+
+    def _do_eval(self) -> None:
+        super()._do_eval()
+        done = min(self.trainer.iter + 1, self.trainer.max_iter)
+        self._evaluated = done
+        if not self._metric:
+            return
+        # Only the main process has results.
+        results = comm.all_gather(flatten_results_dict(self.trainer._last_eval_results))[0]
+        if self._metric not in results:
+            raise _unknown(self._metric, list(results))
+        value = results[self._metric]
+        # NaN, no such boxes in the dataset or with detectron2's evaluators no detections, improves nothing.
+        if value > self._best:
+            self._best, self._best_iteration, self._since = value, done, 0
+            logger.info(f"{self._metric} {value:.2f} after {done} iterations is the best: model_best.pth")
+            self._checkpointer.save("model_best", tag=False, iteration=done - 1)
+            return
+        self._since += 1
+        logger.info(
+            f"{self._metric} {value:.2f} after {done} iterations; the best is {self._best:.2f} after "
+            f"{self._best_iteration}"
+        )
+
+
+def check_best(cfg: CfgNode) -> None:
+    """Check `TEST.FOCAL.BEST_METRIC` and `PATIENCE`, as far as that is possible before an evaluation.
+
+    Args:
+        cfg: full config, its datasets checked.
+
+    Raises:
+        UserError: for values that can't work.
+    """
+    test = cfg.TEST.FOCAL
+    if not test.BEST_METRIC:
+        if test.PATIENCE:
+            raise UserError(
+                f"TEST.FOCAL.PATIENCE is {test.PATIENCE}, but TEST.FOCAL.BEST_METRIC names no metric to wait "
+                "for, such as bbox/AP"
+            )
+        return
+    if cfg.TEST.EVAL_PERIOD < 1 or not cfg.DATASETS.TEST:
+        period = cfg.TEST.EVAL_PERIOD
+        key = "DATASETS.TEST is empty" if period > 0 else f"TEST.EVAL_PERIOD is {period}"
+        raise UserError(f"TEST.FOCAL.BEST_METRIC is {test.BEST_METRIC}, but {key}: nothing is evaluated")
+    names = []
+    for dataset in cfg.DATASETS.TEST:
+        classes = known_class_names(dataset)
+        if classes is None or MetadataCatalog.get(dataset).get("evaluator_type") == "lvis":
+            return  # the first evaluation will tell
+        if not is_annotated(dataset):
+            continue  # its predictions are written, and that is all
+        prefix = "" if len(cfg.DATASETS.TEST) == 1 else f"{dataset}/"
+        known = metric_names(list(test.MAX_DETS) or max(100, cfg.TEST.DETECTIONS_PER_IMAGE), classes)
+        names += [f"{prefix}bbox/{name}" for name in known]
+    if not names:
+        raise UserError(
+            f"TEST.FOCAL.BEST_METRIC is {test.BEST_METRIC}, but no dataset of DATASETS.TEST has annotations"
+        )
+    if test.BEST_METRIC not in names:
+        raise _unknown(test.BEST_METRIC, names)
+
+
+def _unknown(metric: str, names: list[str]) -> UserError:
+    general = [x for x in names if "/AP-" not in x]
+    of_classes = ", and AP-CLASS of each class" if len(general) < len(names) else ""
+    return UserError(
+        f'TEST.FOCAL.BEST_METRIC is "{metric}"; the evaluation gives {", ".join(general)}{of_classes}'
+    )

@@ -1,0 +1,90 @@
+"""Pictures of what a model finds while it is trained."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.engine import HookBase
+from detectron2.evaluation import inference_context
+from torch import nn
+
+from focal_d2.data.pictures import draw_detections
+from focal_d2.data.pixels import to_rgb
+
+logger = logging.getLogger(__name__)
+
+# The best detections are drawn, as many as there are boxes, and so many at least: at first all are noise.
+_FEWEST = 20
+
+
+class TrainingPictures(HookBase):
+    """Puts ground truth beside detections of a training image into the event storage, for TensorBoard.
+
+    detectron2's models draw theirs in forward with colors from NumPy's global generator, which training also
+    draws from, and with batch statistics in the place of the learned ones. This one leaves training as it is.
+    """
+
+    def __init__(self, model: nn.Module, *, period: int, input_format: str) -> None:
+        """Watch a model.
+
+        Args:
+            model: in training; without DistributedDataParallel, which may be around it.
+            period: iterations between pictures.
+            input_format: `INPUT.FORMAT`.
+        """
+        self._model = model
+        self._period = period
+        self._format = input_format
+        self._example: dict[str, Any] | None = None
+        self._handle: Any = None
+
+    def before_train(self) -> None:
+        """Look at what the model is given."""
+        self._handle = self._model.register_forward_pre_hook(self._keep)
+
+    def _keep(self, model: nn.Module, arguments: tuple[list[dict[str, Any]]]) -> None:
+        if model.training and (self.trainer.iter + 1) % self._period == 0:
+            self._example = arguments[0][0]
+
+    def after_step(self) -> None:
+        """Draw the first image of the batch, as the step has left the model."""
+        if self._example is None:
+            return
+        example, self._example = self._example, None
+        picture = draw_example(self._model, example, self._format)
+        if picture is None:
+            logger.warning(f"VIS_PERIOD: {type(self._model).__name__} returns no instances: nothing is drawn")
+            self.after_train()
+        else:
+            self.trainer.storage.put_image("ground_truth_and_detections", picture)
+
+    def after_train(self) -> None:
+        """Let go of the model."""
+        if self._handle is not None:  # else an earlier hook failed before training began
+            self._handle.remove()
+
+
+@torch.no_grad()
+def draw_example(model: nn.Module, example: dict[str, Any], input_format: str) -> np.ndarray | None:
+    """Draw ground truth (left, green) beside the best detections (right, yellow).
+
+    Args:
+        model: detector in training; it is in training again when this returns.
+        example: of the training loader: "image" (C, H, W) and "instances" with gt_boxes in its pixels.
+        input_format: `INPUT.FORMAT` of the image.
+
+    Returns:
+        (3, H, 2 W + 8) uint8 RGB; None if the model returns no instances.
+    """
+    with inference_context(model):
+        (output,) = model([{"image": example["image"]}])
+    if "instances" not in output:
+        return None
+    truth = example["instances"].gt_boxes.tensor.cpu().numpy()
+    found = output["instances"].pred_boxes.tensor[: max(_FEWEST, len(truth))].cpu().numpy()
+    rgb = to_rgb(example["image"].permute(1, 2, 0).cpu().numpy(), input_format)
+    bgr = draw_detections(rgb[:, :, ::-1], found, truth)
+    return np.ascontiguousarray(bgr[:, :, ::-1].transpose(2, 0, 1))

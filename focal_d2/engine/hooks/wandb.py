@@ -1,0 +1,102 @@
+"""Figures and pictures to Weights & Biases, for who asks for it; the package is imported only then."""
+
+from __future__ import annotations
+
+import importlib
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+
+from focal_d2.errors import UserError
+from focal_d2.modeling.metrics import PERIOD
+
+_ID_FILE = "wandb_id.txt"
+
+
+class WeightsAndBiases(HookBase):
+    """Sends what detectron2's writers write; to be placed before them, as TensorBoard's clears the pictures.
+
+    A hook instead of an `EventWriter`, as those are not told whether training resumes. Once a run has begun,
+    wandb sends from a process of its own that waits for a lost network: training goes on.
+    """
+
+    def __init__(self, cfg: CfgNode, *, project: str) -> None:
+        """Import wandb.
+
+        Args:
+            cfg: full config, shown with the run.
+            project: name at Weights & Biases.
+
+        Raises:
+            UserError: if the package is not installed.
+        """
+        self._cfg = cfg
+        self._project = project
+        self._wandb = _import(project)
+        self._run: Any = None
+        self._sent = -1
+
+    def before_train(self) -> None:
+        """Begin a run, or go on with that of the training which resumes.
+
+        Raises:
+            UserError: if wandb can't, for want of a login or a network, say.
+        """
+        known = Path(self._cfg.OUTPUT_DIR, _ID_FILE)
+        own = known.read_text().strip() if self.trainer.start_iter > 0 and known.is_file() else None
+        try:
+            self._run = self._wandb.init(
+                project=self._project,
+                dir=self._cfg.OUTPUT_DIR,
+                config=yaml.safe_load(self._cfg.dump()),
+                id=own,
+                resume="allow" if own else None,
+                allow_val_change=True,
+            )
+        except self._wandb.Error as error:
+            raise UserError(
+                f"SOLVER.FOCAL.WANDB_PROJECT is {self._project}, but wandb can't begin a run: {error} "
+                "(the environment's WANDB_MODE=offline does without a network)"
+            ) from error
+        known.write_text(self._run.id)
+
+    def after_step(self) -> None:
+        """Send when the writers write."""
+        done = self.trainer.iter + 1
+        if done % PERIOD == 0 or done == self.trainer.max_iter:
+            self._send()
+
+    def after_train(self) -> None:
+        """Send the rest and end the run; one that did not reach its end is marked as failed."""
+        if self._run is not None:
+            self._send()
+            self._run.finish(exit_code=0 if self.trainer.iter >= self.trainer.max_iter else 1)
+
+    def _send(self) -> None:
+        storage = self.trainer.storage
+        rows: dict[int, dict[str, Any]] = defaultdict(dict)
+        for name, (value, iteration) in storage.latest_with_smoothing_hint(PERIOD).items():
+            if iteration > self._sent:
+                rows[iteration][name] = value
+        for name, picture, iteration in storage._vis_data:
+            rows[iteration][name] = self._wandb.Image(picture.transpose(1, 2, 0))
+        for iteration in sorted(rows):  # wandb takes steps in this order only
+            self._run.log(rows[iteration], step=iteration)
+            self._sent = iteration
+
+
+def _import(project: str) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        wandb = None
+    # A folder of that name, such as wandb itself leaves where a run began, imports as an empty package.
+    if not hasattr(wandb, "init"):
+        raise UserError(
+            f"SOLVER.FOCAL.WANDB_PROJECT is {project}, which needs the package wandb: pip install wandb"
+        )
+    return wandb

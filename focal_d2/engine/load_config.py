@@ -1,0 +1,236 @@
+"""A config from a file and overrides, checked as far as that needs no data."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+
+from focal_d2.config import add_focal_config, check_choice, key_value, leaves, set_value
+from focal_d2.config.architectures import CLASS_KEYS
+from focal_d2.config.files import merge_file
+from focal_d2.config.legal_values import check_values
+from focal_d2.data import count_classes, register_datasets
+from focal_d2.data.pixels import allow_pixels
+from focal_d2.errors import UNLESS_TRUSTED, UserError, did_you_mean
+from focal_d2.evaluation import check_backend
+from focal_d2.modeling.build import resolve_device
+from focal_d2.storage.downloads import is_address
+
+_KERNELS = "MODEL.FOCAL.KERNELS"
+_COMMAND_LINE = "command line"
+
+# What yacs says of a value of another type than the default's, and the types in other words.
+_MISMATCH = re.compile(
+    r"Type mismatch \(<class '(?:\w+\.)*(?P<type>\w+)'> vs\. <class '(?:\w+\.)*(?P<given>\w+)'>\) "
+    r"with values \(.* vs\. (?P<value>.*)\) for config key: (?P<key>\S+)",
+    re.DOTALL,
+)
+# A list of texts as YAML has it, which is no literal of Python.
+_PLAIN_LIST = re.compile(r"\[[^][(){}:]*\]")
+_TYPES = {"bool": "True or False", "int": "a whole number", "str": "a text", "CfgNode": "a section"}
+
+
+def load_config(
+    config_file: str,
+    overrides: Sequence[str] = (),
+    *,
+    trust_files: bool = False,
+    allow_download: bool = False,
+) -> CfgNode:
+    """Read a YAML config over the defaults, apply overrides, and check what needs no data.
+
+    `MODEL.DEVICE` may be "auto": CUDA where there is a device, else CPU. The datasets of
+    `DATASETS.FOCAL` are registered. `MODEL.RETINANET.NUM_CLASSES` and `MODEL.ROI_HEADS.NUM_CLASSES` may be
+    "auto": as many as the first dataset has of `DATASETS.TRAIN`, or of `DATASETS.TEST` where that is not
+    here; only then data are read.
+
+    Args:
+        config_file: path of the YAML file, or "" for the defaults alone.
+        overrides: KEY VALUE pairs.
+        trust_files: let the YAML run code, as detectron2 does. If false, it is read by
+            `focal_d2.config.files`.
+        allow_download: let `_BASE_` name addresses outside detectron2's stores.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    if config_file:
+        config_file = os.path.expanduser(config_file)
+        if not os.path.isfile(config_file):
+            raise UserError(f"config file not found: {config_file}")
+        with _config_errors(cfg, config_file), _other_types(cfg):
+            if trust_files:
+                cfg.merge_from_file(config_file)
+            else:
+                merge_file(cfg, config_file, allow_download=allow_download)
+    _check_pairs(overrides)
+    with _config_errors(cfg, _COMMAND_LINE), _other_types(cfg):
+        cfg.merge_from_list(_with_lists(cfg, overrides))
+    _refuse_nulls(cfg)
+    cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = map(os.path.expanduser, (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS))
+    if not trust_files:
+        _refuse_ways_out(cfg)
+    resolve_device(cfg)
+    for key, registry, value in (
+        ("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE),
+        ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME),
+    ):
+        check_choice(key, value, tuple(sorted(name for name, _ in registry)))
+    check_values(cfg)
+    # The evaluator is built when training is over: too late to find this.
+    check_backend(cfg.TEST.FOCAL.EVAL_BACKEND)
+    allow_pixels(cfg.INPUT.FOCAL.MAX_PIXELS)  # readers ask images for their size
+    register_datasets(cfg.DATASETS.FOCAL)
+    for key in CLASS_KEYS:
+        if key_value(cfg, key) == "auto":
+            set_value(cfg, key, count_classes(cfg, key))
+    cfg.freeze()
+    return cfg
+
+
+@contextmanager
+def _other_types(cfg: CfgNode) -> Iterator[None]:
+    """Let numbers of classes be "auto", and kernels be what YAML makes of on and off, which is a boolean.
+
+    yacs takes another type than the default's only where there is no value.
+    """
+    before = {key: key_value(cfg, key) for key in (*CLASS_KEYS, _KERNELS)}
+    for key in before:
+        set_value(cfg, key, None)
+    yield
+    if isinstance(on := key_value(cfg, _KERNELS), bool):
+        set_value(cfg, _KERNELS, "on" if on else "off")
+    for key, value in before.items():
+        if key_value(cfg, key) is None:
+            set_value(cfg, key, value)
+
+
+@contextmanager
+def _config_errors(cfg: CfgNode, source: str) -> Iterator[None]:
+    """Name the source, and the nearest legal key, in whatever yaml and yacs raise."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, AttributeError, RecursionError, MemoryError) as error:
+        raise UserError(f"{source}: not a config; it must be nested lines of KEY: value") from error
+    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+        # str() of a KeyError is its message in quotes.
+        text = str(error.args[0] if isinstance(error, KeyError) else error)
+        reason = " ".join(text.split())
+        if len(reason) > 300:
+            reason = f"{reason[:150]} … {reason[-100:]}"
+        if unknown := re.search(r"[Nn]on-existent (?:config )?key: (\S+)", reason):
+            key, known = unknown.group(1), leaves(cfg)
+            sections = {name.rpartition(".")[0] for name in known} - {""}
+            reason = f"unknown key {key}{did_you_mean(key, [*known, *sections])}"
+        elif mismatch := _MISMATCH.search(text):
+            reason = _wrong_type(**mismatch.groupdict(), quoted=source == _COMMAND_LINE)
+        raise UserError(f"{source}: {reason}") from error
+
+
+def _wrong_type(key: str, type: str, given: str, value: str, *, quoted: bool) -> str:
+    """Say what a value must be instead.
+
+    Args:
+        key: that has the value.
+        type: name of the default's type.
+        given: name of the value's type.
+        value: as text.
+        quoted: whether a list must be written for a shell.
+    """
+    value = " ".join(value.split())
+    if len(value) > 100:
+        value = f"{value[:100]} …"
+    wanted = _TYPES.get(type, f"a {type}")
+    if type == "float":
+        wanted = f"a number with a point, such as {value}.0" if given == "int" else "a number"
+    elif type in ("tuple", "list"):
+        wanted = "a list"
+        if key == "DATASETS.FOCAL":
+            wanted = "a list of mappings with NAME, IMAGES, ANNOTATIONS (docs/data.md)"
+        elif given in ("str", "int", "float", "bool"):
+            items = _parts(value) if given == "str" else [value]
+            listed = ", ".join(repr(x) if quoted and given == "str" else x for x in items)
+            wanted = f'a list: "[{listed}]"' if quoted else f"a list: [{listed}]"
+    return f"{key} is {value}; it must be {wanted}"
+
+
+def _check_pairs(overrides: Sequence[str]) -> None:
+    """Check that overrides are KEY VALUE pairs.
+
+    Raises:
+        UserError: for an option among them, which argparse takes for one of them, or a key without a value.
+    """
+    for i, text in enumerate(overrides):
+        if re.match(r"--[A-Za-z]" if i % 2 else "-", text):
+            raise UserError(f"{text} must come before the KEY VALUE pairs, which begin with {overrides[0]}")
+        if i % 2 == 0 and re.match(r"[\w.]+=", text):
+            raise UserError(f"{text}: write {text.replace('=', ' ', 1)}, without =")
+    if len(overrides) % 2:
+        raise UserError(f"overrides must be KEY VALUE pairs; {overrides[-1]} has no value")
+
+
+def _with_lists(cfg: CfgNode, overrides: Sequence[str]) -> list[Any]:
+    """Read `[mine_train, other]` as a list of texts, as it is read in YAML, where the default is a list."""
+    values = leaves(cfg)
+    result: list[Any] = list(overrides)
+    for i in range(1, len(result), 2):
+        text = str(result[i]).strip()
+        if isinstance(values.get(result[i - 1]), (list, tuple)) and _PLAIN_LIST.fullmatch(text):
+            try:
+                ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                result[i] = _parts(text)
+    return result
+
+
+def _parts(text: str) -> list[str]:
+    """Return the items of a list that is written without quotes, or with some, maybe without brackets."""
+    items = (item.strip().strip("\"'").strip() for item in text.strip("[]() ").split(","))
+    return [item for item in items if item]
+
+
+def _refuse_nulls(cfg: CfgNode) -> None:
+    """yacs lets null replace any value, and the job fails where it is first used."""
+    defaults = get_cfg()
+    add_focal_config(defaults)
+    values = leaves(cfg)
+    for key, default in leaves(defaults).items():
+        if default is not None and values.get(key) is None:
+            raise UserError(f"{key} is null; it must be a {type(default).__name__} (default: {default})")
+
+
+def _refuse_ways_out(cfg: CfgNode) -> None:
+    """Refuse what makes detectron2 write, fetch or run what a config names.
+
+    detectron2 fetches an address in any key by its own means; only `MODEL.WEIGHTS` is our checkpointer's.
+    """
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise UserError(
+            f"MODEL.LOAD_PROPOSALS is True: proposals are pickles that can run code{UNLESS_TRUSTED}"
+        )
+    for key, value in leaves(cfg).items():
+        addresses = [text for text in _texts(value) if is_address(text)]
+        if addresses and key != "MODEL.WEIGHTS":
+            raise UserError(
+                f"{key}: {addresses[0]} is an address; only MODEL.WEIGHTS and _BASE_ can name one"
+            )
+
+
+def _texts(value: object) -> list[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [text for x in value for text in _texts(x)]
+    return [value] if isinstance(value, str) else []

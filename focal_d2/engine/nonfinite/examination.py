@@ -1,0 +1,321 @@
+"""Repeat a step that was not finite, look at everything on the way, and leave the model as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from focal_d2.engine.nonfinite.places import find_gradient_places, find_loss_places
+from focal_d2.engine.nonfinite.report import (
+    BadBox,
+    BadGradient,
+    BadModule,
+    BadPixels,
+    BadTensor,
+    ImageName,
+    LargestWeight,
+    Report,
+    Step,
+)
+from focal_d2.modeling import FocalRetinaNet
+from focal_d2.modeling.all_reduce import alone
+from focal_d2.modeling.losses import DenseBatch
+
+# Beyond what 16-bit images hold.
+_LARGEST_PIXEL = 65536.0
+# A box that lies farther out of its image than the image is wide or high is no box cut off by a crop.
+_FAR = 1.0
+_HALF = (torch.float16, torch.bfloat16)
+# What turns the network's outputs into losses; `find_loss_places` looks into these.
+_LOSSES = ("cls_loss", "box_loss", "loss_normalizer")
+
+
+def examine(
+    model: nn.Module,
+    batch: Sequence[dict[str, Any]],
+    *,
+    steps: Sequence[Step],
+    normalizer: float | None = None,
+) -> Report:
+    """Find out why a step's loss or gradient was not finite.
+
+    The step is repeated once, forward and backward, without compilation. Of a model other than
+    `FocalRetinaNet` anchors are not known; mixed precision is then the caller's autocast context. Of several
+    processes, where the model waits for the others (SyncBN, GHM), all must call this or none.
+
+    Args:
+        model: not wrapped, in training mode, with the parameters and buffers from before the step. Those,
+            its gradients and torch's random numbers are left as they are.
+        batch: N mapped samples, as the model got them.
+        steps: the last iterations, oldest first.
+        normalizer: what the losses were divided by, which several processes agree on; None: the model
+            computes it from this batch.
+    """
+    names = [_name(i, sample) for i, sample in enumerate(batch)]
+    with unchanged(model):
+        trace = _repeat(model, batch, normalizer)
+        places = []
+        if isinstance(model, FocalRetinaNet) and trace.dense is not None:
+            instances = [sample["instances"] for sample in batch]
+            with alone():  # each process looks for its own
+                if any(not x.isfinite() for x in trace.losses.values()):
+                    places = find_loss_places(model, trace.dense, names, instances)
+                else:
+                    gradients = trace.output_gradients
+                    places = find_gradient_places(model, trace.dense, gradients, names, instances)
+    return Report(
+        losses={name: float(x) for name, x in trace.losses.items()},
+        normalizer=normalizer,
+        boxes=[x for name, sample in zip(names, batch, strict=True) for x in _bad_boxes(name, sample)],
+        pixels=[x for name, sample in zip(names, batch, strict=True) for x in _bad_pixels(name, sample)],
+        tensors=_bad_tensors(model),
+        largest_weight=_largest_weight(model),
+        module=trace.module,
+        places=places,
+        gradient=trace.gradient,
+        gradient_norm=trace.gradient_norm,
+        steps=list(steps),
+    )
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put buffers, the numbers that modules remember, and torch's random state back afterwards."""
+    # detectron2's RetinaNet keeps its loss normaliser as a plain attribute.
+    buffers = [(m, name, x, x.clone()) for m in model.modules() for name, x in _buffers(m)]
+    numbers = [(m, _numbers(m)) for m in model.modules()]
+    devices = {x.device.index for x in model.parameters() if x.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for module, name, tensor, value in buffers:
+                    tensor.copy_(value)  # in place: DDP and the checkpointer hold it too
+                    module._buffers[name] = tensor
+            for module, before in numbers:
+                for name in _numbers(module).keys() - before.keys():
+                    delattr(module, name)
+                vars(module).update(before)
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, x) for name, x in module._buffers.items() if x is not None]
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    return {name: x for name, x in vars(module).items() if isinstance(x, (bool, int, float, Tensor))}
+
+
+@dataclass
+class _Trace:
+    """What the repeated step left behind."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    module: BadModule | None = None
+    gradient: BadGradient | None = None
+    gradient_norm: float = 0.0
+    first_gradient: str = ""
+    dense: DenseBatch | None = None
+    output_gradients: list[Tensor | None] = field(default_factory=list)  # of L logits, then of L deltas
+
+
+def _repeat(model: nn.Module, batch: Sequence[dict[str, Any]], normalizer: float | None) -> _Trace:
+    trace = _Trace()
+    with ExitStack() as stack:
+        stack.enter_context(EventStorage())  # what models log here is not the job's
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.enable_grad())
+        ours = isinstance(model, FocalRetinaNet)
+        for handle in _watch(model, trace, skip=_LOSSES if ours else ()):
+            stack.callback(handle.remove)
+        if isinstance(model, FocalRetinaNet):
+            stack.callback(model.cls_loss.register_forward_pre_hook(_keep_dense(trace)).remove)
+            if normalizer is not None:
+                stack.enter_context(model.loss_normalizer.held(normalizer))
+        losses = model(list(batch))
+        trace.losses = losses if isinstance(losses, dict) else {"total_loss": losses}
+        _go_back(model, trace)
+    trace.losses = {name: x.detach() for name, x in trace.losses.items()}
+    return trace
+
+
+def _keep_dense(trace: _Trace) -> Any:
+    def keep(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        trace.dense = arguments[0]
+
+    return keep
+
+
+def _watch(model: nn.Module, trace: _Trace, *, skip: tuple[str, ...]) -> Iterator[Any]:
+    """Hook all modules but the model itself and those in `skip`; yields the handles."""
+    clean: dict[str, bool] = {}
+    for name, module in model.named_modules():
+        if name and name.split(".")[0] not in skip:
+            yield module.register_forward_pre_hook(_look_at_inputs(name, trace, clean), with_kwargs=True)
+            yield module.register_forward_hook(_look_at_outputs(name, trace, clean), with_kwargs=True)
+
+
+def _look_at_inputs(name: str, trace: _Trace, clean: dict[str, bool]) -> Any:
+    # Before the module runs: it may work in place.
+    def look(_module: nn.Module, *arguments: Any) -> None:
+        clean[name] = trace.module is None and all(x.isfinite().all() for x in _tensors(arguments))
+
+    return look
+
+
+def _look_at_outputs(name: str, trace: _Trace, clean: dict[str, bool]) -> Any:
+    def look(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+        found = list(_tensors(outputs))
+        bad = sum(int(x.numel() - x.isfinite().sum()) for x in found)
+        if bad and clean.get(name) and trace.module is None:
+            inputs = list(_tensors((args, kwargs)))
+            half = any(x.dtype in _HALF for x in found)
+            trace.module = BadModule(
+                name=name,
+                type=type(module).__name__,
+                precision=str(found[0].dtype).removeprefix("torch."),
+                largest_input=max((_largest(x) for x in inputs), default=0.0),
+                values=bad,
+                size=sum(x.numel() for x in found),
+                in_float32=_in_float32(module, args, kwargs) if half else None,
+            )
+        for x in found:
+            if x.requires_grad:
+                x.register_hook(note)
+
+    def note(gradient: Tensor) -> None:
+        if not trace.first_gradient and not gradient.isfinite().all():
+            trace.first_gradient = name
+
+    return look
+
+
+def _in_float32(module: nn.Module, args: Any, kwargs: Any) -> float | None:
+    """Return the largest magnitude that a module's output has without autocast."""
+    if comm.get_world_size() > 1:
+        return None  # a norm in it may wait for the other processes, which do not come this way
+    device = next(_tensors((args, kwargs))).device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        outputs = module.forward(*_as_float32(args), **_as_float32(kwargs))
+    return max(_largest(x) for x in _tensors(outputs))
+
+
+def _as_float32(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in _HALF else value
+    if isinstance(value, dict):
+        return {key: _as_float32(x) for key, x in value.items()}
+    return type(value)(map(_as_float32, value)) if type(value) in (list, tuple) else value
+
+
+def _go_back(model: nn.Module, trace: _Trace) -> None:
+    """Compute the gradients, also of losses that are not finite: other processes may wait for it."""
+    total = torch.stack([x.float().sum() for x in trace.losses.values()]).sum()
+    named = [(name, x) for name, x in model.named_parameters() if x.requires_grad]
+    outputs = [] if trace.dense is None else [*trace.dense.logits, *trace.dense.deltas]
+    wanted = [*(x for _, x in named), *outputs]
+    gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+    bad = [
+        name
+        for (name, _), gradient in zip(named, gradients[: len(named)], strict=True)
+        if gradient is not None and not gradient.isfinite().all()
+    ]
+    trace.gradient_norm = float(
+        nn.utils.get_total_norm([x for x in gradients[: len(named)] if x is not None])
+    )
+    if not math.isfinite(trace.gradient_norm):  # which finite values may add up to
+        trace.gradient = BadGradient(trace.first_gradient, bad[::-1])
+    trace.output_gradients = list(gradients[len(named) :])
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the floating-point tensors in what modules take and return."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, (Boxes, ImageList)):
+        yield from _tensors(value.tensor)
+    elif isinstance(value, Instances):
+        yield from _tensors(value.get_fields())
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for x in value:
+            yield from _tensors(x)
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.detach().abs().max()) if x.numel() else 0.0
+
+
+def _name(index: int, sample: dict[str, Any]) -> ImageName:
+    return ImageName(index, str(sample.get("file_name", "")), str(sample.get("image_id", "")))
+
+
+def _bad_boxes(name: ImageName, sample: dict[str, Any]) -> Iterator[BadBox]:
+    """Look at an image's boxes; of rotated ones only at whether they are finite."""
+    height, width = sample["image"].shape[-2:]
+    given = {"ignored_boxes": sample.get("ignored_boxes")}
+    if "instances" in sample and sample["instances"].has("gt_boxes"):
+        given = {"instances": sample["instances"].gt_boxes.tensor, **given}
+    for kind, boxes in given.items():
+        for i, box in enumerate([] if boxes is None else boxes.tolist()):
+            why = _fault(box, width, height)
+            if why:
+                yield BadBox(name, kind, i, box, why)
+
+
+def _fault(box: list[float], width: int, height: int) -> str:
+    if not torch.tensor(box, dtype=torch.float64).isfinite().all():
+        return "not finite"
+    if len(box) != 4:
+        return ""
+    x0, y0, x1, y1 = box
+    if x1 <= x0 or y1 <= y0:
+        return "no area"
+    right, bottom = (1 + _FAR) * width, (1 + _FAR) * height
+    if x0 < -_FAR * width or y0 < -_FAR * height or x1 > right or y1 > bottom:
+        return f"far outside the image of {width} × {height} pixels"
+    return ""
+
+
+def _bad_pixels(name: ImageName, sample: dict[str, Any]) -> Iterator[BadPixels]:
+    image = sample["image"]
+    if not image.is_floating_point():
+        return
+    for why, bad in (
+        ("not finite", ~image.isfinite()),
+        (f"beyond ±{_LARGEST_PIXEL:.0f}", image.isfinite() & (image.abs() > _LARGEST_PIXEL)),
+    ):
+        if bad.any():
+            channel, y, x = bad.nonzero()[0].tolist()
+            yield BadPixels(name, why, int(bad.sum()), channel, y, x, float(image[channel, y, x]))
+
+
+def _bad_tensors(model: nn.Module) -> list[BadTensor]:
+    found = []
+    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, x in named:
+            bad = int((~x.isfinite()).sum())
+            if bad:
+                found.append(BadTensor(name, kind, bad, x.numel()))
+    return found
+
+
+def _largest_weight(model: nn.Module) -> LargestWeight:
+    magnitudes = [
+        LargestWeight(name, float(x.detach().abs().nan_to_num(0.0, posinf=0.0).max()))
+        for name, x in model.named_parameters()
+        if x.numel()
+    ]
+    return max(magnitudes, key=lambda x: x.value)

@@ -1,0 +1,264 @@
+"""Which anchors make a loss, or its gradient, not finite.
+
+Losses are sums over anchors, whichever YAML names; so the sum over half of them is asked for, and in a half
+that is not finite over its halves again.
+
+Shapes: R anchors an image, C logits an anchor, E anchors that are not ignored, P positive ones. Boxes are
+XYXY.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor
+
+from focal_d2.engine.nonfinite.report import ImageName, Place
+from focal_d2.modeling import FocalRetinaNet
+from focal_d2.modeling.losses import DenseBatch, gather_deltas, level_ranges
+from focal_d2.ops import IGNORE_LABEL
+
+# Sums that are asked for, of each term: finds the first anchor and some hundred more in about a second.
+_MOST_SUMS = 500
+
+
+class _Found(NamedTuple):
+    """Anchors of the batch, in the order of images and levels."""
+
+    image: list[int]
+    anchor: list[int]
+    complete: bool
+
+
+def find_loss_places(
+    model: FocalRetinaNet, dense: DenseBatch, names: Sequence[ImageName], instances: Sequence[Instances]
+) -> list[Place]:
+    """Return the first anchor of each loss that is not finite by itself, in no order of importance.
+
+    A term has none if it is finite, or if only the sum of finite losses is not.
+
+    Args:
+        model: whose losses may change their buffers meanwhile.
+        dense: what the classification loss got in the step.
+        names: of the N images.
+        instances: N, the images' objects.
+    """
+    places = []
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        for term, found, value_of in (
+            ("loss_cls", *_search_classification(model, dense)),
+            ("loss_box_reg", *_search_boxes(model, dense)),
+        ):
+            if found.anchor:
+                places.append(_place(model, dense, names, instances, term, found, value_of(0)))
+    return places
+
+
+def find_gradient_places(
+    model: FocalRetinaNet,
+    dense: DenseBatch,
+    gradients: Sequence[Tensor | None],
+    names: Sequence[ImageName],
+    instances: Sequence[Instances],
+) -> list[Place]:
+    """Return the first anchor whose logits, and the first whose deltas, have a gradient that is not finite.
+
+    Args:
+        model: that gave the outputs.
+        dense: what the classification loss got in the step.
+        gradients: of L logits, then of L deltas, in their shapes; None where there is none.
+        names: of the N images.
+        instances: N, the images' objects.
+    """
+    places = []
+    levels = len(dense.logits)
+    for term, outputs, own, per_anchor in (
+        ("the gradient of the logits", dense.logits, gradients[:levels], dense.num_logits),
+        ("the gradient of the deltas", dense.deltas, gradients[levels:], 4),
+    ):
+        filled = [torch.zeros_like(x) if g is None else g for x, g in zip(outputs, own, strict=True)]
+        values = dense._replace(logits=filled, num_logits=per_anchor).all_logits()  # (N, R, per_anchor)
+        image, anchor = (~values.isfinite()).any(2).nonzero(as_tuple=True)
+        if len(anchor):
+            row = values[image[0], anchor[0]]
+            found = _Found(image.tolist(), anchor.tolist(), complete=True)
+            value = float(row[~row.isfinite()][0])
+            places.append(_place(model, dense, names, instances, term, found, value))
+    return places
+
+
+def _search_classification(model: FocalRetinaNet, dense: DenseBatch) -> tuple[_Found, Callable[[int], float]]:
+    images: list[int] = []
+    anchors: list[int] = []
+    complete = True
+    # Image by image, as the copy of all logits may not fit beside the model.
+    for i in range(len(dense.labels)):
+        counted = (dense.labels[i] != IGNORE_LABEL).nonzero().squeeze(1)
+        sums = max(50, _MOST_SUMS // len(dense.labels))
+        found, all_found = _bisect(len(counted), _is_bad_part(model, dense, i, counted), sums)
+        complete &= all_found
+        images += [i] * len(found)
+        anchors += counted[found].tolist()
+
+    def value_of(n: int) -> float:
+        chosen = torch.tensor([anchors[n]], device=dense.labels.device)
+        return float(model.cls_loss(_part(dense, images[n], chosen)))
+
+    return _Found(images, anchors, complete), value_of
+
+
+def _is_bad_part(
+    model: FocalRetinaNet, dense: DenseBatch, image: int, counted: Tensor
+) -> Callable[[int, int], bool]:
+    whole = _part(dense, image, counted)
+
+    def is_bad(start: int, stop: int) -> bool:
+        return not bool(model.cls_loss(_slice(whole, start, stop)).isfinite())
+
+    return is_bad
+
+
+def _part(dense: DenseBatch, image: int, chosen: Tensor) -> DenseBatch:
+    """Return some anchors (E,) of an image as a batch of one image with one level of one row."""
+    logits = torch.cat(
+        [
+            x[image].unflatten(0, (-1, dense.num_logits)).permute(2, 3, 0, 1).flatten(0, 2)
+            for x, _, _ in level_ranges(dense.logits, dense.num_logits)
+        ]
+    )  # (R, C)
+    own = dense.image == image
+    gt_boxes = dense.gt_boxes.new_zeros(len(dense.anchors), 4)
+    gt_boxes[dense.anchor[own]] = dense.gt_boxes[own]
+    deltas = gather_deltas(dense.deltas, torch.full_like(chosen, image), chosen)
+    return _as_batch(
+        dense,
+        logits[chosen],
+        dense.labels[image, chosen],
+        dense.positive[image, chosen],
+        gt_boxes[chosen],
+        deltas,
+        dense.anchors[chosen],
+    )
+
+
+def _slice(whole: DenseBatch, start: int, stop: int) -> DenseBatch:
+    own = (whole.anchor >= start) & (whole.anchor < stop)
+    return whole._replace(
+        logits=[whole.logits[0][..., start:stop].contiguous()],
+        labels=whole.labels[:, start:stop],
+        positive=whole.positive[:, start:stop],
+        image=whole.image[own],
+        anchor=whole.anchor[own] - start,
+        gt_boxes=whole.gt_boxes[own],
+        deltas=[whole.deltas[0][..., start:stop].contiguous()],
+        anchors=whole.anchors[start:stop],
+    )
+
+
+def _as_batch(
+    dense: DenseBatch,
+    logits: Tensor,
+    labels: Tensor,
+    positive: Tensor,
+    gt_boxes: Tensor,
+    deltas: Tensor,
+    anchors: Tensor,
+) -> DenseBatch:
+    """Lay out E anchors as (1, C, 1, E); `gt_boxes` (E, 4) counts where positive."""
+    index = positive.nonzero().squeeze(1)
+    return dense._replace(
+        logits=[logits.t()[None, :, None].contiguous()],
+        labels=labels[None],
+        positive=positive[None],
+        image=torch.zeros_like(index),
+        anchor=index,
+        gt_boxes=gt_boxes[index],
+        deltas=[deltas.t()[None, :, None].contiguous()],
+        anchors=anchors,
+    )
+
+
+def _search_boxes(model: FocalRetinaNet, dense: DenseBatch) -> tuple[_Found, Callable[[int], float]]:
+    deltas = gather_deltas(dense.deltas, dense.image, dense.anchor)
+    anchors = dense.anchors[dense.anchor]
+
+    def loss(start: int, stop: int) -> Tensor:
+        return model.box_loss(deltas[start:stop], anchors[start:stop], dense.gt_boxes[start:stop])
+
+    found, complete = _bisect(
+        len(deltas), lambda start, stop: not bool(loss(start, stop).isfinite()), _MOST_SUMS
+    )
+    where = _Found(dense.image[found].tolist(), dense.anchor[found].tolist(), complete)
+    return where, lambda n: float(loss(found[n], found[n] + 1))
+
+
+def _bisect(count: int, is_bad: Callable[[int, int], bool], sums: int) -> tuple[list[int], bool]:
+    """Return what is bad by itself, ascending, and whether that is all of it.
+
+    Args:
+        count: of elements.
+        is_bad: whether the sum over [start, stop) is not finite.
+        sums: at most so many are asked for.
+    """
+    found: list[int] = []
+    todo = [(0, count)] if count else []
+    for _ in range(sums):
+        if not todo:
+            break
+        start, stop = todo.pop()
+        if not is_bad(start, stop):
+            continue
+        if stop - start == 1:
+            found.append(start)
+            continue
+        middle = (start + stop) // 2
+        todo += [(middle, stop), (start, middle)]
+    return found, not todo
+
+
+def _place(
+    model: FocalRetinaNet,
+    dense: DenseBatch,
+    names: Sequence[ImageName],
+    instances: Sequence[Instances],
+    term: str,
+    found: _Found,
+    value: float,
+) -> Place:
+    """Describe the first of the anchors found."""
+    image, anchor = found.image[0], found.anchor[0]
+    shapes = model.backbone.output_shape()
+    ranges = list(level_ranges(dense.logits, dense.num_logits))
+    level = next(n for n, (_, start, stop) in enumerate(ranges) if start <= anchor < stop)
+    x, start, _ = ranges[level]
+    per_cell = x.shape[1] // dense.num_logits
+    row, column = divmod((anchor - start) // per_cell, x.shape[3])
+    part = _part(dense, image, torch.tensor([anchor], device=dense.labels.device))
+    label = int(part.labels[0, 0])
+    box = part.gt_boxes[0] if len(part.gt_boxes) else None
+    feature = model.head_in_features[level]
+    return Place(
+        term=term,
+        image=names[image],
+        level=feature,
+        stride=int(shapes[feature].stride),
+        cell=(column, row),
+        anchor=part.anchors[0].tolist(),
+        label={IGNORE_LABEL: "ignored", model.num_classes: "background"}.get(label, f"class {label}"),
+        matched_index=None if box is None else _index_of(box, instances[image]),
+        matched_box=None if box is None else box.tolist(),
+        logits=part.logits[0].flatten().tolist(),
+        deltas=part.deltas[0].flatten().tolist(),
+        value=value,
+        alike=len(found.anchor),
+        complete=found.complete,
+    )
+
+
+def _index_of(box: Tensor, instances: Instances) -> int | None:
+    boxes = instances.gt_boxes.tensor.to(box.device)
+    same = ((boxes == box) | (boxes.isnan() & box.isnan())).all(1).nonzero()
+    return int(same[0]) if len(same) else None

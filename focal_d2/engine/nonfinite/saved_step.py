@@ -1,0 +1,248 @@
+"""A step that was not finite, on disk, and its replay: without a dataset, and executing nothing stored."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from focal_d2.config import add_focal_config
+from focal_d2.engine.nonfinite.examination import examine
+from focal_d2.engine.nonfinite.report import Report, Step
+from focal_d2.errors import UserError
+from focal_d2.modeling.build import building, resolve_device
+from focal_d2.modeling.retinanet import precision_around
+from focal_d2.storage.files import write_aside
+from focal_d2.storage.weights import read_torch
+from focal_d2.storage.yaml_text import parse_yaml
+
+_KEYS = {
+    *("iteration", "rank", "learning_rate", "losses", "steps", "normalizer"),
+    *("config", "model", "batch", "random", "cuda_random"),
+}
+
+
+class SavedStep(NamedTuple):
+    """A step as `save_step` wrote it."""
+
+    file: Path
+    config: str  # YAML
+    model: dict[str, Any]  # state from before the step
+    batch: list[dict[str, Any]]
+    losses: dict[str, float]
+    steps: list[Step]
+    normalizer: float | None
+    iteration: int
+    random: Tensor  # state of torch's generator on the CPU
+    cuda_random: Tensor | None  # and on the GPU that the model was on
+
+
+class Replay(NamedTuple):
+    """A saved step, repeated."""
+
+    report: Report
+    reproduced: bool
+    terms: dict[str, str]  # of each loss, how it compares
+
+
+def save_step(
+    folder: str | Path,
+    *,
+    cfg: CfgNode,
+    model: nn.Module,
+    batch: Sequence[dict[str, Any]],
+    losses: dict[str, float],
+    steps: Sequence[Step],
+    normalizer: float | None,
+    iteration: int,
+    rank: int,
+    report: Report,
+) -> Path:
+    """Write `folder`/nonfinite_NNNNNNN: report.txt, report.json and step_rankN.pth.
+
+    Each file is written aside and renamed. The reports of other ranks than 0 have the rank in their names.
+
+    Args:
+        folder: OUTPUT_DIR.
+        cfg: that the model was built from, with NUM_CLASSES and ALPHA as numbers.
+        model: with parameters, buffers and torch's random state from before the step.
+        batch: N mapped samples, as the model got them.
+        losses: of the step that failed.
+        steps: the last iterations, oldest first.
+        normalizer: what the losses were divided by, or None.
+        iteration: of the step that failed.
+        rank: of this process.
+        report: of `examine`.
+
+    Returns:
+        The folder that was written.
+    """
+    target = Path(folder) / f"nonfinite_{iteration:07d}"
+    target.mkdir(parents=True, exist_ok=True)
+    device = next(model.parameters()).device
+    content = {
+        "config": cfg.dump(),
+        "model": model.state_dict(),
+        "batch": [_plain_sample(x) for x in batch],
+        "losses": {name: float(x) for name, x in losses.items()},
+        "steps": [_plain_step(x) for x in steps],
+        "normalizer": None if normalizer is None else float(normalizer),
+        "iteration": iteration,
+        "rank": rank,
+        "learning_rate": float(steps[-1].learning_rate) if steps else None,
+        "random": torch.get_rng_state(),
+        "cuda_random": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+    write_aside(str(target / f"step_rank{rank}.pth"), lambda file: torch.save(content, file))
+    own = f"_rank{rank}" if rank else ""
+    facts = json.dumps(report.as_dict(), indent=1, allow_nan=False).encode()
+    write_aside(str(target / f"report{own}.json"), lambda file: file.write(facts))
+    heading = f"Iteration {iteration} was not finite (rank {rank}).\n\n"
+    page = (heading + report.text()).encode()
+    write_aside(str(target / f"report{own}.txt"), lambda file: file.write(page))
+    return target
+
+
+def _plain_sample(sample: dict[str, Any]) -> dict[str, Any]:
+    """Keep of a mapped sample what can be loaded with `weights_only`; masks and the like are left out."""
+    plain: dict[str, Any] = {}
+    for name, x in sample.items():
+        if isinstance(x, Tensor):
+            plain[name] = _own(x)
+        elif isinstance(x, np.generic):
+            plain[name] = x.item()
+        elif isinstance(x, (int, float, str)):
+            plain[name] = x
+    if "instances" in sample:
+        fields = sample["instances"].get_fields()
+        plain["instances"] = {
+            "image_size": [int(x) for x in sample["instances"].image_size],
+            "boxes": {name: _own(x.tensor) for name, x in fields.items() if isinstance(x, Boxes)},
+            "tensors": {name: _own(x) for name, x in fields.items() if isinstance(x, Tensor)},
+        }
+    return plain
+
+
+def _own(x: Tensor) -> Tensor:
+    return x.detach().cpu().clone()  # of a slice torch.save would write what it was cut from
+
+
+def _plain_step(step: Step) -> list[Any]:
+    losses = {name: float(x) for name, x in step.losses.items()}
+    return [int(step.iteration), float(step.learning_rate), losses, float(step.gradient_norm)]
+
+
+def load_step(folder: str | Path) -> SavedStep:
+    """Read what `save_step` wrote; of several ranks' steps, the first whose losses are not finite.
+
+    Raises:
+        UserError: if there is none, or it is damaged.
+    """
+    files = sorted(Path(folder).glob("step_rank*.pth"))
+    if not files:
+        raise UserError(
+            f"{folder}: no saved step there (step_rank0.pth); give an OUTPUT_DIR/nonfinite_NNNNNNN"
+        )
+    saved = [_load(file) for file in files]
+    return next((x for x in saved if not all(map(math.isfinite, x.losses.values()))), saved[0])
+
+
+def _load(file: Path) -> SavedStep:
+    try:
+        content = read_torch(str(file), trusted=False)
+    except Exception as error:
+        # A damaged file fails in whatever way its bytes bring about. PyTorch's further lines advise to load
+        # it unsafely.
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{file} cannot be read: {type(error).__name__}: {reason}") from error
+    if not isinstance(content, dict) or content.keys() != _KEYS:
+        raise UserError(f"{file} is no saved step: it must hold {', '.join(sorted(_KEYS))}")
+    fields = {name: content[name] for name in SavedStep._fields if name in content}
+    try:
+        fields["batch"] = [_sample(x) for x in content["batch"]]
+        fields["steps"] = [Step(*x) for x in content["steps"]]
+    except (AttributeError, AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is no saved step: its batch or steps: {error}") from error
+    return SavedStep(file=file, **fields)
+
+
+def _sample(plain: dict[str, Any]) -> dict[str, Any]:
+    sample = dict(plain)
+    if "instances" in plain:
+        stored = plain["instances"]
+        instances = Instances(tuple(stored["image_size"]))
+        for name, boxes in stored["boxes"].items():
+            instances.set(name, Boxes(boxes))
+        for name, x in stored["tensors"].items():
+            instances.set(name, x)
+        sample["instances"] = instances
+    return sample
+
+
+def replay(saved: SavedStep, *, device: str | None = None) -> Replay:
+    """Repeat a saved step, forward and backward.
+
+    Args:
+        saved: of `load_step`.
+        device: "cpu" or "cuda"; None: as in training, or the CPU where there is no GPU.
+
+    Raises:
+        UserError: if no model can be built from its config, or its state does not fit.
+    """
+    cfg = _read_config(saved)
+    cfg.MODEL.DEVICE = device or ("cpu" if cfg.MODEL.DEVICE == "cpu" else "auto")
+    resolve_device(cfg)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.MODEL.FOCAL.TF32
+    with building("model"):
+        model = build_model(cfg).train()
+    try:
+        model.load_state_dict(saved.model)
+    except RuntimeError as error:
+        raise UserError(f"{saved.file}: its weights do not fit its config: {_one_line(error)}") from error
+    gpus = [torch.device(cfg.MODEL.DEVICE)] if cfg.MODEL.DEVICE != "cpu" else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.set_rng_state(saved.random)
+        if gpus and saved.cuda_random is not None:
+            torch.cuda.set_rng_state(saved.cuda_random, gpus[0])
+        with precision_around(cfg, model)():
+            report = examine(model, saved.batch, steps=saved.steps, normalizer=saved.normalizer)
+    terms = {name: _compare(x, report.losses.get(name)) for name, x in saved.losses.items()}
+    bad = {name for name, x in saved.losses.items() if not math.isfinite(x)}
+    reproduced = bad == set(report.bad_terms) and bool(bad or report.gradient)
+    return Replay(report, reproduced, terms)
+
+
+def _read_config(saved: SavedStep) -> CfgNode:
+    keys = parse_yaml(saved.config, f"{saved.file}: its config") if isinstance(saved.config, str) else None
+    if not isinstance(keys, dict):
+        raise UserError(f"{saved.file}: its config is no YAML of KEY: value lines")
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    with building("model"):
+        cfg.merge_from_other_cfg(CfgNode(keys))
+    return cfg
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _compare(before: float, now: float | None) -> str:
+    """Say how a loss compares with the one in training."""
+    if now is None:
+        return f"{before:.9g} in training, absent now"
+    if not (math.isfinite(before) and math.isfinite(now)):
+        return f"{before:.9g} in training, {now:.9g} now"
+    if before == now:
+        return f"{now:.9g}, equal to the bit"
+    digits = math.floor(-math.log10(abs(now - before) / max(abs(before), abs(now))))
+    return f"{before:.9g} in training, {now:.9g} now: equal to {max(digits, 0)} digits"

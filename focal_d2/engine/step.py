@@ -1,0 +1,273 @@
+"""One iteration: detectron2's `SimpleTrainer`, with more.
+
+Batches in parts, loss scaling, an average of the weights, and a watch over what is not finite and over what
+goes wrong in other processes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from focal_d2.data.seeding import random_state, set_random_state
+from focal_d2.engine.failures import tell
+from focal_d2.engine.launch.start import any_rank
+from focal_d2.engine.nonfinite import Step
+from focal_d2.errors import UserError
+from focal_d2.modeling.losses import LossNormalizer
+from focal_d2.storage.checkpoint import check_finite, check_types
+
+_HISTORY = 20  # iterations whose figures a report of a loss that is not finite shows
+_SKIPS = 10  # skipped steps in a row after which skipping is given up
+
+
+class DataFailed(UserError):
+    """Another process could not read its data."""
+
+
+class Stopped(UserError):
+    """All processes agreed to stop before this iteration."""
+
+
+class FocalLoop(SimpleTrainer):
+    """The training step.
+
+    Up to the optimizer's step it changes nothing but the model's buffers, and those it can put back: if
+    anything fails before, `undo` leaves the state of the iteration before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Any,
+        optimizer: torch.optim.Optimizer,
+        *,
+        parts: int,
+        precision: Callable[[], AbstractContextManager[Any]],
+        scale_loss: bool,
+        average: MovingAverage | None,
+        stopping: Callable[[], bool],
+        on_not_finite: Callable[[bool, list[list[dict[str, Any]]], dict[str, float], float | None], None],
+    ) -> None:
+        """Compose the step.
+
+        Args:
+            model: images -> dict of losses, perhaps in `DistributedDataParallel`.
+            data_loader: batches without end.
+            optimizer: of its parameters.
+            parts: in how many a batch is computed.
+            precision: makes the autocast context of the model's forward pass.
+            scale_loss: keep gradients of float16 from underflowing.
+            average: of the model, updated after each step; None: there is none.
+            stopping: whether this process was asked to stop.
+            on_not_finite: called where the loss or gradient of any process is not finite, with the model as
+                it was before the step: whether it is this process's, its batch in parts, its losses, and what
+                those of a part were divided by.
+        """
+        super().__init__(model, data_loader, optimizer)
+        self.bare = model.module if isinstance(model, DistributedDataParallel) else model
+        self.parts = parts
+        self.precision = precision
+        self.scaler = torch.amp.GradScaler(enabled=scale_loss)
+        self.average = average
+        self.stopping = stopping
+        self.on_not_finite = on_not_finite
+        self.steps: deque[Step] = deque(maxlen=_HISTORY)
+        self.steps_skipped = 0  # in a row
+        self.stepping = False  # whether the state is between two iterations' and can't be kept
+        self._buffers: list[Tensor] = []
+        self._kept: list[Tensor] = []  # their values, before the iteration's batch
+        self._random: dict[str, Any] = {}  # and the generators'
+        self._begun = False  # whether the model has seen the iteration's batch
+
+    def run_step(self) -> None:
+        """Make one step.
+
+        Raises:
+            Stopped: if a process was asked to stop.
+            UserError: if data can't be read, or for too many skipped steps.
+        """
+        self._begun = False
+        data, seconds = self._fetch()
+        self._keep_buffers()
+        self.optimizer.zero_grad()
+        losses = self._backward(data)
+        self.after_backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.bare.parameters() if p.grad is not None], foreach=True
+        )
+        *numbers, gradient_norm = torch.stack([*losses.values(), norm]).tolist()
+        values = dict(zip(losses, numbers, strict=True))
+        self.steps.append(Step(self.iter, self.optimizer.param_groups[0]["lr"], values, gradient_norm))
+        # Scaled gradients may overflow: the scaler then skips the step and takes a smaller scale.
+        finite = all(map(math.isfinite, values.values()))
+        finite = finite and (self.scaler.is_enabled() or math.isfinite(gradient_norm))
+        (bad,) = any_rank(not finite)
+        if bad:
+            self._skip(not finite, data, values)
+            return
+        self.steps_skipped = 0
+        if comm.is_main_process() and math.isfinite(gradient_norm):
+            get_event_storage().put_scalar("gradient_norm", gradient_norm)
+        self._write_metrics(losses, seconds)
+        self.stepping = True
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None and self.scaler.get_scale() >= scale:  # else the step was left out
+            self.average.update_parameters(self.bare)
+
+    def _fetch(self) -> tuple[list[dict[str, Any]], float]:
+        start, data, failure = time.perf_counter(), [], None
+        try:
+            data = next(self._data_loader_iter)
+        except Exception as error:  # raised again below, once the other processes know
+            failure = error
+        stop, failed = any_rank(self.stopping(), failure is not None)
+        if stop:
+            raise Stopped("stopped")
+        if failed:
+            lines = comm.all_gather(failure and (tell(failure) or f"{type(failure).__name__}: {failure}"))
+            raise failure or DataFailed(next(line for line in lines if line))
+        return data, time.perf_counter() - start
+
+    @property
+    def normalizer(self) -> LossNormalizer | None:
+        """What the model divides its losses by, if it is ours."""
+        normalizer = getattr(self.bare, "loss_normalizer", None)
+        return normalizer if isinstance(normalizer, LossNormalizer) else None
+
+    def _backward(self, data: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Add up the gradients of the mean of the parts' losses; return that mean."""
+        normalizer = self.normalizer
+        parts = self._in_parts(data)
+        held: AbstractContextManager[Any] = nullcontext()
+        if len(parts) > 1 and normalizer is not None:
+            count: Any = self.bare.count_positives
+            positives = torch.stack([count(part) for part in parts]).sum()
+            held = normalizer.held(normalizer(positives) / len(parts))
+        total: dict[str, Tensor] = {}
+        with held:
+            for i, part in enumerate(parts):
+                with self._alone(until_last=i < len(parts) - 1):
+                    with self.precision():
+                        losses = self.model(part)
+                    self.scaler.scale(sum(losses.values()) / len(parts)).backward()
+                for name, x in losses.items():
+                    total[name] = total.get(name, 0) + x.detach() / len(parts)
+        return total
+
+    def _in_parts(self, data: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        return [data[i :: self.parts] for i in range(min(self.parts, len(data)))]
+
+    def _alone(self, *, until_last: bool) -> AbstractContextManager[Any]:
+        """Exchange gradients with the other processes after the last part only."""
+        if until_last and isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return nullcontext()
+
+    def _skip(self, own: bool, data: list[dict[str, Any]], losses: dict[str, float]) -> None:
+        self.undo()
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        divisor = None if self.normalizer is None else float(self.normalizer.last)
+        self.on_not_finite(own, self._in_parts(data), losses, divisor)
+        self.steps_skipped += 1
+        if self.steps_skipped >= _SKIPS:
+            raise UserError(
+                f"{_SKIPS} steps in a row were skipped because their loss or gradient was not finite: see "
+                "the reports"
+            )
+
+    def _keep_buffers(self) -> None:
+        if not self._buffers:
+            self._buffers = list(self.bare.buffers())
+            self._kept = [torch.empty_like(x) for x in self._buffers]
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
+        self._random = random_state()  # a model may draw
+        self._begun = True
+
+    def undo(self) -> None:
+        """Put buffers and generators back to where they were before this iteration's batch."""
+        self.optimizer.zero_grad()
+        if self._begun:
+            set_random_state(self._random)
+            with torch.no_grad():
+                for buffer, kept in zip(self._buffers, self._kept, strict=True):
+                    buffer.copy_(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next step depends on, but for the model and the position in the data."""
+        state = super().state_dict()
+        state["skipped"] = self.steps_skipped
+        state["grad_scaler"] = self.scaler.state_dict()
+        if self.average is not None:
+            # The model that the checkpoint offers is the average.
+            state["model"] = self.bare.state_dict()
+            state["averaged"] = int(self.average.n_averaged)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; of detectron2's own trainer, what that keeps."""
+        _fit(state["optimizer"], self.optimizer)
+        super().load_state_dict(state)
+        self.steps_skipped = state.get("skipped", 0)
+        if state.get("grad_scaler"):
+            self.scaler.load_state_dict(state["grad_scaler"])
+        if "model" in state:  # else what the checkpoint offers is what was trained
+            check_types(state["model"], self.bare)
+            self.bare.load_state_dict(state["model"])
+            check_finite(self.bare)
+        elif self.average is not None:
+            self.bare.load_state_dict(self.average.module.state_dict())
+        if self.average is not None:
+            self.average.n_averaged.fill_(state.get("averaged", 0))
+
+
+def _fit(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Bring an optimizer's state into its parameters' shapes, which PyTorch's fused steps take on trust.
+
+    Raises:
+        ValueError: if it is of other parameters.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in state["param_groups"] for i in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        own = state["state"].get(number, {})
+        for name, x in own.items():
+            if not isinstance(x, Tensor) or (name == "step" and x.dim() == 0):
+                continue
+            if x.shape != parameter.shape or not x.is_floating_point():
+                raise ValueError(f"the optimizer's {name} has the shape {tuple(x.shape)}")
+            own[name] = torch.empty_like(parameter, dtype=x.dtype, device=x.device).copy_(x)
+
+
+class MovingAverage(AveragedModel):
+    """An exponential moving average of a model's parameters, with the model's buffers.
+
+    After n steps it keeps min(decay, (1 + n) / (10 + n)) of itself, so that it forgets the start soon (as
+    TensorFlow's `ExponentialMovingAverage` does with a number of updates).
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float) -> None:
+        """Start from the model as it is, not yet in `DistributedDataParallel`; decay is in (0, 1)."""
+
+        def update(averaged: Any, current: Any, count: Any) -> None:
+            n = int(self.n_averaged)  # count is the same, on the model's device
+            get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, count)
+
+        super().__init__(model, multi_avg_fn=update)

@@ -1,0 +1,110 @@
+"""From an image to detections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model
+
+from focal_d2.config import key_value
+from focal_d2.config.architectures import CLASS_KEYS, class_key
+from focal_d2.data import known_class_names
+from focal_d2.data.mapper import build_reader
+from focal_d2.data.pictures import read_image
+from focal_d2.data.pixels import from_array
+from focal_d2.errors import UserError
+from focal_d2.modeling.build import building, resolve_device
+from focal_d2.storage.checkpoint import FocalCheckpointer
+
+
+class Detections(NamedTuple):
+    """What was found in one image, best first."""
+
+    boxes: np.ndarray  # (D, 4) float32, XYXY in the image's own pixels
+    scores: np.ndarray  # (D,) float32 in (0, 1)
+    classes: np.ndarray  # (D,) int64 in [0, K)
+
+
+class Predictor:
+    """A trained detector for single images.
+
+    Example:
+        cfg = focal_d2.engine.load_config("output/config.yaml", ["MODEL.WEIGHTS", "output/model_final.pth"])
+        predictor = focal_d2.Predictor(cfg)
+        for box, score, label in zip(*predictor("field.png")):
+            print(predictor.class_names[label], score, box)
+    """
+
+    def __init__(self, cfg: CfgNode, *, trust_files: bool = False, allow_download: bool = False) -> None:
+        """Build the model and load `MODEL.WEIGHTS`.
+
+        Args:
+            cfg: full config; see `focal_d2.engine.load_config`. The class names are those of the first
+                of `DATASETS.TEST`, or numbers where that is not here or has others.
+            trust_files: let the checkpoint import and run what it names.
+            allow_download: let `MODEL.WEIGHTS` be an address outside detectron2's stores.
+
+        Raises:
+            UserError: if the weights are missing or do not fit, the device does not exist here, or
+                detectron2 refuses the config.
+        """
+        self.reader = build_reader(cfg)
+        cfg = cfg.clone()
+        cfg.defrost()
+        resolve_device(cfg)
+        if not cfg.MODEL.WEIGHTS:
+            raise UserError("MODEL.WEIGHTS is empty: prediction needs a checkpoint")
+        with building("model"):
+            self.model = build_model(cfg).eval()
+        FocalCheckpointer(
+            self.model, partial=False, trust_files=trust_files, allow_download=allow_download
+        ).load(cfg.MODEL.WEIGHTS)
+        self.resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        names = known_class_names(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
+        counted_by = class_key(cfg)
+        if counted_by and (names is None or len(names) != key_value(cfg, counted_by)):
+            names = None
+        most = max(key_value(cfg, key) for key in ([counted_by] if counted_by else CLASS_KEYS))
+        self.class_names = names or [str(k) for k in range(most)]
+
+    @torch.no_grad()
+    def __call__(self, image: np.ndarray | str | Path) -> Detections:
+        """Detect objects.
+
+        Args:
+            image: a file, or pixels as OpenCV reads them: (H, W, 3) uint8 in BGR order, or (H, W) or
+                (H, W, 1) uint8 grey. They are converted to `INPUT.FORMAT`.
+
+        Raises:
+            UserError: if the file cannot be read as an image, or the pixels have another shape or type.
+        """
+        if isinstance(image, np.ndarray):
+            pixels = from_array(image, self.reader.image_format)
+        elif isinstance(image, (str, Path)):
+            pixels = read_image(image, self.reader)
+        else:
+            each = "; call the predictor once for each image" if isinstance(image, (list, tuple)) else ""
+            raise UserError(
+                f"an image must be the name of a file or an array of pixels, not {type(image).__name__}{each}"
+            )
+        height, width = pixels.shape[:2]
+        resized = self.reader.augmentation_input(pixels)
+        self.resize(resized)
+        tensor = self.reader.to_tensor(resized.image)
+        (output,) = self.model([{"image": tensor, "height": height, "width": width}])
+        if "instances" not in output:
+            raise UserError(
+                f"{type(self.model).__name__} returns {', '.join(output)} of an image; prediction needs "
+                "instances"
+            )
+        instances = output["instances"].to("cpu")
+        return Detections(
+            instances.pred_boxes.tensor.numpy(),
+            instances.scores.numpy(),
+            instances.pred_classes.numpy(),
+        )

@@ -1,0 +1,5 @@
+"""Backbones with FPN levels P3 to P7. Importing it registers them."""
+
+from focal_d2.modeling.backbones.resnet_fpn import build_focal_resnet_fpn_backbone
+
+__all__ = ["build_focal_resnet_fpn_backbone"]

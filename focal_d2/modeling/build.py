@@ -1,0 +1,103 @@
+"""What building a model needs: its device, and one line where it cannot be built."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from detectron2.config import CfgNode
+
+from focal_d2.errors import UserError
+
+
+def resolve_device(cfg: CfgNode) -> None:
+    """Replace `MODEL.DEVICE: auto`, and let `SOLVER.AMP.ENABLED` turn on `MODEL.FOCAL.AMP.ENABLED`.
+
+    Args:
+        cfg: full config that is not frozen, changed in place.
+
+    Raises:
+        UserError: if the device does not exist here.
+    """
+    has_cuda = torch.cuda.is_available()
+    if cfg.MODEL.DEVICE == "auto":
+        cfg.MODEL.DEVICE = "cuda" if has_cuda else "cpu"
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}"; legal values: auto, cpu, cuda')
+    if device.type == "cuda" and not has_cuda:
+        raise UserError(
+            f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}" but PyTorch finds no CUDA device here: '
+            "set MODEL.DEVICE cpu (or auto)"
+        )
+    devices = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.index is not None and device.index >= devices:
+        raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}; it must be numbered from 0 to {devices - 1}")
+    amp = cfg.MODEL.FOCAL.AMP
+    amp.ENABLED = amp.ENABLED or cfg.SOLVER.AMP.ENABLED
+    # detectron2's AMP trainer insists on CUDA and scales the loss, which only float16 needs.
+    cfg.SOLVER.AMP.ENABLED = amp.ENABLED and amp.DTYPE == "float16" and device.type == "cuda"
+
+
+@contextmanager
+def quiet_console(logger: logging.Logger) -> Iterator[None]:
+    """Let only warnings through to the console; log files still get everything."""
+    # detectron2 writes its log file through a plain stream handler as well.
+    console = [h for h in logger.handlers if getattr(h, "stream", None) is sys.stdout]
+    levels = [h.level for h in console]
+    for handler in console:
+        handler.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for handler, level in zip(console, levels, strict=True):
+            handler.setLevel(level)
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Turn detectron2's checks of config values, mostly bare asserts and look-ups, into one line.
+
+    An assert is quoted: often it has the legal values.
+
+    The traceback is in OUTPUT_DIR/log.txt.
+
+    Raises:
+        UserError: naming what could not be built, and why.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (AssertionError, KeyError, ValueError, TypeError, IndexError, ArithmeticError) as error:
+        logger = logging.getLogger("focal_d2")
+        with quiet_console(logger):
+            logger.info(f"cannot build the {what}", exc_info=True)
+        reason = " ".join(str(error).split())
+        if isinstance(error, AssertionError):
+            check = _failed_check(error)
+            reason = f"{reason} ({check})" if reason else check
+        raise UserError(
+            f"cannot build the {what} from this config: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _failed_check(error: AssertionError) -> str:
+    """Return the assert statement that failed."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    try:
+        with open(frame.filename, encoding="utf-8") as file:
+            statements = ast.walk(ast.parse(file.read()))
+    except (OSError, SyntaxError):
+        return "a check without a message; log.txt has its place"
+    checks = [x for x in statements if isinstance(x, ast.Assert)]
+    at = next((x for x in checks if x.lineno <= (frame.lineno or 0) <= (x.end_lineno or 0)), None)
+    return f"assert {ast.unparse(at.test)}" if at else "a check without a message; log.txt has its place"

@@ -1,0 +1,1 @@
+"""The losses, element by element or a level in one pass."""

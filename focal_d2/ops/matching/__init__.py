@@ -1,0 +1,1 @@
+"""Anchors and ground-truth boxes: which belongs to which."""

@@ -1,0 +1,306 @@
+"""Matching anchors to boxes without the matrix of all their IoUs.
+
+detectron2's `Matcher` looks at every pair of M boxes and R anchors. But anchors stand on regular grids, so a
+box reaches a given IoU only with the anchors of a few shapes in a small window around it, and its best
+anchors stand next to its centre. Here only those pairs are listed, and their IoUs are computed as detectron2
+computes them, operation by operation, so that labels are the same to the bit, ties included.
+
+Windows are found in float64 and made a little larger than they need be; what lies outside them has a smaller
+IoU than matters however float32 rounds. Where that can't be said (a box that hardly overlaps any anchor, or
+positives below the first threshold) all pairs are looked at, a slice of anchors at a time.
+
+On a GPU, lists whose length depends on the boxes wait for it. With `use_kernels`, Triton kernels look at all
+pairs there, if Triton is installed, and keep none. They were never run on a GPU.
+
+Shapes: M boxes, R anchors, S anchor shapes (levels × anchors a cell), T listed pairs. Boxes are XYXY.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from focal_d2.ops.common import MATCHING_KERNELS, find_kernels
+
+# Coordinates in float32 are off by at most 2^-11 pixels below 8192 pixels; windows are larger by this much.
+_SLACK = 0.02
+# A box that overlaps its best anchor by less than this, in pixels, is compared with all anchors.
+_LEAST_OVERLAP = 0.1
+# Boxes with a coordinate beyond this are compared with all anchors.
+_FARTHEST = 2.0**20
+# Pairs looked at at once where all are looked at: 16 MiB in float32.
+_MOST_PAIRS = 1 << 22
+# Boxes whose windows are listed at once: a table of their overlaps with 45 shapes takes 6 MB in float64.
+_MOST_BOXES = 1 << 14
+
+
+class AnchorGrid(NamedTuple):
+    """Where the anchors of each shape stand. Their order is that of detectron2's generator."""
+
+    corners: Tensor  # (S, 4) float64: the anchor of the cell (0, 0)
+    stride: Tensor  # (S,) float64: pixels between cells
+    width: Tensor  # (S,) int64: cells in a row
+    height: Tensor  # (S,) int64: rows
+    first: Tensor  # (S,) int64: index of the anchor of the cell (0, 0)
+    step: Tensor  # (S,) int64: anchors a cell, from a cell to the next
+
+
+class Matches(NamedTuple):
+    """What `Matcher` gives."""
+
+    matched: Tensor  # (R,) int64: the box with the highest IoU; only where outcome is 1 is it the matcher's
+    outcome: Tensor  # (R,) int8: the thresholds' label
+
+
+class _Pairs(NamedTuple):
+    box: Tensor  # (T,) int64
+    anchor: Tensor  # (T,) int64
+    iou: Tensor  # (T,) float32
+
+
+def match_anchors(
+    boxes: Tensor,
+    anchors: Tensor,
+    grid: AnchorGrid | None,
+    *,
+    thresholds: Sequence[float],
+    labels: Sequence[int],
+    low_quality_matches: bool,
+    use_kernels: bool = False,
+) -> Matches:
+    """Match every anchor to at most one box, as detectron2's `Matcher` does with the IoU matrix.
+
+    Args:
+        boxes: (M, 4), M ≥ 1.
+        anchors: (R, 4), the grid's.
+        grid: where the anchors stand; None if they stand on no grid: all pairs are looked at.
+        thresholds: T' rising IoUs, above 0.
+        labels: T' + 1 of -1, 0 and 1: for IoUs below the first threshold, from it to the second, and so on.
+        low_quality_matches: an anchor that is a box's best gets label 1, however low their IoU.
+        use_kernels: on a GPU with Triton, match with Triton kernels; the labels are the same.
+    """
+    arguments = (list(thresholds), list(labels), low_quality_matches)
+    kernels = find_kernels(MATCHING_KERNELS, boxes) if use_kernels else None
+    if kernels is not None and boxes.dtype == anchors.dtype == torch.float32:
+        found = kernels.find_best_boxes(boxes, anchors, with_is_best=low_quality_matches)
+        outcome = _label(found.highest, *arguments[:2])
+        if found.is_best is not None:
+            outcome.masked_fill_(found.is_best, 1)
+        return Matches(found.matched, outcome)
+    # Windows of boxes beyond any image, or of no number, are not worth the care that they need.
+    if grid is None or labels[0] == 1 or not bool((boxes.abs() < _FARTHEST).all()):
+        return _match_all(boxes, anchors, *arguments)
+    matched, highest, chosen = anchors.new_zeros(0), anchors.new_zeros(0), []
+    for first in range(0, len(boxes), _MOST_BOXES):
+        part = boxes[first : first + _MOST_BOXES]
+        near = _near_pairs(part, anchors, grid, thresholds[0], low_quality_matches)
+        if near is None:
+            return _match_all(boxes, anchors, *arguments)
+        box, iou = _best_box(near, len(part), len(anchors))
+        if first == 0:
+            matched, highest = box, iou
+        else:
+            matched = torch.where(iou > highest, box + first, matched)  # of equals the first box
+            highest = torch.maximum(iou, highest)
+        if low_quality_matches:
+            chosen.append(near.anchor[near.iou == _best_of(near, len(part))[near.box]])
+    outcome = _label(highest, *arguments[:2])
+    if low_quality_matches:
+        best = torch.cat(chosen)
+        outcome[best] = 1
+        # Below the first threshold a better box may not be among the pairs.
+        best = best[highest[best] < thresholds[0]].unique()
+        for some in best.split(max(1, _MOST_PAIRS // len(boxes))):
+            matched[some] = _iou(boxes[:, None], anchors[some]).max(dim=0).indices
+    return Matches(matched, outcome)
+
+
+def _near_pairs(
+    boxes: Tensor, anchors: Tensor, grid: AnchorGrid, threshold: float, low_quality_matches: bool
+) -> _Pairs | None:
+    """All pairs of this IoU or more, and if asked for each box's best; None if that needs all pairs."""
+    windows = _overlaps(boxes.double(), grid)
+    near = _compare(boxes, anchors, *_pairs_above(windows, grid, threshold))
+    if low_quality_matches:
+        # What has an anchor above the first threshold has its best among the pairs already.
+        rest = (_best_of(near, len(boxes)) < threshold).nonzero().squeeze(1)
+        if len(rest):
+            if (windows.least[rest] < _LEAST_OVERLAP).any():
+                return None
+            near = _join(near, _compare(boxes, anchors, *_best_pairs(windows, grid, rest)))
+    return near
+
+
+class _Overlaps(NamedTuple):
+    """Of each box with the nearest anchor of each shape; (M, S) float64 unless said."""
+
+    boxes: Tensor  # (M, 4)
+    width: Tensor
+    height: Tensor
+    areas: Tensor  # both areas' sum
+    least: Tensor  # (M,) the smaller side of the overlap with the best shape
+
+
+def _overlaps(boxes: Tensor, grid: AnchorGrid) -> _Overlaps:
+    x0, y0, x1, y1 = (side.unsqueeze(1) for side in boxes.unbind(1))
+    a0, b0, a1, b1 = grid.corners.unbind(1)
+    width = _longest(x0, x1, a0, a1, grid.stride, grid.width)
+    height = _longest(y0, y1, b0, b1, grid.stride, grid.height)
+    areas = (x1 - x0) * (y1 - y0) + (a1 - a0) * (b1 - b0)
+    overlaps = _Overlaps(boxes, width, height, areas, boxes.new_zeros(0))
+    shape = _real_iou(overlaps, 0.0).argmax(dim=1, keepdim=True)
+    least = torch.minimum(width, height).gather(1, shape).squeeze(1)
+    return overlaps._replace(least=least)
+
+
+def _longest(low: Tensor, high: Tensor, first: Tensor, last: Tensor, stride: Tensor, cells: Tensor) -> Tensor:
+    """The longest overlap (M, S) of an interval with a shape's, along an axis: that of the nearest cell."""
+    nearest = ((low + high - first - last) / (2 * stride)).round().clamp(min=0)
+    shift = torch.minimum(nearest, cells - 1.0) * stride
+    return torch.minimum(high, last + shift) - torch.maximum(low, first + shift)
+
+
+def _real_iou(overlaps: _Overlaps, slack: float) -> Tensor:
+    """The IoU (M, S) of the nearest anchors, were the overlap longer by `slack` each way."""
+    intersection = (overlaps.width + slack).clamp(min=0) * (overlaps.height + slack).clamp(min=0)
+    return intersection / (overlaps.areas - intersection)
+
+
+def _pairs_above(overlaps: _Overlaps, grid: AnchorGrid, threshold: float) -> tuple[Tensor, Tensor]:
+    """Boxes and anchors, both (T,), of a list that has all pairs of this IoU or more."""
+    # IoU ≥ t is the same as intersection ≥ t / (1 + t) · (sum of the areas).
+    needed = threshold / (1 + threshold) * overlaps.areas * (1 - 1e-4)
+    width, height = overlaps.width + _SLACK, overlaps.height + _SLACK
+    box, shape = ((width > 0) & (height > 0) & (width * height >= needed)).nonzero(as_tuple=True)
+    needed, width, height = needed[box, shape], width[box, shape], height[box, shape]
+    return _window(overlaps.boxes, grid, box, shape, needed / height - _SLACK, needed / width - _SLACK)
+
+
+def _best_pairs(overlaps: _Overlaps, grid: AnchorGrid, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes and anchors, both (T,), of a list that has all best anchors of the boxes `rest`."""
+    part = _Overlaps(*(x[rest] for x in overlaps))
+    lowest = _real_iou(part, -_SLACK).amax(dim=1, keepdim=True) * (1 - 1e-4)
+    row, shape = (_real_iou(part, _SLACK) >= lowest).nonzero(as_tuple=True)
+    # Along each axis the overlap of a best anchor is the longest there is, but for rounding.
+    width, height = part.width[row, shape], part.height[row, shape]
+    return _window(
+        overlaps.boxes, grid, rest[row], shape, width * (1 - 1e-4) - _SLACK, height * (1 - 1e-4) - _SLACK
+    )
+
+
+def _window(
+    boxes: Tensor, grid: AnchorGrid, box: Tensor, shape: Tensor, width: Tensor, height: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Boxes and anchors, both (T,), of all pairs whose overlap is at least so wide and high.
+
+    Args:
+        boxes: (M, 4) float64.
+        grid: where the anchors stand.
+        box: (W,) index of the box of each window.
+        shape: (W,) index of its anchor shape.
+        width: (W,) pixels.
+        height: (W,) pixels.
+    """
+    x0, y0, x1, y1 = boxes[box].unbind(1)
+    a0, b0, a1, b1 = grid.corners[shape].unbind(1)
+    stride, columns, rows = grid.stride[shape], grid.width[shape], grid.height[shape]
+    left, wide = _cells(x0, x1, a0, a1, stride, columns, width)
+    top, high = _cells(y0, y1, b0, b1, stride, rows, height)
+    counts = wide * high
+    window = torch.repeat_interleave(counts)  # (T,)
+    inside = torch.arange(len(window), device=window.device) - (counts.cumsum(0) - counts)[window]
+    row = top[window] + inside // wide[window]
+    column = left[window] + inside % wide[window]
+    anchor = grid.first[shape][window] + (row * columns[window] + column) * grid.step[shape][window]
+    return box[window], anchor
+
+
+def _cells(
+    low: Tensor, high: Tensor, first: Tensor, last: Tensor, stride: Tensor, cells: Tensor, length: Tensor
+) -> tuple[Tensor, Tensor]:
+    """First cell and number of cells, along an axis, whose anchors overlap an interval by `length`."""
+    start = ((length + low - last) / stride).ceil().clamp(min=0).long()
+    stop = torch.minimum(((high - length - first) / stride).floor().long(), cells - 1)
+    return start, (stop - start + 1).clamp(min=0)
+
+
+def _compare(boxes: Tensor, anchors: Tensor, box: Tensor, anchor: Tensor) -> _Pairs:
+    return _Pairs(box, anchor, _iou(boxes[box], anchors[anchor]))
+
+
+def _iou(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """IoU of boxes (..., 4) and anchors (..., 4), operation by operation as detectron2's `pairwise_iou`."""
+    sides = torch.minimum(boxes[..., 2:], anchors[..., 2:]) - torch.maximum(boxes[..., :2], anchors[..., :2])
+    width, height = sides.clamp_(min=0).unbind(-1)
+    intersection = width * height
+    union = _area(boxes) + _area(anchors) - intersection
+    return torch.where(intersection > 0, intersection / union, 0.0)
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def _join(a: _Pairs, b: _Pairs) -> _Pairs:
+    return _Pairs(*(torch.cat(pair) for pair in zip(a, b, strict=True)))
+
+
+def _best_of(pairs: _Pairs, boxes: int) -> Tensor:
+    """The highest IoU (M,) of each box's pairs, 0 without any."""
+    return pairs.iou.new_zeros(boxes).scatter_reduce_(0, pairs.box, pairs.iou, "amax")
+
+
+def _best_box(pairs: _Pairs, boxes: int, anchors: int) -> tuple[Tensor, Tensor]:
+    """The first box of the highest IoU, and that IoU, both (R,); 0 and 0 for anchors without a pair."""
+    highest = pairs.iou.new_zeros(anchors).scatter_reduce_(0, pairs.anchor, pairs.iou, "amax")
+    tied = pairs.iou == highest[pairs.anchor]
+    first = torch.full((anchors,), boxes, device=pairs.box.device)
+    first.scatter_reduce_(0, pairs.anchor[tied], pairs.box[tied], "amin")
+    return first.remainder_(boxes), highest
+
+
+def _label(highest: Tensor, thresholds: list[float], labels: list[int]) -> Tensor:
+    outcome = torch.full(highest.shape, labels[0], dtype=torch.int8, device=highest.device)
+    for threshold, label in zip(thresholds, labels[1:], strict=True):
+        outcome.masked_fill_(highest >= threshold, label)
+    return outcome
+
+
+def _match_all(
+    boxes: Tensor, anchors: Tensor, thresholds: list[float], labels: list[int], low_quality_matches: bool
+) -> Matches:
+    """Look at all pairs, some anchors at a time."""
+    slices = anchors.split(max(1, _MOST_PAIRS // len(boxes)))
+    highest, matched = (
+        torch.cat(part) for part in zip(*(_iou(boxes[:, None], s).max(dim=0) for s in slices), strict=True)
+    )
+    outcome = _label(highest, thresholds, labels)
+    if low_quality_matches:
+        best = torch.stack([_iou(boxes[:, None], s).amax(dim=1) for s in slices]).amax(dim=0)
+        tied = [(_iou(boxes[:, None], s) == best[:, None]).any(dim=0) for s in slices]
+        outcome[torch.cat(tied)] = 1
+    return Matches(matched, outcome)
+
+
+def inside_regions(anchors: Tensor, regions: Tensor, *, share: float) -> Tensor:
+    """Find the anchors of which some region covers at least a share.
+
+    Args:
+        anchors: (R, 4) XYXY absolute pixels.
+        regions: (G, 4), likewise.
+        share: of an anchor's area.
+
+    Returns:
+        (R,) bool.
+    """
+    low, high = anchors[:, :2], anchors[:, 2:]
+    needed = share * (high - low).prod(1)
+    inside = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
+    # One at a time: images have few regions, and all at once would take G times the memory.
+    for region in regions.to(anchors.dtype):
+        covered = (torch.minimum(high, region[2:]) - torch.maximum(low, region[:2])).clamp_(min=0).prod(1)
+        inside |= (covered >= needed) & (covered > 0)
+    return inside
