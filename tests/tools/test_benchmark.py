@@ -8,7 +8,8 @@ import cv2
 import pytest
 import torch
 
-from focal_d2.analysis.benchmark import benchmarks
+from focal_d2.analysis import benchmark
+from focal_d2.analysis.benchmark import memory, sweep, timing
 from tests.conftest import REPOSITORY, make_cfg, runs_bfloat16
 
 SMALL = [
@@ -19,7 +20,7 @@ SMALL = [
 
 def run(monkeypatch, capsys, *argv):
     # It would stay so for the whole process.
-    monkeypatch.setattr(benchmarks, "keep_memory", lambda: True)
+    monkeypatch.setattr(benchmark, "keep_memory", lambda: True)
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, argv)])
     code = 0
     try:
@@ -34,7 +35,7 @@ def options(*more):
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=runs_bfloat16)])
-@pytest.mark.parametrize("what", benchmarks.BENCHMARKS)
+@pytest.mark.parametrize("what", benchmark.BENCHMARKS)
 def test_each_measures_both_and_a_limit(what, precision, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, what, *options("--precision", precision, "--json"))
     assert code == 0
@@ -60,7 +61,7 @@ def results_of(monkeypatch, capsys, *argv) -> list[dict]:
         rounds.append({name: run() for name, run in runs.items()})
         return dict.fromkeys(runs, 1.0)
 
-    monkeypatch.setattr(benchmarks, "take_turns", once)
+    monkeypatch.setattr(timing, "take_turns", once)
     run(monkeypatch, capsys, *argv)
     return rounds
 
@@ -100,7 +101,7 @@ def test_text_has_figures_and_ratios(monkeypatch, capsys):
 
 
 def test_a_sweep_runs_and_is_drawn(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(benchmarks, "SWEEP", {"size": (64, 128)})
+    monkeypatch.setattr(sweep, "SWEEP", {"size": (64, 128)})
     code, out, err = run(monkeypatch, capsys, "sweep", "--plot", tmp_path / "a.png", *options("--json"))
     assert code == 0
     rows = json.loads(out)["rows"]
@@ -117,7 +118,7 @@ def test_peak_is_the_allocators():
         del a
         return torch.empty(1 << 18) + b.sum()
 
-    peak = benchmarks.peak_bytes(work, "cpu")
+    peak = timing.peak_bytes(work, "cpu")
     assert 6 << 20 <= peak < (6 << 20) + 4096
 
 
@@ -125,8 +126,8 @@ def test_peak_is_the_allocators():
 def test_assignment_and_losses_take_little_beside_the_gradient(boxes):
     """Of 2 images of 512 × 512 pixels at K = 80: all bytes, the gradient's included, of the logits'."""
     cfg = make_cfg(MODEL__FPN__OUT_CHANNELS=8)
-    setting = benchmarks.Setting("cpu", 512, 2, 80, boxes, 1, "fp32")
-    row = benchmarks._losses_memory(cfg, setting)
+    setting = benchmark.Setting("cpu", 512, 2, 80, boxes, 1, "fp32")
+    row = memory.losses_memory(cfg, setting)
     assert row.limit_bytes == 2 * 9 * 80 * 5456 * 4  # 64² + 32² + 16² + 8² + 4² cells
     assert row.ours_bytes <= 1.2 * row.limit_bytes
     assert row.detectron2_bytes > 10 * row.limit_bytes

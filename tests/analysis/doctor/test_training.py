@@ -8,7 +8,9 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from focal_d2.analysis.benchmark import benchmarks
+from focal_d2.analysis.benchmark import Setting
+from focal_d2.analysis.benchmark.models import make_batch
+from focal_d2.analysis.benchmark.timing import peak_bytes
 from focal_d2.analysis.doctor import build_without_memory
 from focal_d2.analysis.doctor.training import anchor_facts, check_learning_rate, memory_facts
 from focal_d2.data import Table
@@ -129,8 +131,8 @@ def test_memory_of_weights_is_exact_and_of_a_step_near_what_is_measured(optimize
     assert facts.total == facts.weights + facts.gradients + facts.optimizer + facts.activations
     assert (facts.images, facts.height, facts.width) == (2, 256, 256)
 
-    setting = benchmarks.Setting("cpu", 256, 2, 3, 1, 1, "fp32")
-    batch = benchmarks.make_batch(setting)
+    setting = Setting("cpu", 256, 2, 3, 1, 1, "fp32")
+    batch = make_batch(setting)
 
     def step():
         with EventStorage():
@@ -138,7 +140,7 @@ def test_memory_of_weights_is_exact_and_of_a_step_near_what_is_measured(optimize
         for parameter in trained:
             parameter.grad = None
 
-    peak = benchmarks.peak_bytes(step, "cpu")
+    peak = peak_bytes(step, "cpu")
     assert 0.95 * peak < facts.gradients + facts.activations < 1.4 * peak
 
 

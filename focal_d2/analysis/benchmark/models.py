@@ -1,0 +1,110 @@
+"""Our detector and detectron2's with the same weights, and inputs for their parts."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor
+
+from focal_d2.analysis.benchmark.setting import Setting
+from focal_d2.errors import UserError
+
+
+class Pair(NamedTuple):
+    """Ours and detectron2's RetinaNet with the same weights."""
+
+    ours: Any
+    detectron2: Any
+
+
+def build_pair(cfg: CfgNode, setting: Setting) -> Pair:
+    """Build both detectors in training mode.
+
+    Args:
+        cfg: full config of ours; not changed.
+        setting: what is timing.timed.
+
+    Raises:
+        UserError: if the config's model is not interchangeable with detectron2's RetinaNet.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = setting.device
+    cfg.MODEL.RETINANET.NUM_CLASSES = setting.classes
+    cfg.MODEL.FOCAL.AMP.ENABLED, cfg.MODEL.FOCAL.AMP.DTYPE = setting.precision == "bf16", "bfloat16"
+    if torch.device(setting.device).type == "cuda":
+        torch.cuda.set_device(setting.device)  # whose time and memory are taken
+    torch.manual_seed(0)
+    ours = build_model(cfg).train()
+    # Random weights under frozen norms grow from block to block; trained ones do not.
+    for name, buffer in ours.named_buffers():
+        if name.endswith("conv3.norm.weight"):
+            buffer.fill_(0.2)
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    theirs = build_model(cfg).train()
+    state = {k: v for k, v in ours.state_dict().items() if not k.startswith("loss_normalizer.")}
+    try:
+        theirs.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"this config's model is not detectron2's RetinaNet: {str(error).splitlines()[1].strip()}"
+        ) from error
+    return Pair(ours, theirs)
+
+
+def detectron2_precision(setting: Setting) -> AbstractContextManager[Any]:
+    """Return the autocast context of detectron2 at lower precision, which it has on CUDA only."""
+    device = torch.device(setting.device).type
+    return torch.autocast(device, torch.bfloat16, enabled=setting.precision == "bf16" and device == "cuda")
+
+
+def make_batch(setting: Setting) -> list[dict[str, Any]]:
+    """Make N noise images with boxes of 16 to 256 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    batch = []
+    for _ in range(setting.batch):
+        instances = draw_boxes(setting, generator)
+        image = torch.randint(0, 256, (3, setting.size, setting.size), generator=generator).byte()
+        batch.append({"image": image, "instances": instances, "height": setting.size, "width": setting.size})
+    return batch
+
+
+def draw_boxes(setting: Setting, generator: torch.Generator) -> Instances:
+    """Draw boxes of 16 to 256 pixels, and their classes, in one image."""
+    sides = (16 * 16 ** torch.rand(setting.boxes, 2, generator=generator)).clamp(max=setting.size)
+    low = torch.rand(setting.boxes, 2, generator=generator) * (setting.size - sides)
+    instances = Instances((setting.size, setting.size))
+    instances.gt_boxes = Boxes(torch.cat([low, low + sides], 1))
+    instances.gt_classes = torch.randint(0, setting.classes, (setting.boxes,), generator=generator)
+    return instances
+
+
+def empty_images(setting: Setting) -> ImageList:
+    """Make images without content, for code that reads only their size."""
+    shape = (setting.batch, 1, setting.size, setting.size)
+    return ImageList(torch.empty(shape, device=setting.device), [shape[2:]] * setting.batch)
+
+
+def empty_features(pair: Pair, setting: Setting) -> list[Tensor]:
+    """Make features L × (1, 1, H, W) without content, for code that reads only their size."""
+    sides = [-(-setting.size // stride) for stride in pair.detectron2.anchor_generator.strides]
+    return [torch.empty(1, 1, side, side, device=setting.device) for side in sides]
+
+
+def random_outputs(
+    pair: Pair, setting: Setting, per_anchor: int, mean: float, std: float, dtype: torch.dtype
+) -> list[Tensor]:
+    """Draw L × (N, A · per_anchor, H, W) values from a normal distribution."""
+    generator = torch.Generator(setting.device).manual_seed(0)
+    per_cell = pair.ours.anchor_generator.num_anchors
+    outputs = []
+    for x, anchors in zip(empty_features(pair, setting), per_cell, strict=True):
+        shape = (setting.batch, anchors * per_anchor, *x.shape[-2:])
+        drawn = torch.randn(shape, generator=generator, device=setting.device)
+        outputs.append(drawn.mul_(std).add_(mean).to(dtype))
+    return outputs
