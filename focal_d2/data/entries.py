@@ -8,9 +8,10 @@ from typing import Any
 from focal_d2.annotations import Table
 from focal_d2.config import check_choice
 from focal_d2.data.readers import READERS
-from focal_d2.data.readers.common import ImageFolder, class_names, is_yaml, read_list, short
 from focal_d2.data.readers.csv_file import COLUMNS
+from focal_d2.data.readers.image_folder import ImageFolder
 from focal_d2.data.readers.sniff import describe
+from focal_d2.data.readers.texts import class_names, is_yaml, read_list, short
 from focal_d2.data.readers.yolo import ROWS
 from focal_d2.errors import UserError
 

@@ -19,13 +19,8 @@ from focal_d2.config import check_choice
 from focal_d2.config.architectures import known_architecture
 from focal_d2.config.legal_values import check_values
 from focal_d2.data.augmentations import build_augmentations
-from focal_d2.data.pixels import (
-    FORMATS,
-    UNREADABLE,
-    ImageReader,
-    check_for_detectron2,
-    why_unreadable,
-)
+from focal_d2.data.image_files import UNREADABLE, check_for_detectron2, why_unreadable
+from focal_d2.data.pixels import FORMATS, ImageReader
 from focal_d2.errors import UserError
 
 

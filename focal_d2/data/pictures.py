@@ -9,7 +9,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from focal_d2.data.pixels import IMAGE_SUFFIXES, UNREADABLE, ImageReader, write_image
+from focal_d2.data.image_files import IMAGE_SUFFIXES, UNREADABLE
+from focal_d2.data.pixels import ImageReader, write_image
 from focal_d2.errors import UserError
 
 GREEN, YELLOW = (80, 255, 80), (0, 220, 255)  # BGR

@@ -15,8 +15,8 @@ from detectron2.utils import comm
 
 from focal_d2.config.unread_keys import unread_keys
 from focal_d2.data import FocalDatasetMapper, announce, check_datasets
-from focal_d2.data.checks import annotation_warnings
-from focal_d2.data.loader import check_sampler
+from focal_d2.data.checks.run import annotation_warnings
+from focal_d2.data.sampling import check_sampler
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.checks import check_training
 from focal_d2.engine.hooks.evaluation import check_best

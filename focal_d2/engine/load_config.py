@@ -18,7 +18,7 @@ from focal_d2.config.architectures import CLASS_KEYS
 from focal_d2.config.files import merge_file
 from focal_d2.config.legal_values import check_values
 from focal_d2.data import count_classes, register_datasets
-from focal_d2.data.pixels import allow_pixels
+from focal_d2.data.image_files import allow_pixels
 from focal_d2.errors import UNLESS_TRUSTED, UserError, did_you_mean
 from focal_d2.evaluation import check_backend
 from focal_d2.modeling.build import resolve_device

@@ -8,7 +8,8 @@ import pytest
 from detectron2.data import DatasetCatalog
 
 from focal_d2.data import load_table, register_datasets
-from focal_d2.data.checks import annotation_warnings, check_against_config, check_dataset, check_repeats
+from focal_d2.data.checks.overlap import check_repeats
+from focal_d2.data.checks.run import annotation_warnings, check_against_config, check_dataset
 from focal_d2.engine import load_config
 from focal_d2.errors import UserError
 from tests.conftest import REPOSITORY, make_cfg

@@ -18,8 +18,8 @@ from focal_d2.data import (
     load_table,
     register_datasets,
 )
-from focal_d2.data.checks import annotation_warnings
-from focal_d2.data.readers.common import class_names
+from focal_d2.data.checks.run import annotation_warnings
+from focal_d2.data.readers.texts import class_names
 from focal_d2.ops.common import ANY_CLASS
 from tests.conftest import make_cfg
 from tests.test_annotations import RECORDS

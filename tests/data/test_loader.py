@@ -14,18 +14,15 @@ from detectron2.structures import BoxMode
 
 from focal_d2 import UserError
 from focal_d2.data import FocalDatasetMapper, register_datasets
-from focal_d2.data.loader import (
+from focal_d2.data.loader import Content, TrainingBatches, build_training_loader, content_of
+from focal_d2.data.sampling import (
     ClassBalancedSampler,
-    Content,
-    TrainingBatches,
-    _repeat_factors,
     build_sampler,
-    build_training_loader,
     check_sampler,
     class_balanced_weights,
-    content_of,
     describe_shares,
     image_classes,
+    repeat_factors,
     training_records,
 )
 from focal_d2.data.seeding import random_state
@@ -376,4 +373,4 @@ def test_a_region_of_any_class_is_no_class_to_repeat():
     records = [{"annotations": [{"category_id": 0, "iscrowd": 0}]} for _ in range(100)]
     records[7]["annotations"].append({"category_id": ANY_CLASS, "iscrowd": 1})
     cfg = make_cfg(DATALOADER__REPEAT_THRESHOLD=1.0)
-    assert _repeat_factors(cfg, records, "RepeatFactorTrainingSampler").tolist() == [1.0] * 100
+    assert repeat_factors(cfg, records, "RepeatFactorTrainingSampler").tolist() == [1.0] * 100

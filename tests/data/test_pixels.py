@@ -14,21 +14,17 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image, PngImagePlugin
 
 from focal_d2.data import pixels
-from focal_d2.data.pixels import (
+from focal_d2.data.image_files import (
     FILE_FORMATS,
-    FORMATS,
     IMAGE_SUFFIXES,
     UNREADABLE,
-    OpenCVInput,
     allow_pixels,
     check_for_detectron2,
-    from_array,
     open_image,
-    resize,
-    to_planes,
-    to_rgb,
     upright_size,
 )
+from focal_d2.data.opencv import OpenCVInput, resize, to_planes
+from focal_d2.data.pixels import FORMATS, from_array, to_rgb
 from tests.data.hostile_images import FOREIGN
 
 read_pixels = functools.partial(pixels.read_pixels, max_pixels=10**8)

@@ -7,7 +7,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 
 from focal_d2 import UserError
-from focal_d2.data.datasets import check_files
+from focal_d2.data.dataset_checks import check_files
 from focal_d2.engine import argument_parser, load_config
 from focal_d2.engine.setup import set_up_job
 from focal_d2.modeling.build import building

@@ -10,7 +10,7 @@ import pytest
 
 from focal_d2 import UserError
 from focal_d2.analysis.study import load_grid
-from focal_d2.data.readers.common import class_names
+from focal_d2.data.readers.texts import class_names
 from focal_d2.engine import load_config
 from focal_d2.storage import yaml_text
 from focal_d2.storage.yaml_text import parse_yaml, read_yaml

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from focal_d2.data.findings import KINDS
+from focal_d2.data.checks.kinds import KINDS
 from focal_d2.engine import load_config
 from tests.conftest import REPOSITORY
 

@@ -14,9 +14,9 @@ from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from focal_d2.annotations import Table
-from focal_d2.data.checks import MOST_EXAMPLES
-from focal_d2.data.findings import Example, Finding, share
-from focal_d2.data.pixels import UNREADABLE
+from focal_d2.data.checks.examples import MOST_EXAMPLES
+from focal_d2.data.checks.findings import Example, Finding, share
+from focal_d2.data.image_files import UNREADABLE
 
 # Files that are read before the progress bar moves.
 _CHUNK = 64

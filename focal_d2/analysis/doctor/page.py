@@ -29,8 +29,10 @@ from focal_d2.analysis.doctor.text import (
     use_counts,
 )
 from focal_d2.analysis.doctor.training import AnchorFacts
-from focal_d2.data.findings import NOTE, Example, Finding
-from focal_d2.data.pixels import UNREADABLE, open_image, read_with_pillow
+from focal_d2.data.checks.findings import Example, Finding
+from focal_d2.data.checks.kinds import NOTE
+from focal_d2.data.image_files import UNREADABLE, open_image
+from focal_d2.data.pixels import read_with_pillow
 
 # Told apart with any colour vision (Okabe and Ito).
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#9aa3ab"

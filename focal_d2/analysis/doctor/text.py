@@ -12,8 +12,9 @@ from tabulate import tabulate
 
 from focal_d2.analysis.doctor.examination import DatasetFacts, Report
 from focal_d2.analysis.doctor.training import AnchorFacts, MemoryFacts, Share, odds
-from focal_d2.data.checks import some
-from focal_d2.data.findings import NOTE, SEVERITIES, Finding, Fix
+from focal_d2.data.checks.examples import some
+from focal_d2.data.checks.findings import Finding, Fix
+from focal_d2.data.checks.kinds import NOTE, SEVERITIES
 
 # Classes that a terminal lists.
 _MOST_CLASSES = 20

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from focal_d2.analysis.anchors.coverage import best_anchors, count_training_labels, grids_of
 from focal_d2.annotations import Table
 from focal_d2.config.architectures import is_retinanet
-from focal_d2.data.checks import MOST_EXAMPLES, some
-from focal_d2.data.findings import Example, Finding, Fix, share
+from focal_d2.data.checks.examples import MOST_EXAMPLES, some
+from focal_d2.data.checks.findings import Example, Finding, Fix, share
 from focal_d2.data.resolution import training_boxes, training_inputs
 from focal_d2.modeling import FocalRetinaNet
 from focal_d2.modeling.anchors import build_layout

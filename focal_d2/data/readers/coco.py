@@ -18,16 +18,10 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from focal_d2.annotations import Table
-from focal_d2.data.readers.common import (
-    MOST_PIXELS,
-    ImageFolder,
-    decode_text,
-    image_size,
-    listed,
-    read_bytes,
-    short,
-)
+from focal_d2.data.readers.image_folder import ImageFolder, image_size
 from focal_d2.data.readers.masks import mask_box
+from focal_d2.data.readers.rows import MOST_PIXELS
+from focal_d2.data.readers.texts import decode_text, listed, read_bytes, short
 from focal_d2.errors import UserError
 
 _Id = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]

@@ -7,7 +7,9 @@ import io
 from collections.abc import Mapping, Sequence
 
 from focal_d2.annotations import Table
-from focal_d2.data.readers.common import Box, ImageFolder, Rows, is_number, listed, read_text, short
+from focal_d2.data.readers.image_folder import ImageFolder
+from focal_d2.data.readers.rows import Box, Rows
+from focal_d2.data.readers.texts import is_number, listed, read_text, short
 from focal_d2.errors import UserError
 
 # What columns are called, of which the first is ours.

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from focal_d2.data.pixels import IMAGE_SUFFIXES, LFS_POINTER
-from focal_d2.data.readers.common import is_label_row, list_files, read_bytes
+from focal_d2.data.image_files import IMAGE_SUFFIXES, LFS_POINTER
+from focal_d2.data.readers.image_folder import list_files
+from focal_d2.data.readers.texts import is_label_row, read_bytes
 from focal_d2.errors import UserError
 
 

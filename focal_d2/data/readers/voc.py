@@ -11,17 +11,9 @@ from xml.etree import ElementTree
 import numpy as np
 
 from focal_d2.annotations import Table
-from focal_d2.data.readers.common import (
-    Box,
-    ImageFolder,
-    Rows,
-    image_size,
-    list_files,
-    listed,
-    path_under,
-    read_bytes,
-    short,
-)
+from focal_d2.data.readers.image_folder import ImageFolder, image_size, list_files, path_under
+from focal_d2.data.readers.rows import Box, Rows
+from focal_d2.data.readers.texts import listed, read_bytes, short
 from focal_d2.errors import UserError
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")

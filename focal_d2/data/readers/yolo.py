@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from focal_d2.annotations import Table
-from focal_d2.data.readers.common import (
-    Box,
-    ImageFolder,
-    Rows,
+from focal_d2.data.readers.image_folder import ImageFolder
+from focal_d2.data.readers.rows import Box, Rows
+from focal_d2.data.readers.texts import (
     class_names,
     is_label_row,
     is_yaml,

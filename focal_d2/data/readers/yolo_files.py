@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from focal_d2.data.pixels import IMAGE_SUFFIXES
-from focal_d2.data.readers.common import ImageFolder, is_yaml, list_files, listed, read_list, read_yaml, short
+from focal_d2.data.image_files import IMAGE_SUFFIXES
+from focal_d2.data.readers.image_folder import ImageFolder, list_files
+from focal_d2.data.readers.texts import is_yaml, listed, read_list, read_yaml, short
 from focal_d2.errors import UserError
 
 # Where tools leave class names: labelImg and makesense, CVAT, Roboflow's Darknet export, ultralytics.

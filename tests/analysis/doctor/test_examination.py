@@ -12,7 +12,7 @@ from PIL import Image
 
 from focal_d2.analysis.doctor import as_text, examination, examine
 from focal_d2.data import pixels
-from focal_d2.data.findings import KINDS, NOTE
+from focal_d2.data.checks.kinds import KINDS, NOTE
 from focal_d2.errors import UserError
 from tests.analysis.doctor.world import HEIGHT, WIDTH, World
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from focal_d2.analysis.doctor import as_page
 from focal_d2.analysis.doctor.page import _thumbnail
-from focal_d2.data.findings import Example
+from focal_d2.data.checks.findings import Example
 from tests.analysis.doctor.test_examination import truncated
 from tests.analysis.doctor.world import World
 

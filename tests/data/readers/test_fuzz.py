@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from focal_d2 import UserError
 from focal_d2.data import Table
 from focal_d2.data.readers import READERS
-from focal_d2.data.readers.common import MOST_PIXELS
+from focal_d2.data.readers.rows import MOST_PIXELS
 
 NAMES = {"coco": "x.json", "csv": "x.csv", "voc": "x.xml", "yolo": "a.txt"}
 SEEDS = {

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from focal_d2 import UserError
-from focal_d2.data.checks import check_dataset
+from focal_d2.data.checks.run import check_dataset
 from focal_d2.data.readers import read_voc
 from focal_d2.data.readers.voc import read_voc_boxes
 

@@ -1,0 +1,135 @@
+"""Image files: which formats are opened, how large an image may be, and what a header says."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator
+from typing import IO
+
+from detectron2.utils.file_io import PathManager
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+
+# The formats of files that are read, by Pillow's names. Pillow goes by a file's content, not by its name, and
+# knows some 40 more formats: for one of them (EPS) it starts a program. "JPEG" includes MPO, "PNG" APNG. The
+# last two make Pillow import all of its plugins.
+FILE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+
+# Endings of the files that folders of images are searched for.
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+_TILE_SIDES = 322, 323  # tags of TIFF: width and height
+
+# What reading raises for files that are not such an image, or too large or damaged.
+UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
+
+# How a file starts that Git LFS put in the place of a large one.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def why_unreadable(file_name: str, error: Exception) -> str:
+    """Say in a few words why an image can't be read.
+
+    Args:
+        file_name: of the image.
+        error: one of `UNREADABLE`.
+    """
+    try:
+        if os.path.isfile(file_name):
+            with open(file_name, "rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    return "it is a Git LFS pointer, not the image itself: run `git lfs pull`"
+    except OSError:
+        pass  # the error says so
+    return getattr(error, "strerror", None) or str(error)
+
+
+def open_image(file: str | IO[bytes], *, max_pixels: int | None) -> Image.Image:
+    """Open an image of one of `FILE_FORMATS`: its header is read, and nothing is decoded.
+
+    No other code opens images: so nothing but these formats' decoders ever sees a file.
+
+    Args:
+        file: its name, or what it holds.
+        max_pixels: most pixels that it may have; None: any, for a file of our own or one that is not decoded.
+
+    Raises:
+        OSError: and the others of `UNREADABLE`, if it is no such image, or a larger one.
+    """
+    if max_pixels is not None:
+        allow_pixels(max_pixels)
+    with pillow_errors():
+        try:
+            image = Image.open(file, formats=FILE_FORMATS)
+        except UnidentifiedImageError as error:
+            kinds = ", ".join(sorted(FILE_FORMATS))
+            raise UnidentifiedImageError(f"not an image of a format that is read ({kinds})") from error
+        except Image.DecompressionBombError as error:
+            raise OSError(_too_large("its pixels are")) from error
+        if max_pixels is not None:
+            # Of a TIFF file, a tile is decoded whole, however little of it is in the image.
+            tile = [getattr(image, "tag_v2", {}).get(tag, 0) for tag in _TILE_SIDES]
+            for what, (width, height) in (("it has", image.size), ("its tiles have", tile)):
+                if width * height > max_pixels:
+                    raise OSError(_too_large(f"{what} {width} × {height} pixels,", f" {max_pixels}"))
+    return image
+
+
+def _too_large(what: str, limit: str = "") -> str:
+    return (
+        f"{what} more than INPUT.FOCAL.MAX_PIXELS{limit}: raise the key if the image is meant to be so large"
+    )
+
+
+def allow_pixels(most: int) -> None:
+    """Let Pillow open images of so many pixels: it has a limit of its own, for the whole process."""
+    if Image.MAX_IMAGE_PIXELS is not None and most > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = most
+
+
+def check_for_detectron2(file_name: str, *, max_pixels: int) -> None:
+    """Check a file that detectron2's own `read_image` will open, which takes any format of Pillow's.
+
+    Raises:
+        OSError: and the others of `UNREADABLE`, if `open_image` refuses it, or Pillow takes it for something
+            else when it may choose.
+    """
+    with PathManager.open(file_name, "rb") as file:
+        kind = open_image(file, max_pixels=max_pixels).format
+        file.seek(0)
+        with pillow_errors():
+            other = Image.open(file).format
+    if other != kind:
+        raise OSError(f"it is both {kind} and {other}")
+
+
+@contextlib.contextmanager
+def pillow_errors() -> Iterator[None]:
+    """Make `UNREADABLE` of all that Pillow raises for a file; its readers raise many kinds."""
+    try:
+        yield
+    except (*UNREADABLE, MemoryError):
+        raise
+    except ValueError as error:
+        raise OSError(str(error)) from error
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def upright_size(file_name: str) -> tuple[int, int]:
+    """Return an image's height and width as `read_pixels` gives them, from its header.
+
+    Raises:
+        OSError: and the others of `UNREADABLE`, if it cannot be read.
+    """
+    with open_image(file_name, max_pixels=None) as image:
+        width, height = image.size
+        orientation = None
+        with contextlib.suppress(Exception):  # as in decode
+            if isinstance(image, PngImagePlugin.PngImageFile):
+                # Its `getexif` would decode all pixels to get to what follows them.
+                image.load_prepare()
+                image.load_end()
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
