@@ -1,4 +1,7 @@
-"""A dataset's annotations in columns: what the readers make, and what checks and statistics want."""
+"""A dataset's annotations in columns, from the readers to AP, and the table of a registered dataset.
+
+detectron2's records are made of a table once, for its loaders. Everything else takes the table itself.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
 from focal_d2.errors import UserError
@@ -75,6 +79,17 @@ class Table:
     def objects(self) -> np.ndarray:
         """(B,) bool: boxes that are trained on and counted in AP; they are usable and not ignored."""
         return self.usable & ~self.ignored
+
+    def whole(self) -> Table:
+        """Return the table itself.
+
+        Raises:
+            UserError: if some of its items could not be read.
+        """
+        if self.problems:
+            others = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+            raise UserError(self.problems[0] + others)
+        return self
 
     def by_name(self) -> Table:
         """Return the same with images in order of their files' names."""
@@ -199,3 +214,28 @@ class Table:
             annotated=not records or any("annotations" in record for record in records),
             areas=np.array([a.get("area", of_box) for (_, a), of_box in zip(found, areas, strict=True)]),
         )
+
+
+def has_table(name: str) -> bool:
+    """Tell whether a dataset was registered with a table; others, such as detectron2's, have records only."""
+    return MetadataCatalog.get(name).get("read_table") is not None
+
+
+def registered_table(name: str) -> Table | None:
+    """Return the table that a dataset was registered with, or None; items that can't be read in `problems`.
+
+    Its class names and category ids are written to detectron2's metadata.
+
+    Raises:
+        UserError: if the files can't be read at all.
+    """
+    metadata = MetadataCatalog.get(name)
+    read = metadata.get("read_table")
+    if read is None:
+        return None
+    table: Table = read()
+    metadata.set(
+        thing_classes=list(table.classes),
+        thing_dataset_id_to_contiguous_id={k: i for i, k in enumerate(table.category_ids)},
+    )
+    return table

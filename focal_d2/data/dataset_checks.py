@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from focal_d2.annotations import has_table
 from focal_d2.config import key_value
 from focal_d2.config.architectures import class_key, needs_beyond_boxes
 from focal_d2.data.datasets import (
@@ -20,7 +21,6 @@ from focal_d2.data.datasets import (
     load_table,
     missing_annotations,
     unreadable,
-    whole_table,
 )
 from focal_d2.data.readers.texts import listed
 from focal_d2.errors import UserError, did_you_mean
@@ -51,7 +51,7 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
         for name in names if training or key == "DATASETS.TEST" else ():
             what = f'{key}: dataset "{name}"'
             check_files(key, name)
-            if needed and key == "DATASETS.TRAIN" and MetadataCatalog.get(name).get("read_table"):
+            if needed and key == "DATASETS.TRAIN" and has_table(name):
                 raise UserError(f"{what} has boxes only, but {needed}")
             if key == "DATASETS.TRAIN" and not is_annotated(name):
                 raise UserError(f"{what} has no annotations: it can be in DATASETS.TEST only")
@@ -83,7 +83,7 @@ class _Annotations(msgspec.Struct):
 def _check_truth(name: str) -> None:
     """Refuse a dataset to test on that has annotations, but no box: all of its metrics would be NaN."""
     metadata = MetadataCatalog.get(name)
-    if metadata.get("read_table"):
+    if has_table(name):
         has_boxes = not is_annotated(name) or bool(load_table(name).objects.any())
     elif metadata.get("json_file"):
         # As the evaluator reads it; detectron2's own reader would take longer.
@@ -158,7 +158,7 @@ def check_files(key: str, name: str) -> None:
     if MetadataCatalog.get(name).get("from_focal_yaml", False):
         # A look at every name takes a second for a hundred thousand; a missing image would stop the run at
         # whatever hour it is drawn.
-        names = whole_table(name).file_names
+        names = load_table(name).whole().file_names
         missing = [file_name for file_name in names if not os.path.isfile(file_name)]
         if missing:
             of_how_many = f"{len(missing)} of {len(names)} images are"

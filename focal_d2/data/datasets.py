@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from focal_d2.annotations import Table
+from focal_d2.annotations import Table, has_table, registered_table
 from focal_d2.data.entries import check_entry, expand_paths, images_of, read_entry
 from focal_d2.errors import UserError
 
@@ -65,7 +65,7 @@ def register_table(name: str, read: Callable[[], Table], **metadata: Any) -> Non
     announce = functools.cache(functools.partial(_announce, name))
 
     def records() -> list[dict[str, Any]]:
-        table = whole_table(name)
+        table = load_table(name).whole()
         announce()
         return table.records()
 
@@ -111,25 +111,19 @@ def load_table(name: str) -> Table:
     Raises:
         UserError: if the files can't be read at all.
     """
-    metadata = MetadataCatalog.get(name)
-    read = metadata.get("read_table")
-    if read is None:
-        try:
-            records = DatasetCatalog.get(name)
-            return Table.from_records(records, _named_classes(name, records))
-        except READ_ERRORS as error:
-            raise unreadable(name, error) from error
-    table = read()
-    metadata.set(
-        thing_classes=list(table.classes),
-        thing_dataset_id_to_contiguous_id={k: i for i, k in enumerate(table.category_ids)},
-    )
-    return table
+    table = registered_table(name)
+    if table is not None:
+        return table
+    try:
+        records = DatasetCatalog.get(name)
+        return Table.from_records(records, _named_classes(name, records))
+    except READ_ERRORS as error:
+        raise unreadable(name, error) from error
 
 
 def load_known_tables(names: Iterable[str]) -> dict[str, Table]:
     """Return the tables of those datasets that have one, by name; others would be read as records."""
-    return {name: load_table(name) for name in names if MetadataCatalog.get(name).get("read_table")}
+    return {name: load_table(name) for name in names if has_table(name)}
 
 
 # What detectron2's readers, and a program's own, raise for files that they can't read.
@@ -144,15 +138,6 @@ def unreadable(name: str, error: Exception) -> UserError:
         reason = f"{reason[:200]} …"
     source = MetadataCatalog.get(name).get("json_file")
     return UserError(f'dataset "{name}"{f" ({source})" if source else ""} cannot be read: {reason}')
-
-
-def whole_table(name: str) -> Table:
-    """Return the annotations of a dataset of which every item can be read."""
-    table = load_table(name)
-    if table.problems:
-        more = f" (and {len(table.problems) - 1} more)"
-        raise UserError(table.problems[0] + (more if len(table.problems) > 1 else ""))
-    return table
 
 
 def is_annotated(name: str) -> bool:
@@ -181,7 +166,7 @@ def dataset_class_names(name: str) -> list[str]:
         return list(metadata.thing_classes)
     # Many files tell their classes only when they are read. Reading now costs seconds; finding out after
     # training costs the night.
-    if metadata.get("read_table"):
+    if has_table(name):
         return list(load_table(name).classes)
     try:
         return _named_classes(name, DatasetCatalog.get(name))

@@ -107,23 +107,45 @@ def _hotcoco(truth: Truth, detections: Detections) -> Any:
 
 
 def _pycocotools(truth: Truth, detections: Detections) -> Any:
+    areas = detections.boxes[:, 2] * detections.boxes[:, 3]
     images, categories = _images_and_categories(truth)
-    apis = []
-    for columns, last in ((truth, "iscrowd"), (detections, "score")):
-        keys = ("image_id", "category_id", "bbox", "area", last)
-        areas = columns.boxes[:, 2] * columns.boxes[:, 3] if columns is detections else truth.areas
-        values = truth.ignored.astype(int) if columns is truth else detections.scores
-        rows = (columns.image, columns.labels + 1, columns.boxes, areas, values)
-        annotations = [
-            {"id": i, "iscrowd": 0, **dict(zip(keys, row, strict=True))}
-            for i, row in enumerate(zip(*(x.tolist() for x in rows), strict=True), 1)
-        ]
-        api = COCO()
-        api.dataset = {"images": images, "categories": categories, "annotations": annotations}
-        with contextlib.redirect_stdout(io.StringIO()):
-            api.createIndex()
-        apis.append(api)
-    return COCOeval(*apis, "bbox")
+    found = _indexed(images, categories, detections, areas, "score", detections.scores)
+    return COCOeval(as_coco(truth, range(truth.images)), found, "bbox")
+
+
+def as_coco(truth: Truth, image_ids: Sequence[Any]) -> COCO:
+    """Return pycocotools' object of the boxes; the id of a class is its label + 1.
+
+    Args:
+        truth: the boxes.
+        image_ids: N, of the images.
+    """
+    images, categories = _images_and_categories(truth)
+    for image, image_id in zip(images, image_ids, strict=True):
+        image["id"] = image_id
+    return _indexed(images, categories, truth, truth.areas, "iscrowd", truth.ignored.astype(int))
+
+
+def _indexed(
+    images: list[dict[str, Any]],
+    categories: list[dict[str, Any]],
+    columns: Truth | Detections,
+    areas: np.ndarray,
+    key: str,
+    values: np.ndarray,
+) -> COCO:
+    keys = ("image_id", "category_id", "bbox", "area", key)
+    image_ids = [images[i]["id"] for i in columns.image.tolist()]
+    rows = (x.tolist() for x in (columns.labels + 1, columns.boxes, areas, values))
+    annotations = [
+        {"id": i, "iscrowd": 0, **dict(zip(keys, row, strict=True))}
+        for i, row in enumerate(zip(image_ids, *rows, strict=True), 1)
+    ]
+    api = COCO()
+    api.dataset = {"images": images, "categories": categories, "annotations": annotations}
+    with contextlib.redirect_stdout(io.StringIO()):
+        api.createIndex()
+    return api
 
 
 def _images_and_categories(truth: Truth) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import functools
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,18 +13,26 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
 from focal_d2.errors import UserError
-from focal_d2.evaluation.backends import AREAS, IOUS, Curves, Detections, Truth, check_backend, coco_curves
+from focal_d2.evaluation.backends import (
+    AREAS,
+    IOUS,
+    Curves,
+    Detections,
+    Truth,
+    as_coco,
+    check_backend,
+    coco_curves,
+)
 from focal_d2.evaluation.errors import analyse, finite
-from focal_d2.ops.common import ANY_CLASS
+from focal_d2.evaluation.ground_truth import read_ground_truth
 
 
 class FocalCOCOEvaluator(COCOEvaluator):
@@ -48,7 +55,7 @@ class FocalCOCOEvaluator(COCOEvaluator):
         """See detectron2's `COCOEvaluator`.
 
         Args:
-            dataset_name: registered; ground truth is its metadata's `json_file`, else its records.
+            dataset_name: registered; see `read_ground_truth`.
             tasks: boxes only.
             distributed: gather the predictions of all processes.
             output_dir: where predictions and the analysis go; None: nowhere.
@@ -74,9 +81,9 @@ class FocalCOCOEvaluator(COCOEvaluator):
         self._predictions: list[dict[str, Any]] = []
         self._backend = check_backend(backend)
         self._max_dets = detection_limits(max_dets_per_image)
-        self._coco_api = _read(dataset_name)
-        # Files of test sets have none; predictions are then only written.
-        self._do_evaluation = "annotations" in self._coco_api.dataset
+        self._ground_truth = read_ground_truth(dataset_name)
+        # Test sets may keep their boxes secret; predictions are then only written.
+        self._do_evaluation = self._ground_truth.truth is not None
 
     def evaluate(self, img_ids: Sequence[Any] | None = None) -> dict[str, Any]:
         """Compute the metrics from all processes' predictions; see detectron2's `COCOEvaluator`.
@@ -100,8 +107,7 @@ class FocalCOCOEvaluator(COCOEvaluator):
     def _eval_predictions(
         self, predictions: list[dict[str, Any]], img_ids: Sequence[Any] | None = None
     ) -> None:
-        ids = sorted(self._coco_api.imgs)
-        labels = self._labels()
+        ids, labels, truth = self._ground_truth
         found = list(itertools.chain(*(p["instances"] for p in predictions)))
         detections = self._detections(found, ids, len(labels))
         if self._output_dir:
@@ -112,10 +118,9 @@ class FocalCOCOEvaluator(COCOEvaluator):
                 file.write(
                     msgspec.json.encode([{**x, "category_id": numbers[x["category_id"]]} for x in found])
                 )
-        if not self._do_evaluation:
+        if truth is None:
             self._logger.info("Annotations are not available for evaluation.")
             return
-        truth = _columns(self._coco_api.dataset["annotations"], ids, labels)
         if img_ids is not None:
             counts = np.isin(np.arange(len(ids)), [ids.index(i) for i in img_ids])
             truth = _of_images(truth, counts)
@@ -140,12 +145,11 @@ class FocalCOCOEvaluator(COCOEvaluator):
         with PathManager.open(str(Path(self._output_dir or "") / "analysis.json"), "wb") as file:
             file.write(msgspec.json.encode(figures))
 
-    def _labels(self) -> dict[int, int]:
-        """The dataset's own number of each class -> label in [0, K)."""
-        known = self._metadata.get("thing_dataset_id_to_contiguous_id")
-        if known is not None:
-            return dict(known)
-        return {number: label for label, number in enumerate(sorted(self._coco_api.cats))}
+    @functools.cached_property
+    def _coco_api(self) -> COCO:
+        """pycocotools' object of the boxes, which detectron2's evaluation of proposals reads."""
+        assert self._ground_truth.truth is not None  # detectron2 looks at `_do_evaluation` first
+        return as_coco(self._ground_truth.truth, self._ground_truth.image_ids)
 
     def _detections(self, found: list[dict[str, Any]], ids: list[Any], classes: int) -> Detections:
         place = {image_id: i for i, image_id in enumerate(ids)}
@@ -195,78 +199,6 @@ def metric_names(limits: int | Sequence[int] | None, classes: Sequence[str]) -> 
         *(f"AP-{name}" for name in of_classes),
         *(f"AR@{limit}" for limit in detection_limits(limits)),
     ]
-
-
-def _read(name: str) -> COCO:
-    """Ground truth as pycocotools' object, every annotation with "area" and "iscrowd"."""
-    json_file = MetadataCatalog.get(name).get("json_file")
-    api = COCO()
-    if json_file is None:
-        api.dataset = _from_records(name)
-    else:
-        try:
-            with PathManager.open(json_file, "rb") as file:
-                api.dataset = msgspec.json.decode(file.read())
-        except (OSError, msgspec.DecodeError) as error:
-            raise UserError(f"{json_file}: {error}") from error
-    for annotation in api.dataset.get("annotations", ()):
-        if annotation.get("iscrowd") is None:
-            annotation["iscrowd"] = 0
-        if annotation.get("area") is None:
-            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-    with contextlib.redirect_stdout(io.StringIO()):
-        api.createIndex()
-    return api
-
-
-def _from_records(name: str) -> dict[str, Any]:
-    """What a COCO file of a registered dataset would hold."""
-    records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
-    images, annotations = [], []
-    for i, record in enumerate(records):
-        image_id = record.get("image_id", i)
-        images.append(
-            {"id": image_id, **{k: record[k] for k in ("file_name", "height", "width") if k in record}}
-        )
-        for a in record.get("annotations", ()):
-            box = BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYWH_ABS)
-            kept = {k: a[k] for k in ("iscrowd", "area") if k in a}
-            annotations.append({"image_id": image_id, "bbox": box, "label": a["category_id"], **kept})
-    classes = metadata.get("thing_classes")
-    if classes is None:
-        classes = [str(k) for k in range(1 + max((a["label"] for a in annotations), default=-1))]
-    given = metadata.get("thing_dataset_id_to_contiguous_id") or {k: k for k in range(len(classes))}
-    # An ignored region of any class has no number.
-    numbers: dict[int, Any] = {ANY_CLASS: None, **{label: number for number, label in given.items()}}
-    for i, annotation in enumerate(annotations, 1):
-        annotation.update(id=i, category_id=numbers[annotation.pop("label")])
-    categories = [{"id": numbers[k], "name": name} for k, name in enumerate(classes)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    if not any("annotations" in record for record in records):
-        del content["annotations"]  # a test set whose objects are not published
-    return content
-
-
-def _columns(annotations: list[dict[str, Any]], ids: list[Any], labels: Mapping[int, int]) -> Truth:
-    place = {image_id: i for i, image_id in enumerate(ids)}
-    label_of: dict[Any, int] = dict(labels)
-    label_of[None] = ANY_CLASS
-    kept = [a for a in annotations if a["category_id"] in label_of and a["image_id"] in place]
-    labels_kept = np.array([label_of[a["category_id"]] for a in kept], dtype=np.int64)
-    # COCO's evaluation goes class by class: a region of any class becomes one of each.
-    any_class = labels_kept == ANY_CLASS
-    rows = np.repeat(np.arange(len(kept)), np.where(any_class, len(labels), 1))
-    repeated = labels_kept[rows]
-    repeated[any_class[rows]] = np.tile(np.arange(len(labels)), int(any_class.sum()))
-    return Truth(
-        images=len(ids),
-        classes=len(labels),
-        image=np.array([place[a["image_id"]] for a in kept], dtype=np.int64)[rows],
-        boxes=np.array([a["bbox"] for a in kept], dtype=np.float64).reshape(-1, 4)[rows],
-        labels=repeated,
-        areas=np.array([a["area"] for a in kept], dtype=np.float64)[rows],
-        ignored=np.array([bool(a["iscrowd"]) for a in kept], dtype=bool)[rows],
-    )
 
 
 def _of_images(columns: Any, counts: np.ndarray) -> Any:

@@ -429,3 +429,25 @@ def test_a_test_set_without_annotations_gets_predictions_and_no_metrics(coco_dat
     assert evaluator.evaluate() == {}
     (prediction,) = json.loads((tmp_path / "coco_instances_results.json").read_text())
     assert prediction == {"image_id": 1, "category_id": 2, "bbox": [1, 2, 9, 10], "score": 0.5}
+
+
+def test_proposals_are_evaluated_with_the_datasets_own_image_ids(coco_dataset):
+    data = coco_dataset(images=2, classes=2)
+    content = json.loads(data.annotations.read_text())
+    for item in content["images"]:
+        item["id"] += 50
+    for item in content["annotations"]:
+        item["image_id"] += 50
+    data.annotations.write_text(json.dumps(content))
+    register_datasets([data.entry])
+    evaluator = FocalCOCOEvaluator(data.name)
+    evaluator.reset()
+    for record in DatasetCatalog.get(data.name):
+        boxes = torch.tensor([a["bbox"] for a in record["annotations"][: record["image_id"] - 49]])
+        boxes[:, 2:] += boxes[:, :2]
+        proposals = Instances(
+            (64, 64), proposal_boxes=Boxes(boxes), objectness_logits=torch.zeros(len(boxes))
+        )
+        evaluator.process([record], [{"proposals": proposals}])
+    # One of the two boxes of the first image, and both of the second.
+    assert evaluator.evaluate()["box_proposals"]["AR@100"] == pytest.approx(75)
