@@ -16,7 +16,7 @@ help: ## list the targets
 
 install: $(VENV)/.installed ## make .venv with the pinned versions
 
-$(VENV)/.installed: constraints.txt setup.cfg pyproject.toml tools/install_detectron2.sh
+$(VENV)/.installed: constraints.txt setup.cfg setup.py pyproject.toml tools/install_detectron2.sh
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.10 to 3.13 is needed (make PYTHON=python3.11 …)" >&2; exit 2; }
 	@echo "installing into $(VENV): some 5.5 GB, mostly PyTorch; a few minutes"
@@ -26,19 +26,19 @@ $(VENV)/.installed: constraints.txt setup.cfg pyproject.toml tools/install_detec
 	touch $@
 
 data: $(VENV)/.installed ## fetch the aerial pictures and cut them into tiles under datasets/
-	$(BIN)/python tools/prepare_neon_trees.py
+	$(BIN)/focal-d2 data neon_trees
 
 demo: data ## train, evaluate and draw detections on real images (CPU: about ten minutes in all)
-	$(BIN)/python train_net.py --config-file $(DEMO_CONFIG) SEED $(SEED) OUTPUT_DIR $(DEMO_OUTPUT)
-	$(BIN)/python tools/predict.py --config-file $(DEMO_OUTPUT)/config.yaml --dataset neon_trees_test \
+	$(BIN)/focal-d2 train --config-file $(DEMO_CONFIG) SEED $(SEED) OUTPUT_DIR $(DEMO_OUTPUT)
+	$(BIN)/focal-d2 predict --config-file $(DEMO_OUTPUT)/config.yaml --dataset neon_trees_test \
 	  --output $(DEMO_OUTPUT)/pictures MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth
 	@echo
 	@echo "Checkpoint, log and metrics: $(DEMO_OUTPUT)/"
 	@echo "Detections beside ground truth: $(DEMO_OUTPUT)/pictures/"
 	@echo "Next:"
-	@echo "  $(BIN)/python train_net.py --config-file $(DEMO_OUTPUT)/config.yaml --eval-only OUTPUT_DIR output/other_forest MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth DATASETS.TEST '(\"neon_trees_other\",)'"
-	@echo "  $(BIN)/python tools/predict.py --config-file $(DEMO_OUTPUT)/config.yaml --input YOUR_IMAGE_OR_FOLDER --output output/predictions MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth"
-	@echo "  $(BIN)/python train_net.py --config-file $(DEMO_OUTPUT)/config.yaml --resume SOLVER.MAX_ITER 1200"
+	@echo "  $(BIN)/focal-d2 eval --config-file $(DEMO_OUTPUT)/config.yaml OUTPUT_DIR output/other_forest MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth DATASETS.TEST '(\"neon_trees_other\",)'"
+	@echo "  $(BIN)/focal-d2 predict --config-file $(DEMO_OUTPUT)/config.yaml --input YOUR_IMAGE_OR_FOLDER --output output/predictions MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth"
+	@echo "  $(BIN)/focal-d2 train --config-file $(DEMO_OUTPUT)/config.yaml --resume SOLVER.MAX_ITER 1200"
 
 test: $(VENV)/.installed ## run the tests, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

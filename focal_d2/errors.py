@@ -7,8 +7,8 @@ import errno
 from collections.abc import Iterable
 
 _PREFIX = "UserError: "
-# Ends the line that refuses a file: the flag is that of focal_d2.engine.add_trust_flag.
-UNLESS_TRUSTED = " (unless you trust the file: --trust-files of train_net.py and tools/predict.py)"
+# Ends the line that refuses a file: the flag is that of focal_d2.commands.cli.add_trust_flag.
+UNLESS_TRUSTED = " (unless you trust the file: --trust-files of train, eval and predict)"
 
 
 class UserError(ValueError):

@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 """Propose anchor sizes and aspect ratios that fit a config's training set.
 
 They are searched on half of the training images and compared on the other half and on the test sets, all at
-training resolution. AP need not follow: it is training that tells.
+training resolution. Whether AP follows, only a training shows.
 """
 
 import argparse
@@ -10,31 +9,34 @@ import json
 import os
 from pathlib import Path
 
-from focal_d2.analysis.anchors.fit import compare_anchors
-from focal_d2.analysis.study import check_seeds
-from focal_d2.config.architectures import require_retinanet
-from focal_d2.data import check_datasets, load_table
-from focal_d2.engine import Parser, check_writable, command_line, load_config, positive
-from focal_d2.modeling.anchors import build_layout
-from focal_d2.modeling.build import building
+from focal_d2.commands.cli import Parser, add_config_options, check_writable, positive
 
 
-def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("--config-file", required=True, metavar="CFG")
+def add_options(parser: Parser) -> None:
+    """Add the options."""
+    add_config_options(parser)
     parser.add_argument("--sizes", type=positive, metavar="N", help="on each level (default: the config's)")
     parser.add_argument("--ratios", type=positive, metavar="N", help="of each size (default: the config's)")
     parser.add_argument("--seed", type=int, default=0, help="of the halves and the search (0)")
     parser.add_argument("--output", type=Path, metavar="FILE.yaml", help="write a child of CFG that has them")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE …")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Search, compare, and print the proposal."""
+    from focal_d2.analysis.anchors.fit import compare_anchors
+    from focal_d2.analysis.study import check_seeds
+    from focal_d2.config.architectures import require_retinanet
+    from focal_d2.data import check_datasets, load_table
+    from focal_d2.engine import load_config
+    from focal_d2.modeling.anchors import build_layout
+    from focal_d2.modeling.build import building
 
     if args.output is not None:
         check_writable(args.output, args.config_file)
     (seed,) = check_seeds([args.seed], "--seed")
     cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
-    require_retinanet(cfg, "the anchors that this tool proposes")
+    require_retinanet(cfg, "the anchors that this command proposes")
     check_datasets(cfg, training=True)
     with building("anchors"):
         layout = build_layout(cfg)
@@ -49,10 +51,7 @@ def main() -> None:
     )
     print(json.dumps(result.as_dict(), indent=2) if args.json else result.as_text(), flush=True)
     if args.output is not None:
-        base = os.path.relpath(args.config_file, args.output.parent)
+        base = args.config_file
+        if os.path.exists(base):  # else it is one of this package's, found by its name from everywhere
+            base = os.path.relpath(base, args.output.parent)
         args.output.write_text(f"_BASE_: {json.dumps(base)}\n{result.chosen.as_yaml()}")
-
-
-if __name__ == "__main__":
-    with command_line():
-        main()

@@ -1,41 +1,57 @@
-"""What every command line shares."""
+"""What the commands share: parser, options, and one line for a user's mistake."""
 
 from __future__ import annotations
 
 import argparse
-import io
-import logging
+import importlib
 import os
 import re
 import sys
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from detectron2.engine import default_argument_parser
-
+from focal_d2.console import quiet
 from focal_d2.errors import UserError, user_message
 
 
-def quiet() -> None:
-    """Keep from a process's output what its reader can't mend."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode gets escapes
-    warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    logging.raiseExceptions = False  # a log file on a full disk; what else can't be written is told
-    # detectron2's trainer logs a traceback of whatever stops it before it lets it through.
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_not_user_error)
+def run_command(name: str, arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
+    """Parse a command's arguments and run it.
+
+    Args:
+        name: of a module of this package, which has `add_options(parser)` and `run(args)`.
+        arguments: of the command; None: those of this process.
+        program: what messages call it; None: `focal-d2 NAME`.
+
+    Returns:
+        The exit status: 0, or what the command returns.
+    """
+    parser = command_parser(name, program=program)
+    with command_line(parser.prog):
+        args = parser.parse_args(arguments)
+        return _module(name).run(args) or 0
+
+
+def command_parser(name: str, *, program: str | None = None) -> Parser:
+    """Return the parser of a command; see `run_command`."""
+    parser = Parser(prog=program or f"focal-d2 {name}", description=_module(name).__doc__)
+    _module(name).add_options(parser)
+    return parser
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"focal_d2.commands.{name}")
 
 
 @contextmanager
-def command_line() -> Iterator[None]:
-    """Turn a user's mistake into one line on standard error and exit status 2; Ctrl-C into one, and 130."""
+def command_line(program: str) -> Iterator[None]:
+    """Turn a user's mistake into one line on standard error and exit status 2; Ctrl-C into one, and 130.
+
+    Args:
+        program: the beginning of the line.
+    """
     quiet()
-    program = os.path.basename(sys.argv[0])
     try:
         yield
         sys.stdout.flush()
@@ -54,12 +70,8 @@ def command_line() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def _is_not_user_error(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and record.exc_info[1] and user_message(record.exc_info[1]))
-
-
 class Parser(argparse.ArgumentParser):
-    """The parser of the tools: Python's, with three differences.
+    """The parser of the commands: Python's, with three differences.
 
     A description keeps its lines. An option among the KEY VALUE pairs is named as that. `~` becomes the
     user's folder in `--config-file` and options of the type `Path`: a shell leaves `--output=~/x` as it is.
@@ -86,11 +98,16 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """Return detectron2's parser with our flags beside its own."""
-    parser = default_argument_parser()
-    add_trust_flag(parser)
-    return parser
+def add_config_options(parser: argparse.ArgumentParser, help: str = "a YAML file", **options: Any) -> None:
+    """Add `--config-file` and the KEY VALUE pairs after all options, which override it.
+
+    Args:
+        parser: of a command.
+        help: of `--config-file`.
+        options: of `--config-file` for argparse; without any, it is required.
+    """
+    parser.add_argument("--config-file", metavar="CFG", help=help, **(options or {"required": True}))
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE …")
 
 
 def add_trust_flag(parser: argparse.ArgumentParser) -> None:

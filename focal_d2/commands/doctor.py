@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Examine a config's datasets, and what training would make of them, before it costs a night.
 
 It reads images and annotations and changes neither. Exit status: 0 if no error is found, 1 if one is, 2 for a
@@ -8,27 +7,29 @@ mistake in the config or the command. docs/doctor.md lists what can be found.
 import argparse
 import json
 import logging
-import sys
 from pathlib import Path
 
-from focal_d2.analysis.doctor import as_fix_list, as_page, as_text, build_without_memory, examine
-from focal_d2.engine import Parser, check_writable, command_line, load_config
-from focal_d2.modeling.build import building
+from focal_d2.commands.cli import Parser, add_config_options, check_writable
 
 
-def main() -> int:
-    parser = Parser(description=__doc__)
-    parser.add_argument("--config-file", required=True, metavar="CFG", help="what train_net.py would get")
+def add_options(parser: Parser) -> None:
+    """Add the options."""
+    add_config_options(parser, help="the config that will be trained")
     parser.add_argument("--json", action="store_true", help="print all findings and facts as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots and thumbnails")
     parser.add_argument(
-        "--fix-list", action="store_true", help="print a child of CFG that mends what a config can"
+        "--fix-list", action="store_true", help="print a child of CFG that corrects what a config can"
     )
     parser.add_argument(
         "--no-images", action="store_true", help="check the annotations only: no file is opened"
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE …")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine, and print the report."""
+    from focal_d2.analysis.doctor import as_fix_list, as_page, as_text, build_without_memory, examine
+    from focal_d2.engine import load_config
+    from focal_d2.modeling.build import building
 
     # What detectron2 logs while it reads is no part of the report.
     logging.getLogger("detectron2").addHandler(logging.NullHandler())
@@ -50,8 +51,3 @@ def main() -> int:
     else:
         print(as_text(report))
     return 0 if report.healthy else 1
-
-
-if __name__ == "__main__":
-    with command_line():
-        sys.exit(main())

@@ -1,29 +1,19 @@
-#!/usr/bin/env python
 """Detect objects in images and draw them; for a dataset, beside its ground truth."""
+
+from __future__ import annotations
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from focal_d2.data import check_datasets, ground_truth
-from focal_d2.data.pictures import (
-    draw_detections,
-    list_images,
-    picture_files,
-    read_image,
-    write_picture,
-)
-from focal_d2.data.pixels import ImageReader
-from focal_d2.engine import Parser, add_trust_flag, command_line, load_config
-from focal_d2.inference import Predictor
+from focal_d2.commands.cli import Parser, add_config_options, add_trust_flag
 
 
-def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+def add_options(parser: Parser) -> None:
+    """Add the options."""
+    add_config_options(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", type=Path, help="an image, or a folder of images")
     source.add_argument("--dataset", help="a registered dataset's name")
@@ -36,16 +26,22 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the detections as JSON lines")
     add_trust_flag(parser)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE …")
-    args = parser.parse_args()
 
-    truth: dict[Path, np.ndarray] = {}
+
+def run(args: argparse.Namespace) -> None:
+    """Detect, draw and print."""
+    from focal_d2.data import check_datasets, ground_truth
+    from focal_d2.data.pictures import draw_detections, list_images, picture_files, read_image, write_picture
+    from focal_d2.data.pixels import ImageReader
+    from focal_d2.engine import load_config
+    from focal_d2.inference import Predictor
+
+    trust = {"trust_files": args.trust_files, "allow_download": args.allow_download}
+    truth: dict[Path, Any] = {}  # boxes (M, 4) of an image
     overrides = args.opts
     if args.dataset is not None:
         overrides = [*overrides, "DATASETS.TEST", f"({args.dataset!r},)"]
-    cfg = load_config(
-        args.config_file, overrides, trust_files=args.trust_files, allow_download=args.allow_download
-    )
+    cfg = load_config(args.config_file, overrides, **trust)
     if args.dataset is not None:
         check_datasets(cfg, training=False)
         truth = ground_truth(args.dataset)
@@ -56,10 +52,9 @@ def main() -> None:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.TEST.DETECTIONS_PER_IMAGE = limit + 1
-    predictor = Predictor(cfg, trust_files=args.trust_files, allow_download=args.allow_download)
-    in_colours = ImageReader(
-        "BGR", "pil", cfg.INPUT.FOCAL.MAX_PIXELS
-    )  # drawn on, whatever the model is given
+    predictor = Predictor(cfg, **trust)
+    # Pictures have colours, whatever the model is given.
+    in_colours = ImageReader("BGR", "pil", cfg.INPUT.FOCAL.MAX_PIXELS)
     targets = picture_files(paths, args.output)
     cut: list[Path] = []
     for path, target in zip(paths, targets, strict=True):
@@ -86,8 +81,3 @@ def main() -> None:
             f"above in {len(cut)} of {len(paths)} images; the first is {cut[0]}",
             file=sys.stderr,
         )
-
-
-if __name__ == "__main__":
-    with command_line():
-        main()

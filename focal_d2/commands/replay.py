@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Repeat a training step that was not finite, from the folder in which training saved it.
 
 It prints whether the step fails again and the report on it. Exit status: 0 if the same losses, or the
@@ -6,21 +5,24 @@ gradient, are not finite again, 1 if not, 2 for a mistake in the command or a da
 docs/nonfinite.md.
 """
 
+import argparse
 import json
 import logging
-import sys
 from pathlib import Path
 
-from focal_d2.engine import Parser, command_line
-from focal_d2.engine.nonfinite import load_step, replay
+from focal_d2.commands.cli import Parser
 
 
-def main() -> int:
-    parser = Parser(description=__doc__)
+def add_options(parser: Parser) -> None:
+    """Add the options."""
     parser.add_argument("folder", type=Path, help="OUTPUT_DIR/nonfinite_NNNNNNN")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: as in training, if it is here")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Repeat the step, and print the report."""
+    from focal_d2.engine.nonfinite import load_step, replay
 
     # What detectron2 logs while it builds is no part of the report.
     logging.getLogger("detectron2").addHandler(logging.NullHandler())
@@ -36,8 +38,3 @@ def main() -> int:
             print(f"  {name}: {comparison}")
         print(f"\n{result.report.text()}", end="")
     return 0 if result.reproduced else 1
-
-
-if __name__ == "__main__":
-    with command_line():
-        sys.exit(main())

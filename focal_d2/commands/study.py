@@ -1,42 +1,47 @@
-#!/usr/bin/env python
-"""Run a study: a base config × a grid of settings × seeds, each an ordinary train_net.py run.
+"""Run a study: a base config × a grid of settings × seeds, each an ordinary `focal-d2 train`.
 
-The same command goes on with a study that was stopped. Results so far are in OUTPUT: table.md, results.csv,
-results.png, losses.png, and a folder a run.
+The same command continues a study that was stopped. The results so far are in OUTPUT: table.md, results.csv,
+results.png, losses.png, and a folder for each run.
 """
+
+from __future__ import annotations
 
 import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from focal_d2.analysis.study import Result, as_json, check_seeds, load_grid, plan, run_study, write_report
-from focal_d2.engine import Parser, check_job, command_line
+from focal_d2.commands.cli import Parser, add_config_options
 from focal_d2.errors import UserError
-from focal_d2.storage.yaml_text import parse_yaml
 
-TRAIN_NET = Path(__file__).resolve().parent.parent / "train_net.py"
+if TYPE_CHECKING:
+    from focal_d2.analysis.study import Result
 
 
-def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("--config-file", required=True, metavar="BASE", help="what all cells start from")
+def add_options(parser: Parser) -> None:
+    """Add the options."""
+    add_config_options(parser, help="what all cells start from")
     parser.add_argument("--grid", required=True, type=Path, help="YAML of cells and seeds (configs/grids/)")
     parser.add_argument("--output", required=True, type=Path, help="the study's folder")
     parser.add_argument("--seeds", metavar="SEED,SEED,…", help="instead of the grid's")
-    parser.add_argument("--num-gpus", type=int, default=1, help="of each run, as train_net.py has it")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes of each run (1)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides for all cells, KEY VALUE …")
-    args = parser.parse_args()
 
-    # What detectron2 warns of stands in each run's own log.
+
+def run(args: argparse.Namespace) -> None:
+    """Run what is missing, and print the results."""
+    from focal_d2.analysis.study import as_json, check_seeds, load_grid, plan, run_study, write_report
+    from focal_d2.engine import check_job
+    from focal_d2.storage.configs import find_config
+    from focal_d2.storage.yaml_text import parse_yaml
+
+    # detectron2's warnings are in the log of each run.
     logging.getLogger("detectron2").addHandler(logging.NullHandler())
-    grid = load_grid(args.grid)
+    grid = load_grid(Path(find_config(str(args.grid))))
     seeds = grid.seeds
     if args.seeds is not None:
         seeds = check_seeds(parse_yaml(f"[{args.seeds}]", "--seeds"), "--seeds")
-    command = [sys.executable, str(TRAIN_NET), "--config-file", args.config_file, "--resume"]
-    command += ["--num-gpus", str(args.num_gpus), *args.opts]
 
     def check(overrides: list[str]) -> str:
         return check_job(args.config_file, [*args.opts, *overrides], num_gpus=args.num_gpus)
@@ -47,10 +52,10 @@ def main() -> None:
             print(f"[{len(results)}/{len(runs)}] {newest.line}", file=sys.stderr, flush=True)
 
     try:
-        runs = plan(grid, seeds, args.output, command, check)
+        runs = plan(grid, seeds, args.output, _training_command(args), check)
         results = run_study(runs, args.output, after)
     except KeyboardInterrupt:
-        raise UserError("stopped; the same command goes on") from None
+        raise UserError("stopped; the same command continues the study") from None
     except OSError as error:
         raise UserError(f"{args.output}: {error}") from error
     print(as_json(results) if args.json else (args.output / "table.md").read_text())
@@ -59,6 +64,6 @@ def main() -> None:
         raise UserError(f"{len(failed)} of {len(results)} runs failed; the same command tries them again")
 
 
-if __name__ == "__main__":
-    with command_line():
-        main()
+def _training_command(args: argparse.Namespace) -> list[str]:
+    command = [sys.executable, "-m", "focal_d2", "train", "--config-file", args.config_file, "--resume"]
+    return [*command, "--num-gpus", str(args.num_gpus), *args.opts]

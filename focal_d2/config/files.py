@@ -8,6 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from focal_d2.errors import UserError
+from focal_d2.storage.configs import packaged_config
 from focal_d2.storage.downloads import fetch, is_address, join_address
 from focal_d2.storage.yaml_text import LONGEST_FILE, Budget, read_yaml
 
@@ -79,7 +80,10 @@ class _Files:
 def _resolve(base: str, path: str) -> str:
     if is_address(path):
         return join_address(path, base)  # a file from elsewhere names no file of this machine
-    return base if is_address(base) else os.path.join(os.path.dirname(path), os.path.expanduser(base))
+    if is_address(base):
+        return base
+    beside = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+    return beside if os.path.exists(beside) else packaged_config(base) or beside
 
 
 def _merge(upper: dict[str, Any], lower: dict[str, Any], path: str) -> None:

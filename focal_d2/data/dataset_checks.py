@@ -144,7 +144,7 @@ def check_annotations(key: str, name: str) -> None:
         raise UserError(f'{key}: detectron2 reads dataset "{name}" with the package lvis: pip install lvis')
     annotations = missing_annotations(name)
     if annotations:
-        hint = "; run `make data`" if name.startswith("neon_trees_") else ""
+        hint = "; run `focal-d2 data neon_trees`" if name.startswith("neon_trees_") else ""
         raise UserError(f'{key}: dataset "{name}": annotation file not found: {annotations}{hint}')
 
 

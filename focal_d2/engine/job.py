@@ -36,7 +36,7 @@ def launch_job(args: argparse.Namespace) -> None:
     """Run the job on this machine's share of the processes; see `run`.
 
     Args:
-        args: of `focal_d2.engine.argument_parser`.
+        args: of `focal_d2.commands.train`.
 
     Raises:
         UserError: for anything the user can mend.
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     """Train, or evaluate with `--eval-only`, as one of the job's processes.
 
     Args:
-        args: of `focal_d2.engine.argument_parser`.
+        args: of `focal_d2.commands.train`.
 
     Raises:
         UserError: for anything the user can mend.

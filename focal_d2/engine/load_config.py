@@ -22,6 +22,7 @@ from focal_d2.data.image_files import allow_pixels
 from focal_d2.errors import UNLESS_TRUSTED, UserError, did_you_mean
 from focal_d2.evaluation import check_backend
 from focal_d2.modeling.build import resolve_device
+from focal_d2.storage.configs import find_config
 from focal_d2.storage.downloads import is_address
 
 _KERNELS = "MODEL.FOCAL.KERNELS"
@@ -53,7 +54,8 @@ def load_config(
     here; only then data are read.
 
     Args:
-        config_file: path of the YAML file, or "" for the defaults alone.
+        config_file: path of a YAML file, or the name of one that comes with the package (`focal-d2 configs`);
+            "" for the defaults alone.
         overrides: KEY VALUE pairs.
         trust_files: let the YAML run code, as detectron2 does. If false, it is read by
             `focal_d2.config.files`.
@@ -65,7 +67,7 @@ def load_config(
     cfg = get_cfg()
     add_focal_config(cfg)
     if config_file:
-        config_file = os.path.expanduser(config_file)
+        config_file = find_config(os.path.expanduser(config_file))
         if not os.path.isfile(config_file):
             raise UserError(f"config file not found: {config_file}")
         with _config_errors(cfg, config_file), _other_types(cfg):

@@ -461,7 +461,7 @@ class FocalTrainer(DefaultTrainer):
             )
         except OSError as error:
             return any(bad), f"{report.verdict} (the report could not be written: {error})"
-        repeat = f"{written}/report.txt; tools/replay.py {written} repeats the step"
+        repeat = f"{written}/report.txt; focal-d2 replay {written} repeats the step"
         return any(bad), f"{report.verdict} ({repeat})"
 
 

@@ -9,9 +9,6 @@ and on CPUs with matrix units for it (`amx_bf16`); every other CPU computes in f
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
@@ -19,57 +16,18 @@ from torch import Tensor, nn
 
 from focal_d2.config import focal_config
 from focal_d2.errors import UserError
+from focal_d2.hardware import Bfloat16Support, cpu_facts, judge_cpu
 
 logger = logging.getLogger(__name__)
 
 _TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-_AMD = "AuthenticAMD"
-
-
-class Bfloat16Support(NamedTuple):
-    """Whether a CPU's bfloat16 is fast and sound."""
-
-    trusted: bool
-    reason: str  # completes "this CPU …"
-
-
-def judge_cpu(capabilities: Mapping[str, Any], vendor: str | None) -> Bfloat16Support:
-    """Decide whether convolutions on a CPU shall compute in bfloat16.
-
-    Args:
-        capabilities: of `torch.cpu.get_capabilities()`; empty if PyTorch does not report them.
-        vendor: the CPU's vendor id, such as "AuthenticAMD"; None if it cannot be read.
-    """
-    if not capabilities:
-        return Bfloat16Support(False, f"is not described by PyTorch {torch.__version__}")
-    if capabilities.get("amx_bf16"):
-        return Bfloat16Support(True, "has amx_bf16")
-    if not capabilities.get("avx512_bf16"):
-        return Bfloat16Support(False, "has neither amx_bf16 nor avx512_bf16")
-    if vendor == _AMD:
-        return Bfloat16Support(True, "has avx512_bf16 and is AMD's")
-    who = f"its vendor is {vendor}, not {_AMD}" if vendor else "its vendor cannot be read"
-    return Bfloat16Support(False, f"has avx512_bf16 without amx_bf16, and {who}")
 
 
 def bfloat16_support() -> Bfloat16Support:
     """Judge the CPU of this machine; see `judge_cpu`."""
     # Missing in the oldest versions of PyTorch that we accept.
     get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
-    return judge_cpu(get_capabilities(), _vendor())
-
-
-def _vendor() -> str | None:
-    """Return the CPU's vendor id, as Linux tells it; None where that can't be read."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # another system, or one that hides it
-        return None
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "vendor_id":
-            return value.strip()
-    return None
+    return judge_cpu(get_capabilities(), cpu_facts().get("vendor_id"))
 
 
 def autocast_type(name: str, *, enabled: bool, device: str) -> torch.dtype | None:

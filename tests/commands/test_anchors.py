@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 
 import pytest
 import yaml
 
 from focal_d2.analysis.anchors import fit
 from focal_d2.engine import load_config
-from tests.conftest import REPOSITORY
+from tests.engine.runs import run_command
 
 
 @pytest.fixture
@@ -18,14 +16,7 @@ def run(job, monkeypatch, capsys):
     monkeypatch.setattr(fit, "_POPULATION", 5)
 
     def run(*argv):
-        command = ["optimize_anchors.py", "--config-file", job[0], *argv]
-        monkeypatch.setattr(sys, "argv", [str(x) for x in command])
-        code = 0
-        try:
-            runpy.run_path(str(REPOSITORY / "tools/optimize_anchors.py"), run_name="__main__")
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
+        return run_command(monkeypatch, "anchors", "--config-file", job[0], *argv), *capsys.readouterr()
 
     return run
 

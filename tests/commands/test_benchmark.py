@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 
 import cv2
 import pytest
@@ -10,7 +8,9 @@ import torch
 
 from focal_d2.analysis import benchmark
 from focal_d2.analysis.benchmark import memory, sweep, timing
-from tests.conftest import REPOSITORY, make_cfg, runs_bfloat16
+from focal_d2.commands.benchmark import BENCHMARKS, PRECISIONS
+from tests.conftest import make_cfg, runs_bfloat16
+from tests.engine.runs import run_command
 
 SMALL = [
     "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.FPN.OUT_CHANNELS", "32",
@@ -21,13 +21,12 @@ SMALL = [
 def run(monkeypatch, capsys, *argv):
     # It would stay so for the whole process.
     monkeypatch.setattr(benchmark, "keep_memory", lambda: True)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, argv)])
-    code = 0
-    try:
-        runpy.run_path(str(REPOSITORY / "tools/benchmark.py"), run_name="__main__")
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    return code, *capsys.readouterr()
+    return run_command(monkeypatch, "benchmark", *argv), *capsys.readouterr()
+
+
+def test_command_lists_every_benchmark():
+    assert list(BENCHMARKS) == list(benchmark.BENCHMARKS)
+    assert PRECISIONS == benchmark.PRECISIONS
 
 
 def options(*more):

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from focal_d2 import UserError
-from focal_d2.engine.cli import Parser, check_writable
+from focal_d2.commands.cli import Parser, check_writable
 from tests.conftest import REPOSITORY
 
-PROGRAM = "from focal_d2.engine import command_line\nwith command_line():\n    "
+PROGRAM = "from focal_d2.commands.cli import command_line\nwith command_line('-c'):\n    "
 
 
 def run(code: str, shell: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
@@ -68,7 +68,7 @@ def test_parser_names_a_needed_option_out_of_place(monkeypatch, capsys):
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("opts", nargs="...")
     arguments = ["SEED", "1", "--output", "out"]
-    monkeypatch.setattr(sys, "argv", ["tool.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["focal-d2", *arguments])
     with pytest.raises(SystemExit):
         parser.parse_args(arguments)
     assert "--output must come before the KEY VALUE pairs" in capsys.readouterr().err

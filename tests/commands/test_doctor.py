@@ -3,8 +3,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import runpy
-import sys
 
 import pytest
 import yaml
@@ -13,16 +11,11 @@ from PIL import Image
 from focal_d2.data.checks.kinds import KINDS
 from focal_d2.engine import load_config
 from tests.conftest import REPOSITORY
+from tests.engine.runs import run_command
 
 
 def run(monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", ["doctor.py", *map(str, argv)])
-    code = 0
-    try:
-        runpy.run_path(str(REPOSITORY / "tools/doctor.py"), run_name="__main__")
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    return code, *capsys.readouterr()
+    return run_command(monkeypatch, "doctor", *argv), *capsys.readouterr()
 
 
 @pytest.fixture
@@ -130,7 +123,7 @@ def test_mistakes_are_one_line(well, monkeypatch, capsys, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("focal_d2.analysis.doctor.examination.decode_all", stop)
-    assert run(monkeypatch, capsys, "--config-file", path) == (130, "", "doctor.py: stopped\n")
+    assert run(monkeypatch, capsys, "--config-file", path) == (130, "", "focal-d2 doctor: stopped\n")
 
 
 def test_a_file_that_cannot_be_read_stops_nothing(well, monkeypatch, capsys):

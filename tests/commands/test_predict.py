@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
-import sys
 
 import cv2
 import numpy as np
@@ -12,7 +10,8 @@ import torch
 import yaml
 from detectron2.modeling import build_model
 
-from tests.conftest import REPOSITORY, make_cfg
+from tests.conftest import make_cfg
+from tests.engine.runs import run_command
 from tests.storage.test_weights import Evil
 
 
@@ -31,13 +30,7 @@ def job(coco_dataset, tmp_path):
 
 
 def predict(monkeypatch, config, *argv) -> int:
-    command = ["predict.py", "--config-file", config, "--threshold", 0.0, *argv]
-    monkeypatch.setattr(sys, "argv", [str(x) for x in command])
-    try:
-        runpy.run_path(str(REPOSITORY / "tools/predict.py"), run_name="__main__")
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return run_command(monkeypatch, "predict", "--config-file", config, "--threshold", 0.0, *argv)
 
 
 def test_dataset_is_drawn_beside_its_ground_truth(job, tmp_path, monkeypatch, capsys):

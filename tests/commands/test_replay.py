@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
-import sys
 
 import pytest
 import torch
@@ -12,17 +10,13 @@ from detectron2.modeling import build_model
 
 from focal_d2.engine import FocalTrainer, load_config
 from focal_d2.engine.nonfinite import examine, load_step, replay, save_step
-from tests.conftest import REPOSITORY, make_cfg
+from tests.conftest import make_cfg
 from tests.engine.nonfinite.test_nonfinite import NAN, make_sample, usual
+from tests.engine.runs import run_command
 
 
 def run(monkeypatch, *argv) -> int:
-    monkeypatch.setattr(sys, "argv", ["replay.py", *map(str, argv)])
-    try:
-        runpy.run_path(str(REPOSITORY / "tools/replay.py"), run_name="__main__")
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return run_command(monkeypatch, "replay", *argv)
 
 
 def save(folder, *, box: float = NAN, **overrides):

@@ -1,4 +1,4 @@
-"""`tools/ablation.py` as its users run it."""
+"""`focal-d2 study` as its users run it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from focal_d2.engine import command_line
-from tests.conftest import REPOSITORY
-from tools.ablation import main
+from tests.engine.runs import run_command
 
 DIVERGES = {"SOLVER.FOCAL.OPTIMIZER": "SGD", "SOLVER.BASE_LR": 1e18}
 CELLS = [
@@ -31,8 +29,8 @@ def command(job, tmp_path):
     def command(*more: object, cells=CELLS) -> list[str]:
         grid = tmp_path / "grid.yaml"
         grid.write_text(yaml.safe_dump({"SEEDS": [0], "CELLS": cells}))
-        tool = [sys.executable, str(REPOSITORY / "tools/ablation.py"), "--config-file", str(job[0])]
-        return [*tool, "--grid", str(grid), "--output", str(tmp_path / "study"), *map(str, more)]
+        study = [sys.executable, "-m", "focal_d2", "study", "--config-file", str(job[0])]
+        return [*study, "--grid", str(grid), "--output", str(tmp_path / "study"), *map(str, more)]
 
     return command
 
@@ -102,10 +100,8 @@ def test_every_loss_diverges_in_words_that_a_study_reads(command, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, command, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", command(*arguments, cells=[{"NAME": "a"}])[1:])
-    with pytest.raises(SystemExit) as stop, command_line():
-        main()
-    assert stop.value.code == 2
+    (_, _, _, *given) = command(*arguments, cells=[{"NAME": "a"}])
+    assert run_command(monkeypatch, *given) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
@@ -119,7 +115,7 @@ def test_a_mistake_in_the_last_cell_shows_before_the_first_runs(command, tmp_pat
     result = run(command(cells=[{"NAME": "right"}, wrong]))
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
-        "ablation.py: error: cell wrong: MODEL.FOCAL.LOSS.GAMMA is set, but the loss ce does not read it; "
+        "focal-d2 study: error: cell wrong: MODEL.FOCAL.LOSS.GAMMA is set, but the loss ce does not read it; "
         "it reads no parameters"
     ]
     assert not (tmp_path / "study").exists()

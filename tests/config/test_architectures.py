@@ -1,4 +1,4 @@
-"""Other meta-architectures than ours, through `train_net.py` and the tools."""
+"""Other meta-architectures than ours, through `train_net.py` and the commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from focal_d2 import Predictor, UserError
 from focal_d2.config.architectures import class_key, known_architecture
 from focal_d2.engine import FocalTrainer, load_config
 from tests.conftest import make_cfg
-from tests.engine.runs import metrics, run_main, run_tool
+from tests.engine.runs import metrics, run_command, run_main
 
 PYRAMID = ["p2", "p3", "p4", "p5"]
 FASTER_RCNN = {
@@ -86,8 +86,8 @@ def test_mistakes_with_faster_rcnn_give_one_line(faster_rcnn, monkeypatch, capfd
 
 def test_doctor_says_what_it_does_not_examine_of_faster_rcnn(faster_rcnn, monkeypatch, capsys):
     train = ["DATASETS.TEST", "()", "SOLVER.BASE_LR", 0.01, "SOLVER.FOCAL.OPTIMIZER", "SGD"]
-    doctor = ["doctor.py", "--config-file", faster_rcnn, "--json"]
-    assert run_tool(monkeypatch, *doctor, *train, "MODEL.ROI_HEADS.NUM_CLASSES", 80) == 1
+    doctor = ["doctor", "--config-file", faster_rcnn, "--json"]
+    assert run_command(monkeypatch, *doctor, *train, "MODEL.ROI_HEADS.NUM_CLASSES", 80) == 1
     report = json.loads(capsys.readouterr().out)
     messages = {x["code"]: x["message"] for x in report["findings"]}
     assert messages["class-count"] == "3 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 80"
@@ -98,14 +98,16 @@ def test_doctor_says_what_it_does_not_examine_of_faster_rcnn(faster_rcnn, monkey
     assert messages["learning-rate"].startswith("SOLVER.BASE_LR 0.01 is 4 times the 0.0025 of")
     assert not {"imbalance", "anchor-recall", "box-tiny"} & messages.keys()
     assert report["anchors"] is report["memory"] is None
-    assert run_tool(monkeypatch, *doctor[:-1], *train) == 0
+    assert run_command(monkeypatch, *doctor[:-1], *train) == 0
     assert "not examined of GeneralizedRCNN" in capsys.readouterr().out
 
 
-def test_tools_for_retinanets_refuse_others(faster_rcnn, monkeypatch, capsys):
-    assert run_tool(monkeypatch, "optimize_anchors.py", "--config-file", faster_rcnn) == 2
+def test_commands_for_retinanets_refuse_others(faster_rcnn, monkeypatch, capsys):
+    assert run_command(monkeypatch, "anchors", "--config-file", faster_rcnn) == 2
     error = capsys.readouterr().err
-    assert "MODEL.META_ARCHITECTURE is GeneralizedRCNN; the anchors that this tool proposes are for" in error
+    assert (
+        "MODEL.META_ARCHITECTURE is GeneralizedRCNN; the anchors that this command proposes are for" in error
+    )
 
 
 def test_faster_rcnn_predicts(faster_rcnn, tmp_path, monkeypatch, capsys):
@@ -121,7 +123,7 @@ def test_faster_rcnn_predicts(faster_rcnn, tmp_path, monkeypatch, capsys):
         tmp_path / "drawn",
     ]
     capsys.readouterr()
-    assert run_tool(monkeypatch, "predict.py", *arguments, "--json", "--threshold", 0, *weights) == 0
+    assert run_command(monkeypatch, "predict", *arguments, "--json", "--threshold", 0, *weights) == 0
     lines = [json.loads(x) for x in capsys.readouterr().out.splitlines() if x.startswith("{")]
     assert len(lines) == 6
     assert {x for line in lines for x in line["classes"]} <= {"class0", "class1", "class2"}
@@ -166,7 +168,7 @@ def test_architecture_of_the_users_own_trains_without_a_class_count(
     assert run_main(monkeypatch, *own, "SOLVER.MAX_ITER", 2, "VIS_PERIOD", 1) == 0
     assert metrics(tmp_path / "out")[-1]["bbox/AR@100"] >= 0
     capsys.readouterr()
-    assert run_tool(monkeypatch, "doctor.py", *own, "DATASETS.TEST", "()") == 0
+    assert run_command(monkeypatch, "doctor", *own, "DATASETS.TEST", "()") == 0
     assert "not examined of OneBox: number of classes; anchors" in capsys.readouterr().out
 
 

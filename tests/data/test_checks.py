@@ -61,7 +61,7 @@ def test_a_kind_is_one_line_with_its_count_and_first_examples(sides):
         f"{test.name}: 1 of 36 (2.8 %) boxes reach beyond their image, by up to 6 pixels (first: "
         f"{train.images / '0.png'}: 6 pixels beyond; {train.images / '0.png'}: 5 pixels beyond; …)"
     )
-    assert more.startswith("tools/doctor.py says more")
+    assert more.startswith("focal-d2 doctor says more")
 
 
 def test_without_training_only_the_test_sets_count(sides):
@@ -115,7 +115,7 @@ def test_many_kinds_are_cut_short(coco_dataset):
     *lines, others, more = annotation_warnings(cfg, training=True)
     assert len(lines) == 8
     assert others.startswith("and 2 other kinds: ")
-    assert more.startswith("tools/doctor.py")
+    assert more.startswith("focal-d2 doctor")
 
 
 def test_datasets_of_records_are_not_read(sides, monkeypatch):

@@ -1,40 +1,37 @@
-"""`train_net.py` and the tools, run in the test's process, and small disks."""
+"""`train_net.py` and the commands, run in the test's process, and small disks."""
 
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
-from train_net import command_line, main
+import train_net
+from focal_d2.__main__ import main
 
 
 def run_main(monkeypatch, *argv: object) -> int:
-    """Run the command in this process; returns its exit status."""
+    """Run train_net.py in this process; returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, argv)])
-    try:
-        with command_line():
-            main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return _status(train_net.main)
 
 
-def run_tool(monkeypatch, name: str, *argv: object) -> int:
-    """Run a command of tools/ in this process; returns its exit status."""
-    monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
+def run_command(monkeypatch, *argv: object) -> int:
+    """Run `focal-d2` with its arguments in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["focal-d2", *map(str, argv)])
+    return _status(main)
+
+
+def _status(run: Callable[[], int]) -> int:
     try:
-        runpy.run_path(str(REPOSITORY / "tools" / name), run_name="__main__")
+        return run()
     except SystemExit as stop:
         return int(stop.code or 0)
-    return 0
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -7,8 +7,9 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 
 from focal_d2 import UserError
+from focal_d2.commands.cli import command_parser
 from focal_d2.data.dataset_checks import check_files
-from focal_d2.engine import argument_parser, load_config
+from focal_d2.engine import load_config
 from focal_d2.engine.setup import set_up_job
 from focal_d2.modeling.build import building
 from tests.conftest import REPOSITORY, make_cfg
@@ -200,7 +201,7 @@ def tf32():
 @pytest.mark.parametrize("value", [True, False])
 def test_tf32_is_set(value, tmp_path, tf32):
     cfg = load_config("", [*CPU, "OUTPUT_DIR", str(tmp_path), "MODEL.FOCAL.TF32", str(value)])
-    set_up_job(cfg, argument_parser().parse_args([]))
+    set_up_job(cfg, command_parser("train").parse_args([]))
     assert torch.backends.cudnn.allow_tf32 == value
     assert torch.backends.cuda.matmul.allow_tf32 == value
 

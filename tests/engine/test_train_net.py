@@ -14,12 +14,12 @@ import pytest
 import torch
 import yaml
 
+from focal_d2.commands.cli import command_line
 from focal_d2.data.readers import read_coco
 from tests.conftest import REPOSITORY
 from tests.data import formats
-from tests.engine.runs import metrics, mounted, run_main, run_tool
+from tests.engine.runs import metrics, mounted, run_command, run_main
 from tests.storage.test_weights import Evil
-from train_net import command_line
 
 
 def final_ap(folder: Path) -> dict:
@@ -264,13 +264,13 @@ def test_a_format_that_trains_evaluates_predicts_and_is_examined(
     given = ["--config-file", config, "--input", data.images, "--output", tmp_path / "drawn"]
     wanted = ["--json", "--threshold", 0, "MODEL.WEIGHTS", tmp_path / "out/model_final.pth"]
     capsys.readouterr()
-    assert run_tool(monkeypatch, "predict.py", *given, *wanted) == 0
+    assert run_command(monkeypatch, "predict", *given, *wanted) == 0
     predicted = [json.loads(x) for x in capsys.readouterr().out.splitlines() if x.startswith("{")]
     assert [x["scores"] for x in predicted] == [
         pytest.approx([y["score"] for y in evaluated if y["image_id"] == i]) for i in range(6)
     ]
     assert cv2.imread(str(tmp_path / "drawn/0.png")).shape == (64, 64, 3)
-    assert run_tool(monkeypatch, "doctor.py", *given[:2], "DATASETS.TEST", "()") == 0
+    assert run_command(monkeypatch, "doctor", *given[:2], "DATASETS.TEST", "()") == 0
     assert "Memory of a training step" in capsys.readouterr().out
 
 
@@ -382,7 +382,7 @@ def test_bad_input_in_a_shell(tmp_path):
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError), command_line():
+    with pytest.raises(ZeroDivisionError), command_line("train_net.py"):
         _ = 1 / 0
 
 

@@ -14,7 +14,7 @@ def as_text(result: dict[str, Any]) -> str:
     """Write a result for a terminal.
 
     Args:
-        result: "setting", "hardware" and "rows", as `tools/benchmark.py --json` prints them.
+        result: "setting", "hardware" and "rows", as `focal-d2 benchmark --json` prints them.
     """
     lines = [", ".join(f"{k} {v}" for k, v in result[part].items()) for part in ("hardware", "setting")]
     for row in result["rows"]:

@@ -38,7 +38,7 @@ _WITHOUT_ANCHOR = 0.2
 _CLASS_WITHOUT_ANCHOR, _CLASS_BOXES = 0.5, 10
 
 _IOU_BINS = 20
-_OPTIMIZE = Fix("anchors that fit the boxes: tools/optimize_anchors.py prints the lines to set")
+_OPTIMIZE = Fix("anchors that fit the boxes: focal-d2 anchors prints the lines to set")
 
 
 class Share(NamedTuple):

@@ -111,14 +111,10 @@ KINDS = {
         "whole",
         "enlarge INPUT.CROP.SIZE or INPUT.FOCAL.BOX_CROP.SIZE, or train on smaller images (MIN_SIZE_TRAIN)",
     ),
-    "box-long": Kind(
-        WARNING, "long boxes have no anchor", "run tools/optimize_anchors.py for more ASPECT_RATIOS"
-    ),
-    "anchor-recall": Kind(
-        WARNING, "many boxes have no anchor of enough IoU", "run tools/optimize_anchors.py"
-    ),
+    "box-long": Kind(WARNING, "long boxes have no anchor", "run focal-d2 anchors for more ASPECT_RATIOS"),
+    "anchor-recall": Kind(WARNING, "many boxes have no anchor of enough IoU", "run focal-d2 anchors"),
     "anchor-recall-class": Kind(
-        WARNING, "most boxes of a class have no anchor of enough IoU", "run tools/optimize_anchors.py"
+        WARNING, "most boxes of a class have no anchor of enough IoU", "run focal-d2 anchors"
     ),
     "learning-rate": Kind(
         WARNING,

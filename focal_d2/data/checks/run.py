@@ -1,6 +1,6 @@
 """The checks of annotations that a run and the doctor make; no image is opened.
 
-The doctor reports all findings; `train_net.py` prints the errors and warnings before it trains. 100,000 boxes
+The doctor reports all findings; a training prints the errors and warnings before it trains. 100,000 boxes
 take less than a second.
 """
 
@@ -58,7 +58,7 @@ def annotation_warnings(cfg: CfgNode, *, training: bool) -> list[str]:
         others = [*of_kind][_MOST_LINES:]
         lines[_MOST_LINES:] = [f"and {len(others)} other kinds: {', '.join(others)}"]
     if lines:
-        lines.append("tools/doctor.py says more about these, and checks the images (docs/doctor.md)")
+        lines.append("focal-d2 doctor says more about these, and checks the images (docs/doctor.md)")
     return lines
 
 

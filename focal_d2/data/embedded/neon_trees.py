@@ -73,7 +73,9 @@ def register() -> None:
 
 def _load(name: str, annotations: Path, images: Path) -> Table:
     if not annotations.is_file():
-        raise UserError(f"dataset {name} is not prepared: {annotations} not found; run `make data`")
+        raise UserError(
+            f"dataset {name} is not prepared: {annotations} not found; run `focal-d2 data neon_trees`"
+        )
     return read_coco(str(annotations), str(images))
 
 

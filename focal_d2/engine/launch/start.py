@@ -27,7 +27,7 @@ from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing import ProcessExitedException
 
-from focal_d2.engine.cli import quiet
+from focal_d2.console import quiet
 from focal_d2.errors import UserError, user_message
 from focal_d2.storage.files import write_aside
 
@@ -113,7 +113,7 @@ def start(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -
 
     Args:
         run: called in each process, whose group is set up.
-        args: of detectron2's `default_argument_parser`.
+        args: of `focal_d2.commands.train`.
 
     Raises:
         UserError: for processes that can't be had, or if one ended.

@@ -100,7 +100,7 @@ def commands(path):
     """Grids and base configs of the commands in a grid's header."""
     for line in path.read_text().splitlines():
         words = line.lstrip("# ").removeprefix("Command:").split()
-        if words[:2] == ["python", "tools/ablation.py"]:
+        if words[:2] == ["focal-d2", "study"]:
             yield words[words.index("--grid") + 1], words[words.index("--config-file") + 1]
 
 

@@ -1,0 +1,28 @@
+"""List the configs that come with this package.
+
+Each name is one that --config-file and _BASE_ take in any folder, and --grid of a study those under grids/. A
+file of that name which is at hand comes first.
+"""
+
+import argparse
+
+from focal_d2.commands.cli import Parser
+from focal_d2.storage.configs import packaged_configs, packaged_folder
+
+
+def add_options(parser: Parser) -> None:
+    """Add the option."""
+    parser.add_argument("--folder", action="store_true", help="print the folder that they are in")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print each name, with the first line of its header."""
+    folder = packaged_folder()
+    if args.folder:
+        print(folder)
+        return
+    names = packaged_configs()
+    width = max(map(len, names), default=0)
+    for name in names:
+        with (folder / name).open(encoding="utf-8") as file:
+            print(f"{name:{width}}  {file.readline().removeprefix('#').strip()}")

@@ -1,0 +1,46 @@
+"""Train a detector, with detectron2's own arguments.
+
+One machine:       focal-d2 train --num-gpus 8 --config-file CFG
+Continue:          focal-d2 train --resume --config-file CFG
+Another setting:   focal-d2 train --config-file CFG SOLVER.BASE_LR 0.001
+Several machines:  docs/training.md
+"""
+
+import argparse
+import os
+
+from focal_d2.commands.cli import Parser, add_config_options, add_trust_flag
+
+
+def add_options(parser: Parser) -> None:
+    """Add detectron2's options and ours."""
+    add_job_options(parser)
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead")
+
+
+def add_job_options(parser: Parser) -> None:
+    """Add the options of a job that trains or evaluates: those of detectron2's `default_argument_parser`.
+
+    They are written here once more, because importing detectron2 takes seconds.
+    """
+    add_config_options(parser, default="")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, if any")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes on each machine (1)")
+    parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="(1)")
+    parser.add_argument("--machine-rank", type=int, default=0, metavar="N", help="number of this one (0)")
+    # As detectron2 does: the same port for a user, so that a job that was left behind shows.
+    port = 2**15 + 2**14 + os.getuid() % 2**14
+    parser.add_argument(
+        "--dist-url",
+        metavar="URL",
+        default=f"tcp://127.0.0.1:{port}",
+        help="where the machines meet: tcp://HOST:PORT of machine 0",
+    )
+    add_trust_flag(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, or evaluate."""
+    from focal_d2.engine import launch_job
+
+    launch_job(args)

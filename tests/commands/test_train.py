@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+from detectron2.engine import default_argument_parser
+
+from focal_d2.commands.cli import command_parser
+from tests.engine.runs import metrics, run_command
+
+
+def options(parser: argparse.ArgumentParser) -> dict[str, object]:
+    """The names of all options, with the values that parsing gives without arguments."""
+    names = {name: action.dest for action in parser._actions for name in action.option_strings or ["opts"]}
+    values = vars(parser.parse_args([]))
+    return {name: values.get(key) for name, key in names.items()}
+
+
+def test_options_are_detectron2s_and_ours():
+    ours, theirs = options(command_parser("train")), options(default_argument_parser())
+    assert ours.items() >= theirs.items()
+    assert ours.keys() - theirs.keys() == {"--trust-files", "--allow-download"}
+    assert options(command_parser("eval")).keys() == ours.keys() - {"--eval-only"}
+
+
+def test_eval_gives_the_figures_of_the_training(job, tmp_path, monkeypatch, capsys):
+    config, data = job
+    assert run_command(monkeypatch, "train", "--config-file", config, "SOLVER.MAX_ITER", 2) == 0
+    weights = ["MODEL.WEIGHTS", tmp_path / "out/model_final.pth", "OUTPUT_DIR", tmp_path / "eval"]
+    capsys.readouterr()
+    assert run_command(monkeypatch, "eval", "--config-file", config, *weights) == 0
+    name = f"inference/{data.name}/coco_instances_results.json"
+    assert (tmp_path / "eval" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert metrics(tmp_path / "out")[-1]["bbox/AR@100"] >= 0
+    assert not (tmp_path / "eval/model_final.pth").exists()
+
+
+def test_a_mistake_names_the_command(monkeypatch, capsys):
+    assert run_command(monkeypatch, "train", "--config-file", "nowhere.yaml") == 2
+    assert capsys.readouterr().err == "focal-d2 train: error: config file not found: nowhere.yaml\n"
+
+
+@pytest.mark.slow
+def test_python_m_runs_commands(tmp_path):
+    command = [sys.executable, "-m", "focal_d2", "train", "--config-file", "nowhere.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "focal-d2 train: error: config file not found: nowhere.yaml\n"
