@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from focal_d2.data.sampling import build_sampler, check_sampler, training_records
 from focal_d2.data.seeding import derived_seed, seeded
 from focal_d2.data.workers import HungError, WorkerLostError, deadline, let_no_death_raise, start_worker
+from focal_d2.detectron2_compat import infinite_indices
 from focal_d2.errors import UserError
 
 # More images than any training draws: to go on after so many would take an hour of counting.
@@ -59,7 +60,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
         groups: tuple[list[tuple[int, int]], ...] = ([], [])
-        for draw, image in enumerate(self.sampler._infinite_indices()):
+        for draw, image in enumerate(infinite_indices(self.sampler)):
             group = groups[0 if self.wide is None else int(self.wide[image])]
             group.append((draw, image))
             if len(group) == self.images:

@@ -21,10 +21,11 @@ from focal_d2.config.legal_values import check_values
 from focal_d2.data.augmentations import build_augmentations
 from focal_d2.data.image_files import UNREADABLE, check_for_detectron2, why_unreadable
 from focal_d2.data.pixels import FORMATS, ImageReader
+from focal_d2.detectron2_compat import MapperHooks
 from focal_d2.errors import UserError
 
 
-class FocalDatasetMapper(DatasetMapper):
+class FocalDatasetMapper(MapperHooks, DatasetMapper):
     """detectron2's mapper with the augmentations of `INPUT.FOCAL.*` and an error that names the file.
 
     A training sample also has "ignored_boxes", (G, 4) float32 XYXY in its own pixels: regions that are
@@ -113,7 +114,7 @@ class FocalDatasetMapper(DatasetMapper):
                 record["instances"] = transform_boxes(objects, transforms, size)
         return record
 
-    def _transform_annotations(
+    def transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
     ) -> None:
         """Keep the ignored regions of a record that detectron2's `__call__` maps."""
@@ -121,7 +122,7 @@ class FocalDatasetMapper(DatasetMapper):
         dataset_dict["annotations"], dataset_dict["ignored_boxes"] = split_ignored(
             dataset_dict["annotations"], transforms, size, image_shape, self.min_visible
         )
-        super()._transform_annotations(dataset_dict, transforms, image_shape)
+        super().transform_annotations(dataset_dict, transforms, image_shape)
 
 
 def build_reader(cfg: CfgNode) -> ImageReader:

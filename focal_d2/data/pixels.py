@@ -13,16 +13,13 @@ import cv2
 import numpy as np
 import torch
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import (
-    _apply_exif_orientation,
-    convert_image_to_rgb,
-    convert_PIL_to_numpy,
-)
+from detectron2.data.detection_utils import convert_image_to_rgb, convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from focal_d2.data.image_files import open_image, pillow_errors
 from focal_d2.data.opencv import OpenCVInput, decode, to_planes
+from focal_d2.detectron2_compat import apply_exif_orientation
 from focal_d2.errors import UserError
 
 # The values of INPUT.FORMAT and their numbers of channels. Of Pillow's other modes, detectron2 trains with
@@ -48,7 +45,7 @@ def read_with_pillow(file_name: str, image_format: str, *, max_pixels: int | Non
     with PathManager.open(file_name, "rb") as file, pillow_errors():
         image = open_image(file, max_pixels=max_pixels)
         image.load()
-        image = _to_8_bits(_apply_exif_orientation(image))
+        image = _to_8_bits(apply_exif_orientation(image))
     return _convert(image, image_format)
 
 

@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from torch.utils.data import Sampler
 
 from focal_d2.config import check_choice
+from focal_d2.detectron2_compat import SamplerHooks
 from focal_d2.errors import UserError
 from focal_d2.ops.common import ANY_CLASS
 
@@ -33,7 +34,7 @@ _NEEDED_KEYS = {
 _MOST_CLASSES_LOGGED = 5
 
 
-class ClassBalancedSampler(Sampler[int]):
+class ClassBalancedSampler(SamplerHooks, Sampler[int]):
     """An infinite stream of images in which every class has its turn equally often.
 
     Class-aware sampling (arXiv 1512.05830): the C classes that the data show come in rounds, each in a new
@@ -63,10 +64,10 @@ class ClassBalancedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Yield this rank's places in the list of images."""
-        return itertools.islice(self._infinite_indices(), self.rank, None, self.ranks)
+        return itertools.islice(self.infinite_indices(), self.rank, None, self.ranks)
 
-    def _infinite_indices(self) -> Iterator[int]:
-        # The name under which detectron2's samplers have the stream of all ranks.
+    def infinite_indices(self) -> Iterator[int]:
+        """Yield the draws of all ranks."""
         generator = torch.Generator()
         generator.manual_seed(self.seed)
         empty = _rounds(self.empty, generator)

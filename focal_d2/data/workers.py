@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from focal_d2.detectron2_compat import is_worker_watch
 from focal_d2.errors import UserError
 
 
@@ -47,7 +48,7 @@ def let_no_death_raise() -> None:
     Whoever waits for a batch finds out as well.
     """
     handler = signal.getsignal(signal.SIGCHLD)
-    if getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling":
+    if is_worker_watch(handler):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 

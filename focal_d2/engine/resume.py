@@ -15,6 +15,7 @@ from detectron2.solver.lr_scheduler import LRMultiplier
 from detectron2.utils import comm
 
 from focal_d2.config import MOST_ITERATIONS, leaves
+from focal_d2.detectron2_compat import LOOP_STATE
 from focal_d2.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def check_state(
         ValueError: if it does not hold the numbers that belong there: damaged, or hostile.
     """
     # Another version of PyTorch may have more settings, or fewer; another optimizer has both.
-    groups = state["_trainer"]["optimizer"]["param_groups"]
+    groups = state[LOOP_STATE]["optimizer"]["param_groups"]
     ours, theirs = optimizer.param_groups[0].keys(), groups[0].keys()
     if ours - theirs and theirs - ours:
         raise UserError(
@@ -126,8 +127,8 @@ class SolverSettings:
             groups.append(group)
             rates.append(rate)
 
-        optimizer = {**state["_trainer"]["optimizer"], "state": tensors, "param_groups": groups}
-        state = {**state, "_trainer": {**state["_trainer"], "optimizer": optimizer}}
+        optimizer = {**state[LOOP_STATE]["optimizer"], "state": tensors, "param_groups": groups}
+        state = {**state, LOOP_STATE: {**state[LOOP_STATE], "optimizer": optimizer}}
         if "base_lrs" in (scheduled := state.get("hooks", {}).get("LRScheduler", {})):
             state["hooks"] = {**state["hooks"], "LRScheduler": {**scheduled, "base_lrs": rates}}
         changes = self._changes(saved)
@@ -141,7 +142,7 @@ class SolverSettings:
         return state, changes
 
     def _read(self, state: dict[str, Any]) -> _Saved:
-        optimizer = state["_trainer"]["optimizer"]
+        optimizer = state[LOOP_STATE]["optimizer"]
         groups, settings = optimizer["param_groups"], state.get("settings")
         if settings is None:
             # Of an older checkpoint, or detectron2's: what its optimizer has.

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from focal_d2.data.seeding import random_state, set_random_state
+from focal_d2.detectron2_compat import LoopParts, copy_all
 from focal_d2.engine.failures import tell
 from focal_d2.engine.launch.start import any_rank
 from focal_d2.engine.nonfinite import Step
@@ -41,7 +42,7 @@ class Stopped(UserError):
     """All processes agreed to stop before this iteration."""
 
 
-class FocalLoop(SimpleTrainer):
+class FocalLoop(LoopParts, SimpleTrainer):
     """The training step.
 
     Up to the optimizer's step it changes nothing but the model's buffers, and those it can put back: if
@@ -122,7 +123,7 @@ class FocalLoop(SimpleTrainer):
         self.steps_skipped = 0
         if comm.is_main_process() and math.isfinite(gradient_norm):
             get_event_storage().put_scalar("gradient_norm", gradient_norm)
-        self._write_metrics(losses, seconds)
+        self.write_losses(losses, seconds)
         self.stepping = True
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
@@ -133,7 +134,7 @@ class FocalLoop(SimpleTrainer):
     def _fetch(self) -> tuple[list[dict[str, Any]], float]:
         start, data, failure = time.perf_counter(), [], None
         try:
-            data = next(self._data_loader_iter)
+            data = self.next_batch()
         except Exception as error:  # raised again below, once the other processes know
             failure = error
         stop, failed = any_rank(self.stopping(), failure is not None)
@@ -197,7 +198,7 @@ class FocalLoop(SimpleTrainer):
             self._buffers = list(self.bare.buffers())
             self._kept = [torch.empty_like(x) for x in self._buffers]
         if self._buffers:
-            torch._foreach_copy_(self._kept, self._buffers)
+            copy_all(self._kept, self._buffers)
         self._random = random_state()  # a model may draw
         self._begun = True
 

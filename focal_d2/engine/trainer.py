@@ -28,6 +28,7 @@ from torch import distributed
 from focal_d2.data import FocalDatasetMapper
 from focal_d2.data.loader import TrainingLoader, build_training_loader
 from focal_d2.data.seeding import kept_random_state, random_state, set_random_state
+from focal_d2.detectron2_compat import TrainerParts
 from focal_d2.engine.checks import check_training
 from focal_d2.engine.failures import end_hung_workers, tell
 from focal_d2.engine.hooks.evaluation import Evaluation, TrainingEnded, check_best
@@ -51,7 +52,7 @@ logger = logging.getLogger(__name__)
 _MOST_REPORTS = 5
 
 
-class FocalTrainer(DefaultTrainer):
+class FocalTrainer(TrainerParts, DefaultTrainer):
     """detectron2's trainer with our mapper, optimizers, evaluator, checks and progress bar."""
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -79,7 +80,7 @@ class FocalTrainer(DefaultTrainer):
         )
         # After that, which gives all processes the first one's weights.
         self.average = MovingAverage(bare, decay=solver.EMA) if solver.EMA else None
-        self._trainer = FocalLoop(
+        self.loop = FocalLoop(
             model,
             loader,
             optimizer,
@@ -102,7 +103,7 @@ class FocalTrainer(DefaultTrainer):
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.failed = False  # whether training ended before its end
         self._images_before = 0  # drawn before start_iter
-        self._random_states: tuple[int, list[Any]] = (-1, [])  # of all processes, after an iteration
+        self.random_states: tuple[int, list[Any]] = (-1, [])  # of all processes, after an iteration
         self._stop: StopRequest | None = None
         self._reports = 0  # on steps that were not finite
         self.register_hooks(self.build_hooks())
@@ -110,7 +111,7 @@ class FocalTrainer(DefaultTrainer):
     @property
     def offered(self) -> torch.nn.Module:
         """The model that is evaluated and that checkpoints hold: the average, if there is one."""
-        return self._trainer.bare if self.average is None else self.average.module
+        return self.loop.bare if self.average is None else self.average.module
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
@@ -198,7 +199,7 @@ class FocalTrainer(DefaultTrainer):
         found.insert(saving, RandomStates(self.cfg.SOLVER.CHECKPOINT_PERIOD))
         if comm.is_main_process():
             # Before the writers. detectron2's own models draw pictures themselves.
-            period, model = self.cfg.VIS_PERIOD, self._trainer.bare
+            period, model = self.cfg.VIS_PERIOD, self.loop.bare
             if period > 0 and not hasattr(model, "vis_period"):
                 found.insert(-1, TrainingPictures(model, period=period, input_format=self.cfg.INPUT.FORMAT))
             if self.cfg.SOLVER.FOCAL.WANDB_PROJECT:
@@ -227,7 +228,7 @@ class FocalTrainer(DefaultTrainer):
                 "nothing is left to train"
             )
         if not resumes and self.average is not None:
-            self._trainer.bare.load_state_dict(self.average.module.state_dict())
+            self.loop.bare.load_state_dict(self.average.module.state_dict())
         if comm.all_gather(not resumes and self.checkpointer.has_checkpoint())[0]:
             with output_lock(self.cfg.OUTPUT_DIR):
                 if comm.is_main_process():
@@ -242,7 +243,7 @@ class FocalTrainer(DefaultTrainer):
         if isinstance(loader, TrainingLoader):
             drawn = (self.iter + 1 - self.start_iter) * loader.images
             state["data"] = loader.place(self._images_before + drawn)
-        iteration, states = self._random_states
+        iteration, states = self.random_states
         state["random"] = states if iteration == self.iter else [random_state()]
         state["processes"] = comm.get_world_size()
         state["settings"] = self._settings.state_dict()
@@ -312,8 +313,8 @@ class FocalTrainer(DefaultTrainer):
             except TrainingEnded:
                 if not (self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process()):
                     return None
-                verify_results(self.cfg, self._last_eval_results)
-                return self._last_eval_results
+                verify_results(self.cfg, self.last_results)
+                return self.last_results
             except OSError as error:
                 if (message := user_message(error)) is None:
                     raise
@@ -328,7 +329,7 @@ class FocalTrainer(DefaultTrainer):
 
     def before_step(self) -> None:
         """Mark the state as complete: all of the last iteration is done."""
-        self._trainer.stepping = False
+        self.loop.stepping = False
         super().before_step()
 
     def after_step(self) -> None:
@@ -346,7 +347,7 @@ class FocalTrainer(DefaultTrainer):
         try:
             super().run_step()
         except Exception as error:
-            self._trainer.undo()
+            self.loop.undo()
             end_hung_workers(error)
             self._keep(error, last=self.iter - 1)
 
@@ -354,10 +355,10 @@ class FocalTrainer(DefaultTrainer):
         """Save the state after iteration `last`, if that is new, and raise the error, told plainly."""
         stopped = isinstance(error, Stopped)
         if stopped:
-            self._random_states = last, comm.gather(random_state())
+            self.random_states = last, comm.gather(random_state())
         message, kept = tell(error), ""
         self.failed = True
-        if last >= self.start_iter and not self._trainer.stepping and comm.is_main_process():
+        if last >= self.start_iter and not self.loop.stepping and comm.is_main_process():
             self.iter = last  # hooks take it for the last complete one
             name = f"model_{last:07d}"
             try:
@@ -378,13 +379,13 @@ class FocalTrainer(DefaultTrainer):
                 distributed.broadcast(buffer, 0)
         try:
             with kept_random_state(), self._stopping_between_batches():
-                self._last_eval_results = self.test(self.cfg, self.offered)
+                self.last_results = self.test(self.cfg, self.offered)
         except Exception as error:
             # The iteration is complete: the schedule's hook has run.
-            self._trainer.stepping = False
+            self.loop.stepping = False
             last = self.iter if self.iter < self.max_iter else -1  # at the end all is saved
             self._keep(error, last)
-        return self._last_eval_results
+        return self.last_results
 
     @contextmanager
     def _stopping_between_batches(self) -> Iterator[None]:
@@ -434,9 +435,9 @@ class FocalTrainer(DefaultTrainer):
         save: bool,
     ) -> tuple[bool, str]:
         """Report on this process's batch: whether the step failed again, and a line about it."""
-        model, steps = self._trainer.bare, list(self._trainer.steps)
+        model, steps = self.loop.bare, list(self.loop.steps)
         try:
-            with self._trainer.precision():
+            with self.loop.precision():
                 reports = [examine(model, part, steps=steps, normalizer=divisor) for part in parts]
             bad = [bool(report.bad_terms or report.gradient) for report in reports]
             which = bad.index(True) if any(bad) else 0
@@ -476,7 +477,7 @@ class RandomStates(HookBase):
         """Collect, on all processes."""
         done = self.trainer.iter + 1
         if done % self._period == 0 or done >= self.trainer.max_iter:
-            self.trainer._random_states = self.trainer.iter, comm.gather(random_state())
+            self.trainer.random_states = self.trainer.iter, comm.gather(random_state())
 
 
 def _say_that_it_stops(number: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
@@ -20,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
+from focal_d2.detectron2_compat import COCOHooks
 from focal_d2.errors import UserError
 from focal_d2.evaluation.backends import (
     AREAS,
@@ -34,8 +33,10 @@ from focal_d2.evaluation.backends import (
 from focal_d2.evaluation.errors import analyse, finite
 from focal_d2.evaluation.ground_truth import read_ground_truth
 
+logger = logging.getLogger(__name__)
 
-class FocalCOCOEvaluator(COCOEvaluator):
+
+class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
     """detectron2's evaluator for boxes, on a fast library, with average recall.
 
     It is 0 where a model finds nothing of the boxes there are, reads files without area or iscrowd, writes no
@@ -66,24 +67,22 @@ class FocalCOCOEvaluator(COCOEvaluator):
         Raises:
             UserError: for a mistake in these, or for a dataset's file that can't be read.
         """
-        # detectron2's constructor would write a conversion and know but one limit; these are what it sets for
-        # the methods that are inherited.
-        self._logger = logging.getLogger(__name__)
-        self._distributed = False  # `evaluate` gathers itself
-        self._output_dir = output_dir
-        self._cpu_device = torch.device("cpu")
-        self._metadata = MetadataCatalog.get(dataset_name)
-        self._tasks = tuple(tasks or ("bbox",))
-        if self._tasks != ("bbox",):
+        # Not detectron2's constructor, which would write a conversion and knows only one limit.
+        if tuple(tasks or ("bbox",)) != ("bbox",):
             raise UserError(f'tasks is {tasks}: FocalCOCOEvaluator evaluates boxes, ("bbox",)')
         self._name = dataset_name
         self._gathers = distributed
-        self._predictions: list[dict[str, Any]] = []
         self._backend = check_backend(backend)
         self._max_dets = detection_limits(max_dets_per_image)
         self._ground_truth = read_ground_truth(dataset_name)
-        # Test sets may keep their boxes secret; predictions are then only written.
-        self._do_evaluation = self._ground_truth.truth is not None
+        self.metadata, self.output_dir = MetadataCatalog.get(dataset_name), output_dir
+        self.prepare(
+            logger=logger,
+            metadata=self.metadata,
+            output_dir=output_dir,
+            # Test sets may keep their boxes secret; predictions are then only written.
+            has_annotations=self._ground_truth.truth is not None,
+        )
 
     def evaluate(self, img_ids: Sequence[Any] | None = None) -> dict[str, Any]:
         """Compute the metrics from all processes' predictions; see detectron2's `COCOEvaluator`.
@@ -96,59 +95,58 @@ class FocalCOCOEvaluator(COCOEvaluator):
         """
         if self._gathers:
             comm.synchronize()
-            gathered = comm.gather(self._predictions, dst=0)
+            gathered = comm.gather(self.predictions, dst=0)
             if not comm.is_main_process():
                 return {}
-            self._predictions = list(itertools.chain(*gathered))
+            self.predictions = list(itertools.chain(*gathered))
         # A sampler that fills up its last batch repeats images.
-        self._predictions = list({p["image_id"]: p for p in self._predictions}.values())
+        self.predictions = list({p["image_id"]: p for p in self.predictions}.values())
         return super().evaluate(img_ids)
 
-    def _eval_predictions(
+    def evaluate_predictions(
         self, predictions: list[dict[str, Any]], img_ids: Sequence[Any] | None = None
     ) -> None:
+        """Write the predictions, and compute the metrics if the dataset has annotations."""
         ids, labels, truth = self._ground_truth
         found = list(itertools.chain(*(p["instances"] for p in predictions)))
         detections = self._detections(found, ids, len(labels))
-        if self._output_dir:
+        if self.output_dir:
             numbers = {label: number for number, label in labels.items()}
-            path = str(Path(self._output_dir) / "coco_instances_results.json")
-            self._logger.info(f"Saving results to {path}")
+            path = str(Path(self.output_dir) / "coco_instances_results.json")
+            logger.info(f"Saving results to {path}")
             with PathManager.open(path, "wb") as file:
                 file.write(
                     msgspec.json.encode([{**x, "category_id": numbers[x["category_id"]]} for x in found])
                 )
         if truth is None:
-            self._logger.info("Annotations are not available for evaluation.")
+            logger.info("Annotations are not available for evaluation.")
             return
         if img_ids is not None:
             counts = np.isin(np.arange(len(ids)), [ids.index(i) for i in img_ids])
             truth = _of_images(truth, counts)
             detections = _of_images(detections, counts)
-        self._logger.info(f"Evaluating {len(found)} boxes with {self._backend} ...")
+        logger.info(f"Evaluating {len(found)} boxes with {self._backend} ...")
         curves = coco_curves(truth, detections, backend=self._backend, max_dets=self._max_dets)
-        self._results["bbox"] = self._derive_coco_results(
+        self.results["bbox"] = self.derive_results(
             SimpleNamespace(stats=_average_precisions(curves), eval=curves._asdict()),
-            "bbox",
-            self._metadata.get("thing_classes"),
+            self.metadata.get("thing_classes"),
         )
         for i, limit in enumerate(self._max_dets):
-            self._results["bbox"][f"AR@{limit}"] = _per_cent(_mean(curves.recall[:, :, 0, i]))
-        if self._output_dir:
+            self.results["bbox"][f"AR@{limit}"] = _per_cent(_mean(curves.recall[:, :, 0, i]))
+        if self.output_dir:
             self._write_analysis(truth, detections, curves)
 
     def _write_analysis(self, truth: Truth, detections: Detections, curves: Curves) -> None:
-        names = self._metadata.get("thing_classes") or [str(k) for k in range(truth.classes)]
+        names = self.metadata.get("thing_classes") or [str(k) for k in range(truth.classes)]
         figures = analyse(truth, detections, curves, names=names, max_dets=self._max_dets)
-        figures["coco"] = {**finite(self._results["bbox"]), **figures["coco"]}
+        figures["coco"] = {**finite(self.results["bbox"]), **figures["coco"]}
         figures = {"dataset": self._name, "backend": self._backend, **figures}
-        with PathManager.open(str(Path(self._output_dir or "") / "analysis.json"), "wb") as file:
+        with PathManager.open(str(Path(self.output_dir or "") / "analysis.json"), "wb") as file:
             file.write(msgspec.json.encode(figures))
 
-    @functools.cached_property
-    def _coco_api(self) -> COCO:
-        """pycocotools' object of the boxes, which detectron2's evaluation of proposals reads."""
-        assert self._ground_truth.truth is not None  # detectron2 looks at `_do_evaluation` first
+    def coco_api(self) -> COCO:
+        """Return pycocotools' object of the boxes, which detectron2's evaluation of proposals reads."""
+        assert self._ground_truth.truth is not None  # detectron2 asks for annotations first
         return as_coco(self._ground_truth.truth, self._ground_truth.image_ids)
 
     def _detections(self, found: list[dict[str, Any]], ids: list[Any], classes: int) -> Detections:

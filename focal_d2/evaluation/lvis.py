@@ -9,8 +9,10 @@ from typing import Any
 
 from detectron2.evaluation import LVISEvaluator
 
+from focal_d2.detectron2_compat import LVISHooks
 
-class FocalLVISEvaluator(LVISEvaluator):
+
+class FocalLVISEvaluator(LVISHooks, LVISEvaluator):
     """detectron2's evaluator with hotcoco in the place of the `lvis` package, which fails with NumPy 2."""
 
     def __init__(self, dataset_name: str, **kwargs: Any) -> None:
@@ -18,9 +20,9 @@ class FocalLVISEvaluator(LVISEvaluator):
         with _hotcoco_as_lvis():
             super().__init__(dataset_name, **kwargs)
 
-    def _eval_predictions(self, predictions: list[dict[str, Any]]) -> None:
+    def evaluate_predictions(self, predictions: list[dict[str, Any]]) -> None:
         with _hotcoco_as_lvis():
-            super()._eval_predictions(predictions)
+            super().evaluate_predictions(predictions)
 
 
 @contextmanager

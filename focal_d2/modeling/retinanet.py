@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from focal_d2.config import check_choice, focal_config, loss_parameters
 from focal_d2.config.legal_values import check_values
+from focal_d2.detectron2_compat import DetectorHooks
 from focal_d2.errors import UserError
 from focal_d2.modeling import traced
 from focal_d2.modeling.anchors import AnchorCache, Anchors
@@ -54,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
-class FocalRetinaNet(RetinaNet):
+class FocalRetinaNet(DetectorHooks, RetinaNet):
     """RetinaNet (arXiv 1708.02002), interchangeable with detectron2's.
 
     It reads the same `MODEL.RETINANET.*` keys, gives the same losses, gradients and detections, and its
@@ -213,7 +214,7 @@ class FocalRetinaNet(RetinaNet):
         if actual is not anchors:  # a backbone that rounds its sizes another way
             anchors, targets = actual, self.label_anchors(actual, *boxes)
         seeds = [_seed_of(x) for x in batched_inputs] if self.cls_loss.samples else ()
-        return self._losses(predictions, anchors, targets, seeds, images.image_sizes)
+        return self.compute_losses(predictions, anchors, targets, seeds, images.image_sizes)
 
     @torch.no_grad()
     def count_positives(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
@@ -246,7 +247,8 @@ class FocalRetinaNet(RetinaNet):
             features = [outputs[name] for name in self.head_in_features]
             return features, head(features)
 
-    def _move_to_current_device(self, x: Tensor) -> Tensor:
+    def to_device(self, x: Tensor) -> Tensor:
+        """Move an image without waiting for the copy."""
         return x.to(self.device, non_blocking=True)
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
@@ -264,7 +266,7 @@ class FocalRetinaNet(RetinaNet):
     def _anchors_of(self, features: list[Tensor]) -> Anchors:
         return self.anchors_of([(x.shape[-2], x.shape[-1]) for x in features], self.device)
 
-    def _losses(
+    def compute_losses(
         self,
         predictions: list[list[Tensor]],
         anchors: Anchors,

@@ -15,6 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
+from focal_d2.detectron2_compat import CheckpointerHooks
 from focal_d2.errors import UserError
 from focal_d2.storage.downloads import check_address, fetch, is_address
 from focal_d2.storage.files import ASIDE, write_aside
@@ -42,7 +43,7 @@ class UnusableFileError(UserError):
     """A checkpoint that is missing, damaged, no checkpoint, or refused: another one may do."""
 
 
-class FocalCheckpointer(DetectionCheckpointer):
+class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
     """detectron2's checkpointer, but
 
     - weights of another architecture are refused, where it warns;
@@ -246,7 +247,7 @@ class FocalCheckpointer(DetectionCheckpointer):
             kind = "" if isinstance(error, ForbiddenImportError) else f"{type(error).__name__}: "
             raise UnusableFileError(f"cannot load weights {path}: {kind}{reason}") from error
 
-    def _load_file(self, filename: str) -> dict[str, Any]:
+    def read_file(self, filename: str) -> dict[str, Any]:
         """Read a file as detectron2 does, formats and all, but by our readers."""
         if filename.endswith(".pkl"):
             data = read_pickle(filename, trusted=self.trust_files)
@@ -259,11 +260,11 @@ class FocalCheckpointer(DetectionCheckpointer):
             state = read_torch(filename, trusted=self.trust_files)["model_state"]
             state = {name: x for name, x in state.items() if not name.endswith(_COUNTER)}
             return {"model": state, "__author__": "pycls", "matching_heuristics": True}
-        content = self._torch_load(filename)
+        content = self.read_torch_file(filename)
         content = content if "model" in content else {"model": content}
         return {**content, "matching_heuristics": True} if self._by_heuristics else content
 
-    def _torch_load(self, filename: str) -> dict[str, Any]:
+    def read_torch_file(self, filename: str) -> dict[str, Any]:
         content = read_torch(filename, trusted=self.trust_files)
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__} where a dictionary must be")
@@ -273,8 +274,13 @@ class FocalCheckpointer(DetectionCheckpointer):
                 raise ValueError(f"no {name} in it, so no run can go on from it")
         return content
 
-    def _load_model(self, checkpoint: Any) -> Any:
-        incompatible = super()._load_model(checkpoint)
+    def load_model(self, checkpoint: dict[str, Any]) -> Any:
+        """Load weights; see detectron2's `DetectionCheckpointer`.
+
+        Raises:
+            UserError: if they do not fit the model.
+        """
+        incompatible = super().load_model(checkpoint)
         misshaped = {name: (theirs, ours) for name, theirs, ours in incompatible.incorrect_shapes}
         entries = set(self.model.state_dict())
         missing = _needed(incompatible.missing_keys) - misshaped.keys()
@@ -299,9 +305,9 @@ class FocalCheckpointer(DetectionCheckpointer):
         check_finite(self.model)
         return incompatible
 
-    def _convert_ndarray_to_tensor(self, state_dict: dict[str, Any]) -> None:
-        # The last that detectron2 and fvcore do before PyTorch gets the entries, by the model's names then.
-        super()._convert_ndarray_to_tensor(state_dict)
+    def convert_arrays(self, state_dict: dict[str, Any]) -> None:
+        """Make tensors of arrays, and check the types; the entries have the model's names by then."""
+        super().convert_arrays(state_dict)
         check_types(state_dict, self.model)
 
     def _check_classes(self, misshaped: dict[str, tuple[Any, Any]]) -> None:

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import torch
 
+from focal_d2.detectron2_compat import set_module_versions
 from focal_d2.errors import UNLESS_TRUSTED
 
 MOST_OPERATIONS = 500_000  # a tensor takes about 30
@@ -122,9 +123,9 @@ def unpickle(
     try:
         return machine.run(stream)
     finally:
-        vars(
-            machine
-        ).clear()  # its table of methods refers to it: until Python looks for such circles, all would stay
+        # Its table of methods refers to it, so everything would stay in memory until Python's next search
+        # for such cycles.
+        vars(machine).clear()
 
 
 class _Maker(NamedTuple):
@@ -321,7 +322,7 @@ class _Machine:
             target = target.value
         elif type(target) is OrderedDict and isinstance(state, dict):
             if "_metadata" in state:  # of a state_dict: the versions of its modules
-                target._metadata = state["_metadata"]  # type: ignore[attr-defined]
+                set_module_versions(target, state["_metadata"])
         else:
             raise ValueError(f"attributes of a {type(target).__name__}")
         self.stack.append(target)

@@ -177,7 +177,7 @@ def test_mixed_precision_is_around_other_models(own_architectures, job, monkeypa
     overrides = ["MODEL.META_ARCHITECTURE", "OneBox", "SOLVER.AMP.ENABLED", str(enabled)]
     trainer = FocalTrainer(load_config(str(job[0]), [*overrides, "MODEL.FOCAL.AMP.DTYPE", "bfloat16"]))
     trainer.model.train()
-    trainer._trainer._backward([{}])
+    trainer.loop._backward([{}])
     assert trainer.model.autocast is enabled
 
 

@@ -457,7 +457,7 @@ def test_scaled_losses_train_the_same(small_job, tmp_path, monkeypatch):
         torch.manual_seed(0)
         trainer = FocalTrainer(cfg)
         trainer.resume_or_load(False)
-        trainer._trainer.scaler = scaler
+        trainer.loop.scaler = scaler
         if spoil >= 0:
             backward = FocalLoop._backward
 
@@ -522,7 +522,7 @@ def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def tensors_by_name(trainer: FocalTrainer) -> dict[str, Any]:
-    names = {id(parameter): name for name, parameter in trainer._trainer.bare.named_parameters()}
+    names = {id(parameter): name for name, parameter in trainer.loop.bare.named_parameters()}
     return {names[id(parameter)]: state for parameter, state in trainer.optimizer.state.items()}
 
 
@@ -552,7 +552,7 @@ def test_a_changed_config_wins_over_the_checkpoint(checkpoint, optimizer):
     for changes in CHANGES:
         overrides = [x for key, value in changes.items() for x in (f"SOLVER.{key}", value)]
         trainer, line = resume(*overrides)
-        fresh = FocalTrainer.build_optimizer(trainer.cfg, trainer._trainer.bare)
+        fresh = FocalTrainer.build_optimizer(trainer.cfg, trainer.loop.bare)
         schedule = FocalTrainer.build_lr_scheduler(trainer.cfg, fresh)
         for _ in range(3):
             schedule.step()

@@ -81,7 +81,7 @@ def test_build_evaluator_takes_limits_and_backend(limits, an_image, expected, ba
     evaluator = FocalTrainer.build_evaluator(cfg, data.name)
     assert isinstance(evaluator, FocalCOCOEvaluator)
     evaluator.reset()
-    evaluator._predictions = [{"image_id": 0, "instances": []}]
+    evaluator.predictions = [{"image_id": 0, "instances": []}]
     results = evaluator.evaluate()["bbox"]
     assert {k for k in results if k.startswith("AR@")} == {f"AR@{n}" for n in expected}
     cfg.TEST.FOCAL.EVAL_BACKEND = "cocoapi"

@@ -128,7 +128,7 @@ def test_every_figure_is_pycocotools_on_a_trained_models_predictions(job, tmp_pa
     )
     trainer = FocalTrainer(cfg)
     trainer.train()
-    results = trainer._last_eval_results
+    results = trainer.last_results
     content = json.loads(data.annotations.read_text())
     written = json.loads((tmp_path / f"out/inference/{data.name}/coco_instances_results.json").read_text())
     assert len(written) > 50
@@ -330,7 +330,7 @@ def test_processes_images_count_once(evaluator_and_records, monkeypatch, tmp_pat
         for part in ((lambda o: (o[:2], [o[2], o[0]]))(process_all(evaluator, records, outputs)))
     )
     monkeypatch.setattr(comm, "gather", lambda data, dst: [first, second])
-    evaluator._predictions = first
+    evaluator.predictions = first
     results = evaluator.evaluate()["bbox"]
     assert results["AP"] == pytest.approx(100)
     written = json.loads((tmp_path / "out/coco_instances_results.json").read_text())
@@ -341,7 +341,7 @@ def test_processes_images_count_once(evaluator_and_records, monkeypatch, tmp_pat
 
 def process_all(evaluator, records, outputs):
     evaluator.process(records, outputs)
-    return list(zip(records, evaluator._predictions, strict=True))
+    return list(zip(records, evaluator.predictions, strict=True))
 
 
 def _evaluate_in_process(folder):

@@ -49,7 +49,7 @@ def losses_memory(cfg: CfgNode, setting: Setting) -> timing.Row:
     def own_losses() -> tuple[Tensor, ...]:
         anchors = pair.ours.anchors_for(images)
         targets = pair.ours.label_anchors(anchors, instances)
-        losses = pair.ours._losses(outputs, anchors, targets, seeds=range(setting.batch))
+        losses = pair.ours.compute_losses(outputs, anchors, targets, seeds=range(setting.batch))
         return torch.autograd.grad(list(losses.values()), leaves)
 
     def detectron2_losses() -> tuple[Tensor, ...]:

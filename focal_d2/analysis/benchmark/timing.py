@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from focal_d2.analysis.benchmark.setting import Setting
+from focal_d2.detectron2_compat import allocations
 
 # Bytes copied to measure a GPU's bandwidth.
 _COPIED = 1 << 30
@@ -80,13 +81,8 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
     given = peak = 0
-    for _, change in sorted(changes, key=lambda c: c[0]):
+    for _, change in sorted(allocations(profiler), key=lambda x: x[0]):
         given += change
         peak = max(peak, given)
     return peak

@@ -22,6 +22,7 @@ from focal_d2.config.architectures import is_retinanet
 from focal_d2.data.checks.examples import MOST_EXAMPLES, some
 from focal_d2.data.checks.findings import Example, Finding, Fix, share
 from focal_d2.data.resolution import training_boxes, training_inputs
+from focal_d2.detectron2_compat import storage_number
 from focal_d2.modeling import FocalRetinaNet
 from focal_d2.modeling.anchors import build_layout
 from focal_d2.modeling.precision import configured_type
@@ -364,13 +365,12 @@ def memory_facts(cfg: CfgNode, model: Any, train: Mapping[str, Table]) -> Memory
 
 def _kept_for_backward(model: Any, shape: tuple[int, int, int, int]) -> int:
     """Count the bytes that autograd keeps, each storage once, and those of the outputs' gradients."""
-    own = {x.untyped_storage()._cdata for x in [*model.parameters(), *model.buffers()]}
+    weights = {storage_number(x) for x in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
+        if (number := storage_number(x)) not in weights:
+            kept[number] = x.untyped_storage()
         return x
 
     batch = torch.empty(shape, device="meta")

@@ -15,6 +15,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
 from focal_d2.data import is_annotated, known_class_names
+from focal_d2.detectron2_compat import EvaluationHooks
 from focal_d2.errors import UserError
 from focal_d2.evaluation import metric_names
 from focal_d2.storage.checkpoint import FocalCheckpointer
@@ -26,7 +27,7 @@ class TrainingEnded(BaseException):
     """Leaves detectron2's loop before its last iteration. No `Exception`: it would be logged as a failure."""
 
 
-class Evaluation(EvalHook):
+class Evaluation(EvaluationHooks, EvalHook):
     """detectron2's evaluation hook, which also saves the best model and ends a training that stands still.
 
     detectron2's `BestCheckpointer` can't do this: it forgets the best when training resumes, tags
@@ -50,12 +51,13 @@ class Evaluation(EvalHook):
 
         Args:
             period: iterations between evaluations.
-            evaluate: makes the trainer's `_last_eval_results`; see `DefaultTrainer.build_hooks`.
+            evaluate: makes the trainer's `last_results`; see `DefaultTrainer.build_hooks`.
             checkpointer: saves model_best, and model_final where training ends early.
             metric: name as in metrics.json; larger is better. "": none is the best.
             patience: evaluations without improvement after which training ends; 0: never.
         """
         super().__init__(period, evaluate)
+        self._every = period
         self._checkpointer = checkpointer
         self._metric = metric
         self._patience = patience
@@ -91,10 +93,10 @@ class Evaluation(EvalHook):
     def before_train(self) -> None:
         """Make up for the evaluation that was due when the checkpoint was written."""
         done = self.trainer.start_iter
-        due = self._period > 0 and done > 0 and done % self._period == 0
+        due = self._every > 0 and done > 0 and done % self._every == 0
         if due and self._evaluated < done < self.trainer.max_iter:
             with self._after(done):
-                self._do_eval()
+                self.evaluate()
 
     def before_step(self) -> None:
         """End training, as if this had been its length, where patience is exhausted.
@@ -128,14 +130,15 @@ class Evaluation(EvalHook):
         yield
         self.trainer.iter = self.trainer.storage.iter = done
 
-    def _do_eval(self) -> None:
-        super()._do_eval()
+    def evaluate(self) -> None:
+        """Evaluate, and keep the best model so far."""
+        super().evaluate()
         done = min(self.trainer.iter + 1, self.trainer.max_iter)
         self._evaluated = done
         if not self._metric:
             return
         # Only the main process has results.
-        results = comm.all_gather(flatten_results_dict(self.trainer._last_eval_results))[0]
+        results = comm.all_gather(flatten_results_dict(self.trainer.last_results))[0]
         if self._metric not in results:
             raise _unknown(self._metric, list(results))
         value = results[self._metric]

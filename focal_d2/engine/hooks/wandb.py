@@ -11,6 +11,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
+from focal_d2.detectron2_compat import pictures_of
 from focal_d2.errors import UserError
 from focal_d2.modeling.metrics import PERIOD
 
@@ -82,7 +83,7 @@ class WeightsAndBiases(HookBase):
         for name, (value, iteration) in storage.latest_with_smoothing_hint(PERIOD).items():
             if iteration > self._sent:
                 rows[iteration][name] = value
-        for name, picture, iteration in storage._vis_data:
+        for name, picture, iteration in pictures_of(storage):
             rows[iteration][name] = self._wandb.Image(picture.transpose(1, 2, 0))
         for iteration in sorted(rows):  # wandb takes steps in this order only
             self._run.log(rows[iteration], step=iteration)

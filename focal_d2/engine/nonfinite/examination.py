@@ -101,7 +101,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for module, name, tensor, value in buffers:
                     tensor.copy_(value)  # in place: DDP and the checkpointer hold it too
-                    module._buffers[name] = tensor
+                    setattr(module, name, tensor)
             for module, before in numbers:
                 for name in _numbers(module).keys() - before.keys():
                     delattr(module, name)
@@ -109,7 +109,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, x) for name, x in module._buffers.items() if x is not None]
+    return list(module.named_buffers(recurse=False, remove_duplicate=False))
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def test_check_best_knows_the_names_that_evaluation_gives(job):
     _, data = job
     cfg = load_config(str(job[0]), ["TEST.EVAL_PERIOD", "2"])
     evaluator = FocalCOCOEvaluator(data.name, max_dets_per_image=[2, 20])
-    evaluator._predictions = [{"image_id": 0, "instances": []}]
+    evaluator.predictions = [{"image_id": 0, "instances": []}]
     classes = [f"class{k}" for k in range(3)]
     assert set(evaluator.evaluate()["bbox"]) == set(metric_names([2, 20], classes))
     cfg.defrost()
@@ -221,8 +221,8 @@ def _run_process(folder: Path) -> None:
 
     def evaluate():
         # As detectron2's evaluators do: only the main process has results.
-        loop._last_eval_results = {"bbox": {"AP": next(falling)}} if comm.is_main_process() else {}
-        return loop._last_eval_results
+        loop.last_results = {"bbox": {"AP": next(falling)}} if comm.is_main_process() else {}
+        return loop.last_results
 
     hook = Evaluation(2, evaluate, saved, metric="bbox/AP", patience=2)
     loop.register_hooks([hook])
