@@ -14,7 +14,7 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, first_few
 from focal_d2.ops.common import ANY_CLASS
 
 # Sides in pixels that are not longer are as good as none: detectron2 drops such boxes after clipping.
@@ -87,8 +87,7 @@ class Table:
             UserError: if some of its items could not be read.
         """
         if self.problems:
-            others = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
-            raise UserError(self.problems[0] + others)
+            raise UserError(first_few(self.problems, 1, "; "))
         return self
 
     def by_name(self) -> Table:
@@ -123,8 +122,10 @@ class Table:
         notes = list(self.notes)
         unknown = [name for name in classes if name not in known]
         if len(unknown) == len(classes):
-            shown = ", ".join(self.classes[:5]) + (", …" if len(self.classes) > 5 else "")
-            raise UserError(f"KEEP: {', '.join(classes[:5])}: none of these is a class of the data ({shown})")
+            raise UserError(
+                f"KEEP: {first_few(classes)}: none of these is a class of the data "
+                f"({first_few(self.classes)})"
+            )
         if unknown:
             notes.append(f"KEEP: no class of the data is called {', '.join(unknown)}")
         new_label = np.full(len(self.classes), ANY_CLASS)

@@ -1,4 +1,7 @@
-"""The one exception for a user's mistake: one line that names the file or key, the value and the choices."""
+"""The exception for a user's mistake, and texts that messages are made of.
+
+A message is one line that names the file or key, the value and the choices.
+"""
 
 from __future__ import annotations
 
@@ -35,3 +38,48 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     by_case = {x.lower(): x for x in known}
     near = difflib.get_close_matches(name.lower(), by_case, n=1)
     return f"; did you mean {by_case[near[0]]}?" if near else ""
+
+
+def first_few(texts: Iterable[object], most: int = 5, separator: str = ", ") -> str:
+    """List the first texts, and count the others.
+
+    Args:
+        texts: of any type that `str` takes.
+        most: how many are listed.
+        separator: between two texts.
+
+    Examples:
+        >>> first_few("abcde", 3), first_few("ab", 3)
+        ('a, b, c, and 2 more', 'a, b')
+    """
+    parts = [str(text) for text in texts]
+    others = [f"and {len(parts) - most} more"] if len(parts) > most else []
+    return separator.join(parts[:most] + others)
+
+
+def one_line(text: object, most: int = 300) -> str:
+    """Write a text, or the message of an error, in one line. The middle of a long text is left out.
+
+    Args:
+        text: of any number of lines.
+        most: number of characters to keep: two thirds from the beginning, one third from the end.
+    """
+    line = " ".join(str(text).split())
+    end = most // 3
+    return line if len(line) <= most else f"{line[: most - end]} … {line[-end:]}"
+
+
+def reason(error: BaseException) -> str:
+    """Return the cause of an error in one line, without the file's name, which messages give themselves."""
+    return getattr(error, "strerror", None) or one_line(error) or type(error).__name__
+
+
+def describe_error(error: BaseException, *, lines: int | None = None) -> str:
+    """Return the type of an error and its message in one line.
+
+    Args:
+        error: one that others raise; its message alone may say too little.
+        lines: how many lines of the message to keep; None: all.
+    """
+    message = "\n".join(str(error).strip().split("\n")[:lines])
+    return one_line(f"{type(error).__name__}: {message}" if message else type(error).__name__)

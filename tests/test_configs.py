@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from focal_d2 import FocalRetinaNet, add_focal_config
+from focal_d2.config import leaves
 from focal_d2.engine import load_config
 from focal_d2.modeling.losses import LOSSES
 from tests.conftest import REPOSITORY
@@ -56,14 +57,6 @@ def test_header_has_command_hardware_time_and_ap(path):
 def our_keys() -> list[str]:
     plain, ours = get_cfg(), get_cfg()
     add_focal_config(ours)
-
-    def leaves(node, prefix=""):
-        for name, value in node.items():
-            if isinstance(value, CfgNode):
-                yield from leaves(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name
-
     return sorted(set(leaves(ours)) - set(leaves(plain)))
 
 

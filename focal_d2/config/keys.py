@@ -10,7 +10,8 @@ import copy
 import functools
 import math
 import operator
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from detectron2.config import CfgNode
 
@@ -28,6 +29,8 @@ from focal_d2.config.ranges import (
     whole,
 )
 from focal_d2.errors import UserError
+
+_Value = TypeVar("_Value")
 
 # Far above what anyone needs, and low enough that no number overflows.
 MOST_BOXES = 10**6  # in an image
@@ -303,7 +306,7 @@ def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def check_choice(key: str, value: str, choices: tuple[str, ...]) -> str:
+def check_choice(key: str, value: _Value, choices: Iterable[_Value]) -> _Value:
     """Return `value` if it is one of `choices`.
 
     Raises:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, one_line
 
 
 class Range(NamedTuple):
@@ -142,7 +142,5 @@ def check_value(key: str, value: Any, range: Range) -> None:
         UserError: naming the key, the value and the legal ones.
     """
     if not range.holds(value):
-        shown = f'"{value}"' if isinstance(value, str) else str(value)
-        if len(shown) > 200:
-            shown = f"{shown[:200]} …"
+        shown = one_line(f'"{value}"' if isinstance(value, str) else value)
         raise UserError(f"{key} is {shown}; {range.words}")

@@ -22,8 +22,7 @@ from focal_d2.data.datasets import (
     missing_annotations,
     unreadable,
 )
-from focal_d2.data.readers.texts import listed
-from focal_d2.errors import UserError, did_you_mean
+from focal_d2.errors import UserError, did_you_mean, first_few
 
 
 def check_datasets(cfg: CfgNode, *, training: bool) -> None:
@@ -60,13 +59,13 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
             classes = dataset_class_names(name)
             if first is not None and classes != first[1]:
                 raise UserError(
-                    f"{what} has the classes {listed(classes)} ({len(classes)}), {first[0]} has "
-                    f"{listed(first[1])} ({len(first[1])}): give both the same CLASSES in DATASETS.FOCAL"
+                    f"{what} has the classes {first_few(classes)} ({len(classes)}), {first[0]} has "
+                    f"{first_few(first[1])} ({len(first[1])}): give both the same CLASSES in DATASETS.FOCAL"
                 )
             first = first or (what, classes)
             if num_classes not in (None, len(classes)):
                 raise UserError(
-                    f"{what} has {len(classes)} classes ({listed(classes)}) but {counted_by} is "
+                    f"{what} has {len(classes)} classes ({first_few(classes)}) but {counted_by} is "
                     f"{num_classes}: set it to {len(classes)}, or to auto"
                 )
 
@@ -120,8 +119,9 @@ def _check_order(cfg: CfgNode) -> None:
             classes = known_class_names(name) or expected
             if classes != expected and sorted(classes) == sorted(expected):
                 raise UserError(
-                    f'DATASETS.TEST: dataset "{name}" has the classes {listed(classes)}, DATASETS.TRAIN: '
-                    f'dataset "{train}" has {listed(expected)}: give both the same CLASSES in DATASETS.FOCAL'
+                    f'DATASETS.TEST: dataset "{name}" has the classes {first_few(classes)}, DATASETS.TRAIN: '
+                    f'dataset "{train}" has {first_few(expected)}: '
+                    "give both the same CLASSES in DATASETS.FOCAL"
                 )
 
 

@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from focal_d2.annotations import Table, has_table, registered_table
 from focal_d2.data.entries import check_entry, expand_paths, images_of, read_entry
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, describe_error
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +133,10 @@ READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AssertionError, Attribu
 def unreadable(name: str, error: Exception) -> UserError:
     if isinstance(error, UserError):
         return error  # it names what is wrong already
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    if len(reason) > 200:  # detectron2's quotes all class names
-        reason = f"{reason[:200]} …"
     source = MetadataCatalog.get(name).get("json_file")
-    return UserError(f'dataset "{name}"{f" ({source})" if source else ""} cannot be read: {reason}')
+    return UserError(
+        f'dataset "{name}"{f" ({source})" if source else ""} cannot be read: {describe_error(error)}'
+    )
 
 
 def is_annotated(name: str) -> bool:

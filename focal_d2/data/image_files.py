@@ -11,6 +11,8 @@ from typing import IO
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
+from focal_d2.errors import describe_error, reason
+
 # The formats of files that are read, by Pillow's names. Pillow goes by a file's content, not by its name, and
 # knows some 40 more formats: for one of them (EPS) it starts a program. "JPEG" includes MPO, "PNG" APNG. The
 # last two make Pillow import all of its plugins.
@@ -42,7 +44,7 @@ def why_unreadable(file_name: str, error: Exception) -> str:
                     return "it is a Git LFS pointer, not the image itself: run `git lfs pull`"
     except OSError:
         pass  # the error says so
-    return getattr(error, "strerror", None) or str(error)
+    return reason(error)
 
 
 def open_image(file: str | IO[bytes], *, max_pixels: int | None) -> Image.Image:
@@ -114,7 +116,7 @@ def pillow_errors() -> Iterator[None]:
     except ValueError as error:
         raise OSError(str(error)) from error
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        raise OSError(describe_error(error)) from error
 
 
 def upright_size(file_name: str) -> tuple[int, int]:

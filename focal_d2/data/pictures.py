@@ -11,7 +11,7 @@ import numpy as np
 
 from focal_d2.data.image_files import IMAGE_SUFFIXES, UNREADABLE
 from focal_d2.data.pixels import ImageReader, write_image
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, reason
 
 GREEN, YELLOW = (80, 255, 80), (0, 220, 255)  # BGR
 
@@ -69,7 +69,7 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
     try:
         write_image(path, picture)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {reason(error)}") from error
 
 
 def read_image(path: str | Path, reader: ImageReader) -> np.ndarray:

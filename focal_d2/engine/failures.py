@@ -8,7 +8,7 @@ import torch
 
 from focal_d2.data.workers import HungError
 from focal_d2.engine.launch.start import peer_is_lost
-from focal_d2.errors import user_message
+from focal_d2.errors import one_line, user_message
 
 
 def tell(error: Exception) -> str | None:
@@ -17,7 +17,7 @@ def tell(error: Exception) -> str | None:
         return message
     text = str(error)
     if peer_is_lost(error):
-        return f"another process of this job ended, or hangs ({text.splitlines()[0][:100]})"
+        return f"another process of this job ended, or hangs ({one_line(text, 100)})"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return (
             f"out of memory: {text.strip().splitlines()[-1] if text.strip() else 'the machine'}; "

@@ -19,7 +19,7 @@ from focal_d2.config.files import merge_file
 from focal_d2.config.legal_values import check_values
 from focal_d2.data import count_classes, register_datasets
 from focal_d2.data.image_files import allow_pixels
-from focal_d2.errors import UNLESS_TRUSTED, UserError, did_you_mean
+from focal_d2.errors import UNLESS_TRUSTED, UserError, did_you_mean, one_line
 from focal_d2.evaluation import check_backend
 from focal_d2.modeling.build import resolve_device
 from focal_d2.storage.configs import find_config
@@ -129,9 +129,7 @@ def _config_errors(cfg: CfgNode, source: str) -> Iterator[None]:
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         # str() of a KeyError is its message in quotes.
         text = str(error.args[0] if isinstance(error, KeyError) else error)
-        reason = " ".join(text.split())
-        if len(reason) > 300:
-            reason = f"{reason[:150]} … {reason[-100:]}"
+        reason = one_line(text)
         if unknown := re.search(r"[Nn]on-existent (?:config )?key: (\S+)", reason):
             key, known = unknown.group(1), leaves(cfg)
             sections = {name.rpartition(".")[0] for name in known} - {""}
@@ -151,9 +149,7 @@ def _wrong_type(key: str, type: str, given: str, value: str, *, quoted: bool) ->
         value: as text.
         quoted: whether a list must be written for a shell.
     """
-    value = " ".join(value.split())
-    if len(value) > 100:
-        value = f"{value[:100]} …"
+    value = one_line(value, 100)
     wanted = _TYPES.get(type, f"a {type}")
     if type == "float":
         wanted = f"a number with a point, such as {value}.0" if given == "int" else "a number"

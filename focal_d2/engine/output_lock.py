@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from detectron2.utils import comm
 
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, one_line
 
 _NAME = "training.lock"
 
@@ -71,7 +71,7 @@ def _lock(folder: str) -> int:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            holder = " ".join(os.pread(handle, 200, 0).decode(errors="replace").split())
+            holder = one_line(os.pread(handle, 200, 0).decode(errors="replace"))
             os.close(handle)
             raise UserError(
                 f"OUTPUT_DIR {folder} is in use: {holder or 'another process'} trains there; choose another "

@@ -16,7 +16,7 @@ from detectron2.utils import comm
 
 from focal_d2.config import MOST_ITERATIONS, leaves
 from focal_d2.detectron2_compat import LOOP_STATE
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def check_state(
             or type(value) is not type(schedule[name])
             or not all(isinstance(x, (int, float)) for x in numbers)
         ):
-            raise ValueError(f"the schedule's {name} {value!r}"[:100])
+            raise ValueError(one_line(f"the schedule's {name} {value!r}", 100))
 
 
 class SolverSettings:
@@ -169,7 +169,7 @@ class SolverSettings:
 
     def _changes(self, saved: _Saved) -> list[str]:
         changes = [
-            f"SOLVER.{key} from {' '.join(str(saved.keys[key])[:100].split())} to {value}"
+            f"SOLVER.{key} from {one_line(saved.keys[key], 100)} to {value}"
             for key, value in self._keys.items()
             if saved.keys.get(key, value) != value
         ]

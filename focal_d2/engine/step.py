@@ -26,7 +26,7 @@ from focal_d2.detectron2_compat import LoopParts, copy_all
 from focal_d2.engine.failures import tell
 from focal_d2.engine.launch.start import any_rank
 from focal_d2.engine.nonfinite import Step
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, describe_error
 from focal_d2.modeling.losses import LossNormalizer
 from focal_d2.storage.checkpoint import check_finite, check_types
 
@@ -141,7 +141,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
         if stop:
             raise Stopped("stopped")
         if failed:
-            lines = comm.all_gather(failure and (tell(failure) or f"{type(failure).__name__}: {failure}"))
+            lines = comm.all_gather(failure and (tell(failure) or describe_error(failure)))
             raise failure or DataFailed(next(line for line in lines if line))
         return data, time.perf_counter() - start
 

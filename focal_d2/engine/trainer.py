@@ -40,7 +40,7 @@ from focal_d2.engine.nonfinite import examine, save_step
 from focal_d2.engine.output_lock import output_lock
 from focal_d2.engine.resume import SolverSettings, check_state, set_aside
 from focal_d2.engine.step import FocalLoop, MovingAverage, Stopped
-from focal_d2.errors import UserError, user_message
+from focal_d2.errors import UserError, describe_error, user_message
 from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, format_results
 from focal_d2.modeling.retinanet import precision_around
 from focal_d2.storage.checkpoint import FocalCheckpointer
@@ -442,7 +442,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
             bad = [bool(report.bad_terms or report.gradient) for report in reports]
             which = bad.index(True) if any(bad) else 0
         except (RuntimeError, MemoryError) as error:  # no room for it
-            return False, f"its cause could not be examined ({type(error).__name__}: {error})"
+            return False, f"its cause could not be examined ({describe_error(error)})"
         report = reports[which]
         if not save or self._reports >= _MOST_REPORTS:
             return any(bad), report.verdict

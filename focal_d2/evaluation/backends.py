@@ -15,6 +15,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from focal_d2.config import check_choice
 from focal_d2.errors import UserError
 
 # COCO's ranges of a box's area, square pixels, in the order of the arrays' third axis from the right.
@@ -163,8 +164,7 @@ def check_backend(name: str) -> str:
     Raises:
         UserError: for an unknown name, or a library that is not installed.
     """
-    if name not in BACKENDS:
-        raise UserError(f'TEST.FOCAL.EVAL_BACKEND is "{name}"; legal values: {", ".join(BACKENDS)}')
+    check_choice("TEST.FOCAL.EVAL_BACKEND", name, BACKENDS)
     if importlib.util.find_spec(name) is None:
         others = ", ".join(x for x in BACKENDS if x != name)
         raise UserError(

@@ -62,32 +62,19 @@ def analyse(
     outcome = coco_outcome(truth, detections, pairs)
     point = operating_point(truth, detections, outcome)
     score = math.inf if point["score"] is None else point["score"]
-    precision, recall = curves.precision[..., -1], curves.recall[..., -1]
+    precision = curves.precision[..., -1]
     at = {iou: precision[np.isclose(IOUS, iou)][0] for iou in (0.5, 0.75)}
-    boxes, found = (
-        np.bincount(x, minlength=truth.classes) for x in (truth.labels[~truth.ignored], detections.labels)
-    )
     return {
         "images": truth.images,
-        "boxes": int(boxes.sum()),
+        "boxes": int((~truth.ignored).sum()),
         "detections": len(detections.image),
         "max_dets": list(max_dets),
         "coco": {
-            f"AR{size[0]}": _percent(_mean(recall[..., i])) for i, size in enumerate(AREAS) if size != "all"
+            f"AR{size[0]}": _percent(_mean(curves.recall[..., i, -1]))
+            for i, size in enumerate(AREAS)
+            if size != "all"
         },
-        "per_class": [
-            {
-                "name": name,
-                "boxes": int(boxes[k]),
-                "detections": int(found[k]),
-                "AP": _percent(_mean(precision[:, :, k, 0])),
-                "AP50": _percent(_mean(at[0.5][:, k, 0])),
-                "AP75": _percent(_mean(at[0.75][:, k, 0])),
-                "AR": _percent(_mean(recall[:, k, 0])),
-                "voc_AP50": _percent(voc[k]),
-            }
-            for k, name in enumerate(names)
-        ],
+        "per_class": _per_class(truth, detections, curves, at, voc, names),
         "voc": {"iou": MATCH, "mAP": _percent(_mean(voc))},
         "operating_point": point,
         "confusion": {
@@ -104,6 +91,42 @@ def analyse(
             },
         },
     }
+
+
+def _per_class(
+    truth: Truth,
+    detections: Detections,
+    curves: Curves,
+    at: Mapping[float, np.ndarray],
+    voc: np.ndarray,
+    names: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Return the figures of each class; see the module.
+
+    Args:
+        truth: what there is.
+        detections: what was found, up to the limit.
+        curves: of the same.
+        at: IoU -> precision (101, K, areas) of the curves.
+        voc: (K,) VOC's AP.
+        names: of the K classes.
+    """
+    precision, recall = curves.precision[..., -1], curves.recall[..., -1]
+    boxes = np.bincount(truth.labels[~truth.ignored], minlength=truth.classes)
+    detected = np.bincount(detections.labels, minlength=truth.classes)
+    return [
+        {
+            "name": name,
+            "boxes": int(boxes[k]),
+            "detections": int(detected[k]),
+            "AP": _percent(_mean(precision[:, :, k, 0])),
+            "AP50": _percent(_mean(at[0.5][:, k, 0])),
+            "AP75": _percent(_mean(at[0.75][:, k, 0])),
+            "AR": _percent(_mean(recall[:, k, 0])),
+            "voc_AP50": _percent(voc[k]),
+        }
+        for k, name in enumerate(names)
+    ]
 
 
 def finite(figures: Mapping[str, float]) -> dict[str, float | None]:

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from detectron2.config import CfgNode
 
-from focal_d2.errors import UserError
+from focal_d2.config.ranges import one_of
+from focal_d2.errors import UserError, one_line
 
 
 def resolve_device(cfg: CfgNode) -> None:
@@ -32,7 +33,7 @@ def resolve_device(cfg: CfgNode) -> None:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}"; legal values: auto, cpu, cuda')
+        raise UserError(f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}"; {one_of("auto", "cpu", "cuda").words}')
     if device.type == "cuda" and not has_cuda:
         raise UserError(
             f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}" but PyTorch finds no CUDA device here: '
@@ -81,7 +82,7 @@ def building(what: str) -> Iterator[None]:
         logger = logging.getLogger("focal_d2")
         with quiet_console(logger):
             logger.info(f"cannot build the {what}", exc_info=True)
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if isinstance(error, AssertionError):
             check = _failed_check(error)
             reason = f"{reason} ({check})" if reason else check

@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
 from focal_d2.detectron2_compat import CheckpointerHooks
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, describe_error, first_few, reason
 from focal_d2.storage.downloads import check_address, fetch, is_address
 from focal_d2.storage.files import ASIDE, write_aside
 from focal_d2.storage.pickles import ForbiddenImportError
@@ -120,7 +120,7 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
         good = self.get_checkpoint_file()
         rest = f"--resume goes on from {good}" if os.path.isfile(good) else "no checkpoint was written before"
         free = f", {shutil.disk_usage(self.save_dir).free / 1e6:.1f} MB are free" if _is_folder(path) else ""
-        return f"cannot write {path}: {error.strerror or error}{free}; {rest}"
+        return f"cannot write {path}: {reason(error)}{free}; {rest}"
 
     def _delete_old(self, name: str) -> None:
         """Keep the newest of those up to the one just written; any beyond it are not of this run."""
@@ -178,8 +178,9 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
             if not isinstance(result, UnusableFileError):
                 return result
             problems.append(str(result))
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"--resume: no checkpoint in {self.save_dir} can be used: {problems[0]}{more}")
+        raise UserError(
+            f"--resume: no checkpoint in {self.save_dir} can be used: {first_few(problems, 1, '; ')}"
+        )
 
     def _candidates(self) -> tuple[list[str], list[str]]:
         """List the files to resume from, best first, and what was wrong already."""
@@ -243,9 +244,10 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
                 raise
             # A damaged or foreign file fails in whatever way its bytes bring about, and an optimizer's
             # state that does not fit in a few more. The first line has the reason.
-            reason = str(error).strip().split("\n")[0]
-            kind = "" if isinstance(error, ForbiddenImportError) else f"{type(error).__name__}: "
-            raise UnusableFileError(f"cannot load weights {path}: {kind}{reason}") from error
+            cause = (
+                reason(error) if isinstance(error, ForbiddenImportError) else describe_error(error, lines=1)
+            )
+            raise UnusableFileError(f"cannot load weights {path}: {cause}") from error
 
     def read_file(self, filename: str) -> dict[str, Any]:
         """Read a file as detectron2 does, formats and all, but by our readers."""
@@ -293,13 +295,15 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
         self._check_classes(misshaped)
         reasons = []
         if missing:
-            reasons.append(f"lack {_some(missing)}")
+            reasons.append(f"lack {first_few(sorted(missing), 3)}")
         if surplus:
-            reasons.append(f"have {_some(surplus)}, which the model has not")
+            reasons.append(f"have {first_few(sorted(surplus), 3)}, which the model does not have")
         if misshaped:
-            name, (theirs, ours) = sorted(misshaped.items())[0]
-            more = f" (and {len(misshaped) - 1} more)" if len(misshaped) > 1 else ""
-            reasons.append(f"have another shape: {name}, {theirs} in the file, {ours} in the model{more}")
+            shapes = [
+                f"{name}, {theirs} in the file, {ours} in the model"
+                for name, (theirs, ours) in sorted(misshaped.items())
+            ]
+            reasons.append(f"have another shape: {first_few(shapes, 1)}")
         if reasons:
             raise UserError(f"weights {self._source} do not fit this model: they {'; '.join(reasons)}")
         check_finite(self.model)
@@ -386,11 +390,6 @@ def check_file(path: str, *, allow_download: bool = False) -> None:
         raise UnusableFileError(f"weights file not found: {file}")
 
 
-def _some(names: set[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(sorted(names)[:3]) + more
-
-
 def _number(name: str) -> int | None:
     match = _NUMBERED.fullmatch(name)
     return int(match.group(1)) if match else None
@@ -404,4 +403,4 @@ def _remove(path: str) -> None:
     try:
         os.remove(path)
     except OSError as error:
-        logger.warning(f"cannot delete {path}: {error.strerror or error}")
+        logger.warning(f"cannot delete {path}: {reason(error)}")

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 from detectron2.checkpoint.catalog import ModelCatalog
 
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, describe_error
 
 # Ends the line that refuses an address: the flag is that of focal_d2.engine.add_trust_flag.
 UNLESS_ALLOWED = " (unless you trust the address: --allow-download of train, eval and predict)"
@@ -103,8 +103,7 @@ def fetch(address: str, *, allow_download: bool, limit: int = LARGEST_DOWNLOAD) 
     except UserError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{address} can't be fetched into {folder}: {reason}") from error
+        raise UserError(f"{address} can't be fetched into {folder}: {describe_error(error)}") from error
     return target
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from focal_d2.errors import UNLESS_TRUSTED, UserError
+from focal_d2.errors import UNLESS_TRUSTED, UserError, describe_error, one_line, reason
 
 # Far above any config, and low enough that a hostile file costs seconds and megabytes at most.
 LONGEST_FILE = 2**20  # bytes, with the files of its _BASE_
@@ -79,7 +79,7 @@ def read_yaml(path: str, *, name: str | None = None, budget: Budget | None = Non
             data = file.read(LONGEST_FILE + 1)
         return parse_yaml(data.decode("utf-8-sig"), name, budget=budget)
     except OSError as error:
-        raise UserError(f"{name}: {error.strerror or error}") from error
+        raise UserError(f"{name}: {reason(error)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
 
@@ -109,11 +109,11 @@ def parse_yaml(text: str, source: str, *, budget: Budget | None = None) -> Any:
         raise UserError(f"{source}: not text (character {error.character:#x})") from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        reasons = [" ".join(x.split()) for x in (error.context, error.problem) if x]
+        reasons = [one_line(x) for x in (error.context, error.problem) if x]
         raise UserError(f"{source}{line}: {': '.join(reasons)}") from error
     except (RuntimeError, ValueError, OverflowError, TypeError, AttributeError) as error:
         # Too many levels, or a date, number or pair that Python can't hold.
-        raise UserError(f"{source}: not readable as YAML: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{source}: not readable as YAML: {one_line(error)}") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -235,7 +235,7 @@ def calculate(text: str) -> Any:
     try:
         return _Arithmetic().value(ast.parse(text.strip(), mode="eval").body, {})
     except (SyntaxError, RecursionError, MemoryError, ArithmeticError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+        raise ValueError(describe_error(error)) from error
 
 
 class _Arithmetic:

@@ -990,5 +990,5 @@ def test_one_bad_item_does_not_hide_another(tmp_path):
     table = load_table(broken.entry["NAME"])
     assert len(table.problems) == 2
     assert table.boxes.tolist() == [BOXES[0][1]]
-    with pytest.raises(UserError, match=r"\(and 1 more\)"):
+    with pytest.raises(UserError, match=r"; and 1 more$"):
         DatasetCatalog.get(broken.entry["NAME"])

@@ -59,7 +59,7 @@ def test_a_kind_is_one_line_with_its_count_and_first_examples(sides):
     assert beyond == (
         f"box-beyond-edge: {train.name}: 3 of 36 (8.3 %) boxes reach beyond their image, by up to 6 pixels; "
         f"{test.name}: 1 of 36 (2.8 %) boxes reach beyond their image, by up to 6 pixels (first: "
-        f"{train.images / '0.png'}: 6 pixels beyond; {train.images / '0.png'}: 5 pixels beyond; …)"
+        f"{train.images / '0.png'}: 6 pixels beyond; {train.images / '0.png'}: 5 pixels beyond)"
     )
     assert more.startswith("focal-d2 doctor says more")
 
@@ -146,7 +146,7 @@ def test_images_with_more_boxes_than_the_model_returns_are_named(sides):
     assert line == (
         f"boxes-above-limit: {train.name}, {test.name}: 24 of 24 images have more boxes than "
         f"TEST.DETECTIONS_PER_IMAGE 2; the most is 3 (first: {train.images / '0.png'}: 3 boxes; "
-        f"{train.images / '1.png'}: 3 boxes; …)"
+        f"{train.images / '1.png'}: 3 boxes)"
     )
     cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 2
     line, _ = annotation_warnings(cfg, training=False)

@@ -17,6 +17,7 @@ from focal_d2.annotations import Table
 from focal_d2.data.checks.examples import MOST_EXAMPLES
 from focal_d2.data.checks.findings import Example, Finding, share
 from focal_d2.data.image_files import UNREADABLE
+from focal_d2.errors import reason
 
 # Files that are read before the progress bar moves.
 _CHUNK = 64
@@ -45,7 +46,7 @@ def decode(file_name: str, read: Callable[[str], np.ndarray]) -> Decoded:
     except UNREADABLE as error:
         if isinstance(error, UnidentifiedImageError) and not os.path.getsize(file_name):
             return Decoded(None, b"", "empty file")
-        return Decoded(None, b"", " ".join(str(error).split()) or type(error).__name__)
+        return Decoded(None, b"", reason(error))
     digest = hashlib.blake2b(pixels.tobytes(), digest_size=16, key=str(pixels.shape).encode())
     return Decoded((pixels.shape[0], pixels.shape[1]), digest.digest())
 

@@ -12,9 +12,9 @@ from tabulate import tabulate
 
 from focal_d2.analysis.doctor.examination import DatasetFacts, Report
 from focal_d2.analysis.doctor.training import AnchorFacts, MemoryFacts, Share, odds
-from focal_d2.data.checks.examples import some
 from focal_d2.data.checks.findings import Finding, Fix
 from focal_d2.data.checks.kinds import NOTE, SEVERITIES
+from focal_d2.errors import first_few
 
 # Classes that a terminal lists.
 _MOST_CLASSES = 20
@@ -122,7 +122,7 @@ def level_rows(facts: AnchorFacts) -> list[tuple[Any, ...]]:
     return [
         (
             level.stride,
-            some([f"{w:.0f}×{h:.0f}" for w, h in level.anchors], 3),
+            first_few([f"{w:.0f}×{h:.0f}" for w, h in level.anchors], 3),
             sum(level.best_for),
             level.positives,
             level.negatives,

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from focal_d2.analysis.anchors.coverage import best_anchors, count_training_labels, grids_of
 from focal_d2.annotations import Table
 from focal_d2.config.architectures import is_retinanet
-from focal_d2.data.checks.examples import MOST_EXAMPLES, some
+from focal_d2.data.checks.examples import MOST_EXAMPLES
 from focal_d2.data.checks.findings import Example, Finding, Fix, share
 from focal_d2.data.resolution import training_boxes, training_inputs
 from focal_d2.detectron2_compat import storage_number
+from focal_d2.errors import first_few
 from focal_d2.modeling import FocalRetinaNet
 from focal_d2.modeling.anchors import build_layout
 from focal_d2.modeling.precision import configured_type
@@ -259,7 +260,7 @@ def _check_anchors(
         if s.boxes >= _CLASS_BOXES and s.with_anchor < (1 - _CLASS_WITHOUT_ANCHOR) * s.boxes
     ]
     if poor and len(facts.by_class) > 1:
-        listed = some([f"{s.name} ({s.boxes - s.with_anchor} of {s.boxes})" for s in poor])
+        listed = first_few([f"{s.name} ({s.boxes - s.with_anchor} of {s.boxes})" for s in poor], 10)
         message = f"classes whose boxes mostly have no anchor of IoU {facts.threshold:g}: {listed}"
         found.append(Finding("anchor-recall-class", message, count=len(poor), fixes=[_OPTIMIZE]))
     if facts.ratio is None:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from focal_d2.annotations import Table
-from focal_d2.data.checks.examples import MOST_EXAMPLES, some
+from focal_d2.data.checks.examples import MOST_EXAMPLES
 from focal_d2.data.checks.findings import Finding, Fix, share
+from focal_d2.errors import first_few
 
 # Fewer boxes than these are too few to learn from, or a slip of the annotator.
 _RARE = 10
@@ -74,8 +75,8 @@ def _check_names(datasets: Mapping[str, Table]) -> list[Finding]:
     pairs = [sorted(names) for names in alike.values() if len(names) > 1]
     if not pairs:
         return []
-    message = "; ".join(", ".join(f'"{name}"' for name in names) for names in pairs[:MOST_EXAMPLES])
-    return [Finding("class-alike", f"written in different ways: {message}", count=len(pairs))]
+    groups = first_few([", ".join(f'"{name}"' for name in names) for names in pairs], MOST_EXAMPLES, "; ")
+    return [Finding("class-alike", f"written in different ways: {groups}", count=len(pairs))]
 
 
 def _check_counts(train: Counter[str], test: Counter[str], *, with_test: bool) -> list[Finding]:
@@ -93,7 +94,7 @@ def _check_counts(train: Counter[str], test: Counter[str], *, with_test: bool) -
         ),
     ):
         if names:
-            listed = some([f"{name} ({train[name]})" if code == "class-rare" else name for name in names])
-            message = f"{share(len(names), len(known))} classes {what}: {listed}"
+            counted = [f"{name} ({train[name]})" if code == "class-rare" else name for name in names]
+            message = f"{share(len(names), len(known))} classes {what}: {first_few(counted, 10)}"
             found.append(Finding(code, message, count=len(names)))
     return found

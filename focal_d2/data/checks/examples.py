@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from focal_d2.annotations import Table
@@ -42,8 +40,3 @@ def places(
 
 def box_text(table: Table) -> object:
     return lambda i: "box " + " ".join(f"{x:g}" for x in table.boxes[i])
-
-
-def some(names: Sequence[str], most: int = 10, separator: str = ", ") -> str:
-    """List the first names, and say that there are more."""
-    return separator.join(names[:most]) + (f"{separator}…" if len(names) > most else "")

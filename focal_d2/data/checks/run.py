@@ -16,7 +16,7 @@ from focal_d2.config import key_value
 from focal_d2.config.architectures import class_key, is_retinanet
 from focal_d2.data.checks.boxes import check_boxes
 from focal_d2.data.checks.classes import check_classes
-from focal_d2.data.checks.examples import MOST_EXAMPLES, some
+from focal_d2.data.checks.examples import MOST_EXAMPLES
 from focal_d2.data.checks.findings import Finding
 from focal_d2.data.checks.images import check_items, check_negatives
 from focal_d2.data.checks.kinds import NOTE
@@ -24,6 +24,7 @@ from focal_d2.data.checks.limits import check_crops, check_limits, check_pixels
 from focal_d2.data.checks.overlap import check_repeats, check_sides
 from focal_d2.data.datasets import load_known_tables
 from focal_d2.data.resolution import large_windows
+from focal_d2.errors import first_few
 
 # What reading a dataset warns of already.
 _ANNOUNCED = ("box-degenerate", "box-outside")
@@ -64,9 +65,9 @@ def annotation_warnings(cfg: CfgNode, *, training: bool) -> list[str]:
 
 def _line(code: str, findings: Sequence[Finding]) -> str:
     parts = [f"{f.dataset}: {f.message}" if f.dataset else f.message for f in findings]
-    examples = [str(example) for f in findings for example in f.examples]
-    shown = f" (first: {some(examples, _EXAMPLES_IN_A_LINE, '; ')})" if examples else ""
-    return f"{code}: {some(parts, MOST_EXAMPLES, '; ')}{shown}"
+    examples = [str(example) for f in findings for example in f.examples][:_EXAMPLES_IN_A_LINE]
+    shown = f" (first: {'; '.join(examples)})" if examples else ""
+    return f"{code}: {first_few(parts, MOST_EXAMPLES, '; ')}{shown}"
 
 
 def check_dataset(name: str, table: Table) -> list[Finding]:

@@ -11,7 +11,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,8 +22,8 @@ from focal_d2.annotations import Table
 from focal_d2.data.readers.image_folder import ImageFolder, image_size
 from focal_d2.data.readers.masks import mask_box
 from focal_d2.data.readers.rows import MOST_PIXELS
-from focal_d2.data.readers.texts import decode_text, listed, read_bytes, short
-from focal_d2.errors import UserError
+from focal_d2.data.readers.texts import decode_text, read_bytes, short
+from focal_d2.errors import UserError, first_few
 
 _Id = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _Side = Annotated[int, Meta(ge=0, le=MOST_PIXELS)] | Annotated[float, Meta(ge=0, le=MOST_PIXELS)]
@@ -97,116 +98,181 @@ def read_coco(annotations: str, images: ImageFolder | str, classes: Sequence[str
     Raises:
         UserError: naming the file, if it is not COCO's JSON or names no image or category.
     """
-    images = ImageFolder.of(images)
-    data = read_bytes(annotations)
-    problems: list[str] = []
-    try:
-        coco = _DECODER.decode(data)
-        places_in_file: dict[str, Sequence[int]] = {k: range(len(getattr(coco, k) or ())) for k in _SECTIONS}
-        if _may_repeat_keys(data, coco):
-            _load(annotations, data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        coco, places_in_file = _decode_slowly(annotations, data, problems)
-    del data
-    annotated = coco.annotations is not None
-    objects = coco.annotations or []
-
-    def note(section: str, i: int, text: str) -> None:
-        item = getattr(coco, section)[i]
-        known = "" if item.id is None else f" (id {short(item.id) if isinstance(item.id, str) else item.id})"
-        problems.append(f"{annotations}: {section}[{places_in_file[section][i]}]{known} {text}")
-
-    empty = [section for section in ("images", "categories") if not getattr(coco, section)]
-    if empty:
-        reason = f": {problems[0]}" if problems else ""
-        raise UserError(f"{annotations}: no {' and no '.join(empty)} in it{reason}")
-    for section in ("images", "categories"):
-        seen: dict[int, Any] = {}
-        for i, item in enumerate(getattr(coco, section)):
-            if item.id in seen and not (section == "categories" and seen[item.id] == item):
-                note(section, i, "has the id of an earlier one; ids must be different whole numbers")
-            seen[item.id] = item
-    categories = list({(c.id, c.name): c for c in coco.categories}.values())
-    if len({c.name for c in categories}) < len(categories):
-        # Some tools add a parent of the same name, of which there are no boxes.
-        used = {a.category_id for a in objects}
-        categories = [c for c in categories if c.id in used] or categories
-    names, label_of, category_ids = _classes(annotations, categories, classes)
-
-    places: dict[int, int] = {}
-    paths: list[str] = []
-    sizes: list[tuple[int, int]] = []
-    set_aside: set[int] = set()
-    for i in sorted(range(len(coco.images)), key=lambda i: coco.images[i].id):
-        image = coco.images[i]
-        path, refused = images.path(image.file_name)
-        height, width = image.height, image.width
-        if path is None:
-            note("images", i, f"has a file_name that is refused: {refused}")
-        elif height and width and (height != int(height) or width != int(width)):
-            note("images", i, f"has the height and width {height}, {width}; not whole numbers")
-        elif image.id not in places:
-            try:
-                size = (int(height), int(width)) if height and width else image_size(path)
-            except UserError as error:
-                note("images", i, f"has no size: {error}{images.hint(path)}")
-            else:
-                places[image.id] = len(paths)
-                paths.append(path)
-                sizes.append(size)
-                continue
-        set_aside.add(image.id)
-
+    file = _read_file(annotations)
+    file.check_ids()
+    names, label_of, category_ids = _classes(annotations, file.used_categories(), classes)
+    columns = _image_columns(file, ImageFolder.of(images))
+    objects = file.coco.annotations or []
     boxes = np.array([a.bbox for a in objects], dtype=np.float64).reshape(-1, 4)
-    good = np.isfinite(boxes).all(1) & (boxes[:, 2:] >= 0).all(1) & (np.abs(boxes) <= MOST_PIXELS).all(1)
-    for i in np.flatnonzero(~good).tolist():
-        note("annotations", i, f"has the bbox {short(list(objects[i].bbox))}; {_WRONG_BOX}")
-    owner = np.array([places.get(a.image_id, -1) for a in objects], dtype=np.int64)
-    for i in np.flatnonzero(owner < 0).tolist():
-        if objects[i].image_id not in set_aside:
-            note("annotations", i, f"has an unknown image_id: {objects[i].image_id}")
+    image = np.array([columns.row_of.get(a.image_id, -1) for a in objects], dtype=np.int64)
     labels = np.array([label_of.get(a.category_id, -1) for a in objects], dtype=np.int64)
-    known = {category.id: category.name for category in coco.categories}
-    for i in np.flatnonzero(labels < 0).tolist():
-        category = objects[i].category_id
-        if category in known:
-            note("annotations", i, f"is of {short(known[category])}, not one of {listed(names)}")
-        else:
-            note("annotations", i, f"has an unknown category_id: {category}")
-    keep = np.flatnonzero(good & (owner >= 0) & (labels >= 0))
-    keep = keep[np.argsort(owner[keep], kind="stable")]
-    given = [a.area if a.area is not None else math.nan for a in objects]
-    areas = np.array(given, dtype=np.float64)
-    for i in np.flatnonzero((areas < 0) | np.isinf(areas)).tolist():
-        note("annotations", i, f"has the area {areas[i]}; it must be {_EXPECTED['area']}, at least 0")
-    marked = np.array([bool(a.ignore) for a in objects], dtype=bool)
-    notes = []
-    if marked.any():
-        notes.append(
-            f'{annotations}: {marked.sum()} of {len(marked)} annotations have "ignore": 1: they are ignored '
-            "regions, neither trained on nor counted in AP"
-        )
+    areas = np.array([math.nan if a.area is None else a.area for a in objects], dtype=np.float64)
     crowds = np.array([bool(a.iscrowd) for a in objects], dtype=bool)
-    if len(crowds) and crowds.all():
-        notes.append(
-            f"{annotations}: all {len(crowds)} annotations have iscrowd 1, as CVAT writes masks: they are "
-            "ignored regions; export the objects as boxes or polygons to train on them"
-        )
+    marked = np.array([bool(a.ignore) for a in objects], dtype=bool)
+    fits = _valid_boxes(file, boxes)
+    _note_unknown_images(file, image, columns.refused)
+    _note_unknown_categories(file, labels, names)
+    for i in np.flatnonzero((areas < 0) | np.isinf(areas)).tolist():
+        file.note("annotations", i, f"has the area {areas[i]}; it must be {_EXPECTED['area']}, at least 0")
+    kept = np.flatnonzero(fits & (image >= 0) & (labels >= 0))
+    kept = kept[np.argsort(image[kept], kind="stable")]
     return Table(
         classes=names,
         category_ids=category_ids,
-        file_names=paths,
-        image_ids=np.fromiter(places, np.int64, len(places)),
-        sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
-        image=owner[keep],
-        boxes=boxes[keep],
-        labels=labels[keep],
-        ignored=(crowds | marked)[keep],
-        areas=np.where(np.isfinite(areas), areas, boxes[:, 2] * boxes[:, 3])[keep],
-        annotated=annotated,
-        problems=problems,
-        notes=notes,
+        file_names=columns.paths,
+        image_ids=np.fromiter(columns.row_of, np.int64, len(columns.row_of)),
+        sizes=np.array(columns.sizes, dtype=np.int64).reshape(-1, 2),
+        image=image[kept],
+        boxes=boxes[kept],
+        labels=labels[kept],
+        ignored=(crowds | marked)[kept],
+        areas=np.where(np.isfinite(areas), areas, boxes[:, 2] * boxes[:, 3])[kept],
+        annotated=file.coco.annotations is not None,
+        problems=file.problems,
+        notes=_notes_on_ignored(annotations, crowds, marked),
     )
+
+
+@dataclass
+class _File:
+    """A file's valid items, and a line for each of the others."""
+
+    path: str
+    coco: _Coco
+    positions: dict[str, Sequence[int]]  # section -> position of each valid item in the file's list
+    problems: list[str]
+
+    def note(self, section: str, i: int, text: str) -> None:
+        """Add a line to `problems` about the valid item `i` of a section."""
+        item = getattr(self.coco, section)[i]
+        known = "" if item.id is None else f" (id {short(item.id) if isinstance(item.id, str) else item.id})"
+        self.problems.append(f"{self.path}: {section}[{self.positions[section][i]}]{known} {text}")
+
+    def check_ids(self) -> None:
+        """Note images and categories that have the id of an earlier one."""
+        for section in ("images", "categories"):
+            seen: dict[int, Any] = {}
+            for i, item in enumerate(getattr(self.coco, section)):
+                if item.id in seen and not (section == "categories" and seen[item.id] == item):
+                    self.note(section, i, "has the id of an earlier one; ids must be different whole numbers")
+                seen[item.id] = item
+
+    def used_categories(self) -> list[_Category]:
+        """Return the categories, each once. Of those with the same name, only the ones that have boxes.
+
+        Some tools add a parent of the same name, which has no boxes.
+        """
+        categories = list({(c.id, c.name): c for c in self.coco.categories}.values())
+        if len({c.name for c in categories}) == len(categories):
+            return categories
+        used = {a.category_id for a in self.coco.annotations or ()}
+        return [c for c in categories if c.id in used] or categories
+
+
+def _read_file(path: str) -> _File:
+    """Read the items of a file.
+
+    Raises:
+        UserError: if it is not COCO's JSON, or no image or no category is valid.
+    """
+    data = read_bytes(path)
+    problems: list[str] = []
+    try:
+        coco = _DECODER.decode(data)
+        positions: dict[str, Sequence[int]] = {k: range(len(getattr(coco, k) or ())) for k in _SECTIONS}
+        if _may_repeat_keys(data, coco):
+            _load(path, data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        coco, positions = _decode_slowly(path, data, problems)
+    empty = [section for section in ("images", "categories") if not getattr(coco, section)]
+    if empty:
+        cause = f": {problems[0]}" if problems else ""
+        raise UserError(f"{path}: no {' and no '.join(empty)} in it{cause}")
+    return _File(path, coco, positions, problems)
+
+
+class _ImageColumns(NamedTuple):
+    """The valid images in order of id."""
+
+    row_of: dict[int, int]  # image id -> position in the lists below
+    paths: list[str]
+    sizes: list[tuple[int, int]]  # height, width
+    refused: set[int]  # ids of images that are not valid; their boxes need no line of their own
+
+
+def _image_columns(file: _File, folder: ImageFolder) -> _ImageColumns:
+    columns = _ImageColumns({}, [], [], set())
+    listed = file.coco.images
+    for i in sorted(range(len(listed)), key=lambda i: listed[i].id):
+        image = listed[i]
+        path, refused = folder.path(image.file_name)
+        height, width = image.height, image.width
+        if path is None:
+            file.note("images", i, f"has a file_name that is refused: {refused}")
+        elif height and width and (height != int(height) or width != int(width)):
+            file.note("images", i, f"has the height and width {height}, {width}; not whole numbers")
+        elif image.id not in columns.row_of:
+            try:
+                size = (int(height), int(width)) if height and width else image_size(path)
+            except UserError as error:
+                file.note("images", i, f"has no size: {error}{folder.hint(path)}")
+            else:
+                columns.row_of[image.id] = len(columns.paths)
+                columns.paths.append(path)
+                columns.sizes.append(size)
+                continue
+        columns.refused.add(image.id)
+    return columns
+
+
+def _valid_boxes(file: _File, boxes: np.ndarray) -> np.ndarray:
+    """Return whether each box (B, 4) is valid, (B,) bool, and note the others."""
+    valid = np.isfinite(boxes).all(1) & (boxes[:, 2:] >= 0).all(1) & (np.abs(boxes) <= MOST_PIXELS).all(1)
+    for i in np.flatnonzero(~valid).tolist():
+        bbox = list((file.coco.annotations or [])[i].bbox)
+        file.note("annotations", i, f"has the bbox {short(bbox)}; {_WRONG_BOX}")
+    return valid
+
+
+def _note_unknown_images(file: _File, image: np.ndarray, refused: set[int]) -> None:
+    """Note boxes whose image is not in the file, which have -1 in `image` (B,)."""
+    for i in np.flatnonzero(image < 0).tolist():
+        image_id = (file.coco.annotations or [])[i].image_id
+        if image_id not in refused:
+            file.note("annotations", i, f"has an unknown image_id: {image_id}")
+
+
+def _note_unknown_categories(file: _File, labels: np.ndarray, names: Sequence[str]) -> None:
+    """Note boxes without a class, which have -1 in `labels` (B,)."""
+    known = {category.id: category.name for category in file.coco.categories}
+    for i in np.flatnonzero(labels < 0).tolist():
+        category = (file.coco.annotations or [])[i].category_id
+        if category in known:
+            file.note("annotations", i, f"is of {short(known[category])}, not one of {first_few(names)}")
+        else:
+            file.note("annotations", i, f"has an unknown category_id: {category}")
+
+
+def _notes_on_ignored(path: str, crowds: np.ndarray, marked: np.ndarray) -> list[str]:
+    """Say which annotations are ignored regions though their author may not expect it.
+
+    Args:
+        path: of the file.
+        crowds: (B,) bool: "iscrowd" is 1.
+        marked: (B,) bool: "ignore" is 1.
+    """
+    notes = []
+    if marked.any():
+        notes.append(
+            f'{path}: {marked.sum()} of {len(marked)} annotations have "ignore": 1: they are ignored '
+            "regions, neither trained on nor counted in AP"
+        )
+    if len(crowds) and crowds.all():
+        notes.append(
+            f"{path}: all {len(crowds)} annotations have iscrowd 1, as CVAT writes masks: they are "
+            "ignored regions; export the objects as boxes or polygons to train on them"
+        )
+    return notes
 
 
 _WRONG_BOX = f"it must be [x, y, width, height], finite, sides at least 0, within {MOST_PIXELS} pixels"
@@ -225,7 +291,9 @@ def _classes(
         ids[category.name] = category.id
     names = tuple(ids) if chosen is None else tuple(chosen)
     if not set(names) & set(ids):
-        raise UserError(f"{path}: has the categories {listed(ids)}; none is in CLASSES ({listed(names)})")
+        raise UserError(
+            f"{path}: has the categories {first_few(ids)}; none is in CLASSES ({first_few(names)})"
+        )
     # A class that this file lacks still needs a number of its own in prediction files.
     free = max(ids.values()) + 1
     category_ids = []

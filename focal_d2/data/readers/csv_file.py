@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from focal_d2.annotations import Table
 from focal_d2.data.readers.image_folder import ImageFolder
 from focal_d2.data.readers.rows import Box, Rows
-from focal_d2.data.readers.texts import is_number, listed, read_text, short
-from focal_d2.errors import UserError
+from focal_d2.data.readers.texts import is_number, read_text, short
+from focal_d2.errors import UserError, first_few
 
 # What columns are called, of which the first is ours.
 COLUMNS = {
@@ -99,7 +99,7 @@ def _places(
     missing = [column for column in COLUMNS if column not in places and column in (*_NEEDED, *renamed)]
     if missing:
         accepted = "; ".join(" or ".join(aliases[column]) for column in missing)
-        header = listed([short(x)[1:-1] for x in first])
+        header = first_few([short(x)[1:-1] for x in first])
         if len(first) == 1:
             raise UserError(
                 f"{path}: the first line, {header}, is one field; fields are separated by "

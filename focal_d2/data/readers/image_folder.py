@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 
 from focal_d2.data.image_files import IMAGE_SUFFIXES, UNREADABLE, upright_size, why_unreadable
-from focal_d2.data.readers.texts import listed, short
-from focal_d2.errors import UserError
+from focal_d2.data.readers.texts import short
+from focal_d2.errors import UserError, first_few
 
 # Ends the line that refuses an image for its place.
 UNLESS_OUTSIDE = (
@@ -109,7 +109,10 @@ class ImageFolder:
         last = last_part(name)
         files = self._by_basename.get(last, [])
         if len(files) > 1:
-            return None, f"{short(name)} means {len(files)} files under {self.root}: {listed(sorted(files))}"
+            return (
+                None,
+                f"{short(name)} means {len(files)} files under {self.root}: {first_few(sorted(files))}",
+            )
         path = path_under(self.root, files[0] if files else last)
         if path is None:
             return None, f"{short(name)} has no last part"

@@ -11,8 +11,8 @@ import numpy as np
 
 from focal_d2.annotations import Table
 from focal_d2.data.readers.image_folder import ImageFolder, image_size, no_folder
-from focal_d2.data.readers.texts import listed, short
-from focal_d2.errors import UserError
+from focal_d2.data.readers.texts import short
+from focal_d2.errors import UserError, first_few
 
 # Larger numbers are no pixels: they overflow where sizes are multiplied.
 MOST_PIXELS = 2**24
@@ -101,7 +101,7 @@ class Rows:
             self.problem(box.item, "no class name")
         elif self.classes is not None and box.name not in self._known:
             self.problem(
-                box.item, f'the class "{short(box.name)[1:-1]}" is not one of {listed(self.classes)}'
+                box.item, f'the class "{short(box.name)[1:-1]}" is not one of {first_few(self.classes)}'
             )
         else:
             path, _ = self.images.path(name)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, reason
 from focal_d2.storage import yaml_text
 
 _BOM = b"\xef\xbb\xbf"
@@ -26,7 +26,7 @@ def read_bytes(path: str | Path) -> bytes:
         with open(path, "rb") as file:
             data = file.read()
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {_reason(error)}") from error
+        raise UserError(f"{path}: {reason(error)}") from error
     return data.removeprefix(_BOM)
 
 
@@ -49,10 +49,6 @@ def decode_text(path: str | Path, data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 def short(value: object) -> str:
@@ -138,8 +134,3 @@ def is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def listed(names: Sequence[str] | Mapping[str, object]) -> str:
-    """Write names, the first few of many."""
-    return ", ".join(list(names)[:5]) + (", …" if len(names) > 5 else "")

@@ -13,8 +13,8 @@ import numpy as np
 from focal_d2.annotations import Table
 from focal_d2.data.readers.image_folder import ImageFolder, image_size, list_files, path_under
 from focal_d2.data.readers.rows import Box, Rows
-from focal_d2.data.readers.texts import listed, read_bytes, short
-from focal_d2.errors import UserError
+from focal_d2.data.readers.texts import read_bytes, short
+from focal_d2.errors import UserError, first_few
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -133,7 +133,7 @@ def _image_name(
     if len(both or own) > 1:
         raise UserError(
             f"{path}: <filename> is {short(given)}, and {len(own)} images have the name of this file: "
-            f"{listed(own)}"
+            f"{first_few(own)}"
         )
     if not (own or given):
         raise UserError(

@@ -17,13 +17,12 @@ from focal_d2.data.readers.texts import (
     class_names,
     is_label_row,
     is_yaml,
-    listed,
     read_bytes,
     read_text,
     short,
 )
-from focal_d2.data.readers.yolo_files import about_classes, files_of_folder, files_of_split
-from focal_d2.errors import UserError
+from focal_d2.data.readers.yolo_files import YoloFiles, about_classes, files_of_folder, files_of_split
+from focal_d2.errors import UserError, first_few
 
 # Where nobody named the classes, a larger number is a slip of a column.
 _MOST_CLASSES = 10_000
@@ -81,38 +80,15 @@ def read_yolo(
             boxes with keypoints.
     """
     images = ImageFolder.of(images)
-    names_file, class_count, keypoint_shape = about_classes(annotations)
-    notes: list[str] = []
-    warnings: list[str] = []
-    if classes is None and names_file:
-        classes = class_names(names_file)
-        notes.append(f"{annotations}: the class names are those of {names_file}")
-        if class_count is not None and class_count != len(classes):
-            warnings.append(
-                f"{names_file}: nc is {short(class_count)}, but names has {len(classes)} classes, which are "
-                "taken"
-            )
-    elif classes is None:
-        notes.append(f"{annotations}: no class names found; the classes are numbers (CLASSES names them)")
+    names = _names(annotations, classes)
     if is_yaml(annotations):
         files = files_of_split(annotations, split, images)
     else:
         files = files_of_folder(annotations, images, chosen)
         if not files.labels:
             raise UserError(f"{annotations}: no images in {images.root}")
-    table = Rows(files.images, classes, annotations)
-    lines: list[_Row] = []
-    sizes: dict[str, tuple[int, int]] = {}
-    for name, label_file in files.labels.items():
-        there = os.path.exists(label_file)
-        size = table.add_image(name, label_file if there else os.path.join(files.images.root, name))
-        if size is not None and there:
-            sizes[name] = size
-            try:
-                lines += _read_lines(label_file, name, table)
-            except UserError as error:
-                table.problems.append(str(error))
-    _add_boxes(table, lines, sizes, rows, keypoint_shape, notes)
+    table = Rows(files.images, names.classes, annotations)
+    _add_files(table, files, rows, names)
     # Labels in a wrong place would look like images without objects.
     for path in files.without_image:
         if _has_labels(path, table):
@@ -123,10 +99,54 @@ def read_yolo(
             f"{annotations}: none of the {len(files.labels)} images has a label file; that of {name} would "
             f"be {label_file}"
         )
-    if classes is None:
+    if names.classes is None:
         # Numbers stand for themselves: that 0 occurs nowhere must not make 1 the first class.
         table.classes = [str(k) for k in range(1 + max(map(int, table.names()), default=-1))]
-    return dataclasses.replace(table.table(), notes=notes, warnings=warnings)
+    return dataclasses.replace(table.table(), notes=names.notes, warnings=names.warnings)
+
+
+class _Names(NamedTuple):
+    """What is known of the classes before a label is read."""
+
+    classes: Sequence[str] | None  # None: numbers
+    keypoint_shape: Any  # `kpt_shape` of a data.yaml; None: not given
+    notes: list[str]
+    warnings: list[str]
+
+
+def _names(annotations: str, classes: Sequence[str] | None) -> _Names:
+    names_file, class_count, keypoint_shape = about_classes(annotations)
+    names = _Names(classes, keypoint_shape, [], [])
+    if classes is not None:
+        return names
+    if not names_file:
+        names.notes.append(
+            f"{annotations}: no class names found; the classes are numbers (CLASSES names them)"
+        )
+        return names
+    classes = class_names(names_file)
+    names.notes.append(f"{annotations}: the class names are those of {names_file}")
+    if class_count is not None and class_count != len(classes):
+        names.warnings.append(
+            f"{names_file}: nc is {short(class_count)}, but names has {len(classes)} classes, which are taken"
+        )
+    return names._replace(classes=classes)
+
+
+def _add_files(table: Rows, files: YoloFiles, rows: str | None, names: _Names) -> None:
+    """Add the images and the boxes of their label files to the table; see `read_yolo`."""
+    lines: list[_Row] = []
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, label_file in files.labels.items():
+        has_labels = os.path.exists(label_file)
+        size = table.add_image(name, label_file if has_labels else os.path.join(files.images.root, name))
+        if size is not None and has_labels:
+            sizes[name] = size
+            try:
+                lines += _read_lines(label_file, name, table)
+            except UserError as error:
+                table.problems.append(str(error))
+    _add_boxes(table, lines, sizes, rows, names.keypoint_shape, names.notes)
 
 
 def _has_labels(path: str, table: Rows) -> bool:
@@ -153,7 +173,7 @@ def _read_lines(path: str, image: str, table: Rows) -> Iterator[_Row]:
         if len(numbers) < 4:
             table.problem(item, f"{short(line)}: {len(numbers)} numbers after the class; it must be four")
         elif not (label.is_integer() and 0 <= label < most):
-            names = "" if table.classes is None else f" ({listed(table.classes)})"
+            names = "" if table.classes is None else f" ({first_few(table.classes)})"
             table.problem(item, f"the class {short(fields[0])}; it must be from 0 to {most - 1}{names}")
         else:
             name = str(int(label)) if table.classes is None else table.classes[int(label)]

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from focal_d2.data.image_files import IMAGE_SUFFIXES
 from focal_d2.data.readers.image_folder import ImageFolder, list_files
-from focal_d2.data.readers.texts import is_yaml, listed, read_list, read_yaml, short
-from focal_d2.errors import UserError
+from focal_d2.data.readers.texts import is_yaml, read_list, read_yaml, short
+from focal_d2.errors import UserError, first_few
 
 # Where tools leave class names: labelImg and makesense, CVAT, Roboflow's Darknet export, ultralytics.
 _NAMES = ("classes.txt", "obj.names", "_darknet.labels")
@@ -130,7 +130,9 @@ def files_of_split(path: str, split: str | None, options: ImageFolder) -> YoloFi
     # CVAT gives its subsets names of the user's.
     splits = [x for x, y in content.items() if y and isinstance(y, (str, list)) and x not in _NO_SPLITS]
     if split not in splits:
-        raise UserError(f"{path}: SPLIT is {split}; the file has {listed(splits) or 'no train, val or test'}")
+        raise UserError(
+            f"{path}: SPLIT is {split}; the file has {first_few(splits) or 'no train, val or test'}"
+        )
     beside = os.path.dirname(os.path.abspath(path))
     base = _paths(path, "path", content.get("path") or "")[0]
     places = _paths(path, split or "", content[split])
@@ -161,7 +163,7 @@ def files_of_split(path: str, split: str | None, options: ImageFolder) -> YoloFi
             images += [_listed_image(line, folders, source) for line in read_list(source)]
     images = list(dict.fromkeys(images))
     if not images:
-        raise UserError(f"{path}: {split}: no images in {listed(places)}")
+        raise UserError(f"{path}: {split}: no images in {first_few(places)}")
     stems = {os.path.splitext(x)[0]: x for x in label_files}
     labels = {x: stems.get(_label_stem(x), f"{_label_stem(x)}.txt") for x in images}
     root = os.path.commonpath(map(os.path.dirname, images))

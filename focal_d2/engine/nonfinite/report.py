@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from statistics import median
 from typing import Any, NamedTuple
 
+from focal_d2.errors import first_few
+
 # No weight of a detector that trains is anywhere near this; those of a trained ResNet stay below 20.
 HUGE_WEIGHT = 1e3
 # Gradient norms and losses of neighbouring batches differ tenfold; a hundredfold of the usual is no batch's.
@@ -197,10 +199,9 @@ def _not_reproduced(report: Report) -> str | None:
 def _weights(report: Report) -> str | None:
     if not report.tensors:
         return None
-    first, more = report.tensors[0], len(report.tensors) - 1
-    others = f" (and of {more} more)" if more else ""
-    number = f"{first.values} of {_many(first.size, 'value')}"
-    where = f"{number} of the {first.kind} {first.name}{others}"
+    where = first_few(
+        [f"{x.values} of {_many(x.size, 'value')} of the {x.kind} {x.name}" for x in report.tensors], 1
+    )
     return f"weights not finite before the step: {where}; the batch is not to blame"
 
 
@@ -271,7 +272,7 @@ def _gradient(report: Report) -> str | None:
     if not gradient.parameters:
         return f"{overflow} the gradient's values are so large that its norm is not"
     where = f", first at the output of {gradient.first}" if gradient.first else ""
-    return f"{overflow} the gradient of {_some(gradient.parameters)} is not{where}"
+    return f"{overflow} the gradient of {first_few(gradient.parameters, 3)} is not{where}"
 
 
 def _unknown(report: Report) -> str:
@@ -283,7 +284,9 @@ def _unknown(report: Report) -> str:
         )
     if report.places:
         return f"cause unknown: {_where(report.places[0])}"
-    return f"cause unknown: {_some(report.bad_terms)} is not finite, and nothing that led to it is wrong"
+    return (
+        f"cause unknown: {first_few(report.bad_terms, 3)} is not finite, and nothing that led to it is wrong"
+    )
 
 
 RULES: dict[str, Callable[[Report], str | None]] = {
@@ -359,7 +362,7 @@ def _gradient_section(report: Report) -> list[str]:
     if not x.parameters:
         return ["Gradients: all values finite, but not their norm"]
     first = [f"  going backward, first at the output of {x.first}"] if x.first else []
-    return [f"Gradients that are not finite: {_some(x.parameters)}", *first]
+    return [f"Gradients that are not finite: {first_few(x.parameters, 3)}", *first]
 
 
 def _history_section(report: Report) -> list[str]:
@@ -405,8 +408,7 @@ def _number(value: float) -> str:
 
 
 def _numbers(values: list[float]) -> str:
-    more = f" … {len(values) - _MOST_NUMBERS} more" if len(values) > _MOST_NUMBERS else ""
-    return " ".join(map(_number, values[:_MOST_NUMBERS])) + more
+    return first_few(map(_number, values), _MOST_NUMBERS, " ")
 
 
 def _box(box: list[float]) -> str:
@@ -415,8 +417,3 @@ def _box(box: list[float]) -> str:
 
 def _listed(losses: dict[str, float]) -> str:
     return ", ".join(f"{name} {_number(value)}" for name, value in losses.items())
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

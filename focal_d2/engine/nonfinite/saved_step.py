@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from focal_d2.config import add_focal_config
 from focal_d2.engine.nonfinite.examination import examine
 from focal_d2.engine.nonfinite.report import Report, Step
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, describe_error, one_line
 from focal_d2.modeling.build import building, resolve_device
 from focal_d2.modeling.retinanet import precision_around
 from focal_d2.storage.files import write_aside
@@ -162,8 +162,7 @@ def _load(file: Path) -> SavedStep:
     except Exception as error:
         # A damaged file fails in whatever way its bytes bring about. PyTorch's further lines advise to load
         # it unsafely.
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{file} cannot be read: {type(error).__name__}: {reason}") from error
+        raise UserError(f"{file} cannot be read: {describe_error(error, lines=1)}") from error
     if not isinstance(content, dict) or content.keys() != _KEYS:
         raise UserError(f"{file} is no saved step: it must hold {', '.join(sorted(_KEYS))}")
     fields = {name: content[name] for name in SavedStep._fields if name in content}
@@ -207,7 +206,7 @@ def replay(saved: SavedStep, *, device: str | None = None) -> Replay:
     try:
         model.load_state_dict(saved.model)
     except RuntimeError as error:
-        raise UserError(f"{saved.file}: its weights do not fit its config: {_one_line(error)}") from error
+        raise UserError(f"{saved.file}: its weights do not fit its config: {one_line(error)}") from error
     gpus = [torch.device(cfg.MODEL.DEVICE)] if cfg.MODEL.DEVICE != "cpu" else []
     with torch.random.fork_rng(devices=gpus):
         torch.set_rng_state(saved.random)
@@ -230,10 +229,6 @@ def _read_config(saved: SavedStep) -> CfgNode:
     with building("model"):
         cfg.merge_from_other_cfg(CfgNode(keys))
     return cfg
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _compare(before: float, now: float | None) -> str:

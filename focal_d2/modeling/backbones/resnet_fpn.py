@@ -8,7 +8,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import nn
 
-from focal_d2.config import focal_config
+from focal_d2.config import check_choice, focal_config
 from focal_d2.config.legal_values import check_values
 from focal_d2.errors import UserError
 
@@ -31,10 +31,7 @@ def build_focal_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
     """
     resnets, fpn, p6_from = cfg.MODEL.RESNETS, cfg.MODEL.FPN, focal_config(cfg).FPN.P6_FROM
     check_values(cfg, "MODEL.FOCAL.FPN.", "MODEL.FPN.", "MODEL.RESNETS.", "MODEL.BACKBONE.")
-    if resnets.DEPTH not in _DEPTHS:
-        raise UserError(
-            f"MODEL.RESNETS.DEPTH is {resnets.DEPTH}; legal values: {', '.join(map(str, _DEPTHS))}"
-        )
+    check_choice("MODEL.RESNETS.DEPTH", resnets.DEPTH, _DEPTHS)
     if resnets.DEPTH in _BASIC_BLOCK_DEPTHS and resnets.RES2_OUT_CHANNELS != 64:
         raise UserError(
             f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}; ResNet-{resnets.DEPTH} needs 64"

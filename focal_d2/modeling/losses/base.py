@@ -255,8 +255,7 @@ def build_loss(
         UserError: for an unknown name, a parameter that this loss does not read, or an implementation that
             it has not.
     """
-    if name not in LOSSES:
-        raise UserError(f'MODEL.FOCAL.LOSS.NAME is "{name}"; legal values: {", ".join(sorted(LOSSES))}')
+    check_choice("MODEL.FOCAL.LOSS.NAME", name, sorted(LOSSES))
     reads = sorted(p.upper() for p in inspect.signature(LOSSES[name].__init__).parameters)
     reads = [p for p in reads if p not in ("SELF", "NUM_CLASSES")]
     for parameter in sorted(set(parameters) - set(reads)):

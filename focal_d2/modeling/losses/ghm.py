@@ -10,7 +10,7 @@ from torch import Tensor
 
 from focal_d2.modeling.all_reduce import sum_over_ranks
 from focal_d2.modeling.losses.base import ClassificationLoss, DenseBatch, register_loss
-from focal_d2.ops import sigmoid_focal_loss
+from focal_d2.ops import sigmoid_cross_entropy
 from focal_d2.ops.common import compare
 from focal_d2.ops.losses.ghm import gradient_density, harmonise
 
@@ -41,13 +41,15 @@ class GradientHarmonisedLoss(ClassificationLoss):
             norms, counts = self._norms(logits, batch.labels)
             density = harmonise(norms, counts, self.histogram, self.momentum, sum_over_ranks)
         # The sum over all processes; their gradients are averaged.
-        return (self._cross_entropy(logits, batch.labels) / density).sum() * comm.get_world_size()
+        loss = sigmoid_cross_entropy(logits, batch.labels, num_classes=self.num_classes)
+        return (loss / density).sum() * comm.get_world_size()
 
     def example_losses(self, batch: DenseBatch) -> Iterator[Tensor]:
         """Yield each pair's part, with the densities that `forward` left in the histogram."""
         for logits, labels in batch.levels():
             norms, _ = self._norms(logits, labels)
-            yield self._cross_entropy(logits, labels) / gradient_density(norms, self.histogram)
+            loss = sigmoid_cross_entropy(logits, labels, num_classes=self.num_classes)
+            yield loss / gradient_density(norms, self.histogram)
 
     def _norms(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient norms g = |p - y| (N, r, K), and bool (N, r, K): the pair takes part."""
@@ -56,8 +58,3 @@ class GradientHarmonisedLoss(ClassificationLoss):
         )
         norms = (x.sigmoid() - is_class.to(x.dtype)).abs()
         return norms, counts.expand_as(norms)
-
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return sigmoid_focal_loss(
-            logits, labels, num_classes=self.num_classes, alpha=-1.0, gamma=0.0, reduction="none"
-        )

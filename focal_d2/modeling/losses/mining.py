@@ -10,21 +10,9 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from focal_d2.modeling.losses.base import ClassificationLoss, DenseBatch, register_loss
-from focal_d2.ops import IGNORE_LABEL, sigmoid_focal_loss
+from focal_d2.ops import IGNORE_LABEL, sigmoid_cross_entropy
 from focal_d2.ops.common import check_at_least_0, check_in_0_1
 from focal_d2.ops.mining import random_numbers, suppress, top_negatives
-
-
-def _cross_entropy(batch: DenseBatch) -> Tensor:
-    """Cross entropy of each pair of anchor and class, (N, R, K)."""
-    return sigmoid_focal_loss(
-        batch.all_logits(),
-        batch.labels,
-        num_classes=batch.num_logits,
-        alpha=-1.0,
-        gamma=0.0,
-        reduction="none",
-    )
 
 
 class _Mining(ClassificationLoss):
@@ -32,12 +20,13 @@ class _Mining(ClassificationLoss):
 
     def forward(self, batch: DenseBatch) -> Tensor:
         """Return the sum over the chosen examples of all images."""
-        loss = _cross_entropy(batch).sum(-1)  # (N, R)
+        pairs = sigmoid_cross_entropy(batch.all_logits(), batch.labels, num_classes=batch.num_logits)
+        loss = pairs.sum(-1)  # (N, R)
         return torch.where(self._chosen(loss, batch), loss, 0.0).sum()
 
     def example_losses(self, batch: DenseBatch) -> Iterator[Tensor]:
         """Yield each pair's cross entropy, 0 where its anchor is not chosen."""
-        pairs = _cross_entropy(batch)
+        pairs = sigmoid_cross_entropy(batch.all_logits(), batch.labels, num_classes=batch.num_logits)
         chosen = self._chosen(pairs.sum(-1), batch)
         yield from batch.split(torch.where(chosen.unsqueeze(-1), pairs, 0.0))
 

@@ -66,6 +66,19 @@ def sigmoid_focal_loss(
     return reduce(balance(loss, is_class, alpha), counts, reduction)
 
 
+def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, *, num_classes: int) -> Tensor:
+    """Return the cross entropy of each pair of anchor and class, (..., K): focal loss with γ = 0 and no α.
+
+    Args:
+        logits: see `sigmoid_focal_loss`.
+        labels: see `sigmoid_focal_loss`; pairs of an ignored anchor have 0.
+        num_classes: K.
+    """
+    return sigmoid_focal_loss(
+        logits, labels, num_classes=num_classes, alpha=-1.0, gamma=0.0, reduction="none"
+    )
+
+
 def sigmoid_focal_star_loss(
     logits: Tensor,
     labels: Tensor,
