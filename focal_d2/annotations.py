@@ -17,6 +17,7 @@ from detectron2.structures import BoxMode
 from focal_d2.errors import UserError, first_few
 from focal_d2.ops.common import ANY_CLASS
 
+_BOX_COLUMNS = ("boxes", "labels", "ignored", "areas")
 # Sides in pixels that are not longer are as good as none: detectron2 drops such boxes after clipping.
 SHORTEST_SIDE = 1e-5
 
@@ -92,18 +93,22 @@ class Table:
 
     def by_name(self) -> Table:
         """Return the same with images in order of their files' names."""
-        order = sorted(range(len(self)), key=self.file_names.__getitem__)
-        place = np.empty(len(self), dtype=np.int64)
-        place[order] = np.arange(len(self))
-        image = place[self.image]
+        return self.of_images(sorted(range(len(self)), key=self.file_names.__getitem__))
+
+    def of_images(self, order: Sequence[int]) -> Table:
+        """Return the same with some of the images, in this order, and their boxes."""
+        position = np.full(len(self), -1, dtype=np.int64)
+        position[order] = np.arange(len(order))
+        image = position[self.image]
         rows = np.argsort(image, kind="stable")
+        rows = rows[np.searchsorted(image[rows], 0) :]
         return replace(
             self,
             file_names=[self.file_names[i] for i in order],
             image_ids=self.image_ids[order],
             sizes=self.sizes[order],
             image=image[rows],
-            **{name: getattr(self, name)[rows] for name in ("boxes", "labels", "ignored", "areas")},
+            **{name: getattr(self, name)[rows] for name in _BOX_COLUMNS},
         )
 
     def keep(self, classes: Sequence[str], *, ignore_others: bool) -> Table:
@@ -185,6 +190,36 @@ class Table:
                 }
             )
         return records
+
+    @classmethod
+    def joined(cls, tables: Sequence[Table]) -> Table:
+        """Put the images of several tables, at least one, one after the other.
+
+        Classes of the same name become one class. A label that is no class of its table becomes K. Category
+        ids are the labels; lines about the tables are left out.
+        """
+        classes = tuple(dict.fromkeys(name for table in tables for name in table.classes))
+        new_label = {name: label for label, name in enumerate(classes)}
+        labels = []
+        for table in tables:
+            known = np.array([new_label[name] for name in table.classes] + [len(classes)], dtype=np.int64)
+            of_class = (table.labels >= 0) & (table.labels < len(table.classes))
+            of_any_class = table.ignored & (table.labels == ANY_CLASS)
+            labels.append(np.where(of_any_class, ANY_CLASS, known[np.where(of_class, table.labels, -1)]))
+        firsts = np.cumsum([0, *map(len, tables[:-1])])
+        columns = {
+            name: np.concatenate([getattr(table, name) for table in tables])
+            for name in ("image_ids", "sizes", "boxes", "ignored", "areas")
+        }
+        return cls(
+            classes=classes,
+            category_ids=tuple(range(len(classes))),
+            file_names=[name for table in tables for name in table.file_names],
+            image=np.concatenate([t.image + first for t, first in zip(tables, firsts, strict=True)]),
+            labels=np.concatenate(labels),
+            annotated=any(table.annotated for table in tables),
+            **columns,
+        )
 
     @classmethod
     def from_records(cls, records: Sequence[dict[str, Any]], classes: Sequence[str]) -> Table:

@@ -110,3 +110,33 @@ def test_keep_takes_some_classes_and_the_others_are_background_or_ignored(ignore
         UserError, match=r"KEEP: bird: none of these is a class of the data \(cat, dog, cow\)"
     ):
         table.keep(["bird"], ignore_others=False)
+
+
+def test_some_images_keep_their_boxes():
+    records = [{**RECORDS[0], "file_name": name, "image_id": i} for i, name in enumerate("abc")]
+    records[1]["annotations"] = RECORDS[0]["annotations"][:1]
+    table = Table.from_records(records, ["x", "y"]).of_images([2, 1])
+    assert table.records() == Table.from_records([records[2], records[1]], ["x", "y"]).records()
+    assert table.image.tolist() == [0, 0, 1]
+    assert len(table.of_images([]).boxes) == len(table.of_images([])) == 0
+
+
+def test_joined_tables_share_classes_by_name():
+    def labelled(*labels):
+        boxes = [
+            {"bbox": [0, 0, 9, 9], "bbox_mode": XYWH, "category_id": k, "iscrowd": k < 0} for k in labels
+        ]
+        return [{**RECORDS[0], "annotations": boxes}, RECORDS[1]]
+
+    # Of two classes, 2 is none.
+    first = Table.from_records(labelled(0, 1, ANY_CLASS, 2), ["x", "y"])
+    second = Table.from_records(labelled(0, 1), ["z", "x"])
+    table = Table.joined([first, second, first])
+    assert table.classes == ("x", "y", "z")
+    assert table.labels.tolist() == [0, 1, ANY_CLASS, 3, 2, 0, 0, 1, ANY_CLASS, 3]
+    assert table.image.tolist() == [0] * 4 + [2] * 2 + [4] * 4
+    assert table.file_names == ["a.png", "b.png"] * 3
+    assert (table.image_ids.tolist(), table.sizes.tolist()) == ([7, 3] * 3, [[20, 30], [5, 6]] * 3)
+    assert table.ignored.tolist() == [k == ANY_CLASS for k in table.labels.tolist()]
+    assert table.boxes.tolist() == [[0, 0, 9, 9]] * 10
+    assert table.areas.tolist() == [81] * 10

@@ -37,10 +37,10 @@ class TrainingBoxes(NamedTuple):
 def training_boxes(cfg: CfgNode, table: Table) -> TrainingBoxes:
     """Scale a table's boxes as training does, without crops and turns.
 
-    Ignored boxes, and boxes of which nothing lies in the image, are left out; others are clipped to it.
+    Boxes that are no objects (see `Table.objects`) are left out; others are clipped to their image.
     """
     sizes = training_inputs(cfg, table.sizes).whole
-    rows = np.flatnonzero(~table.ignored)
+    rows = np.flatnonzero(table.objects)
     image = table.image[rows]
     corners = table.boxes[rows]
     corners[:, 2:] += corners[:, :2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTr
 from detectron2.utils import comm
 from torch.utils.data import Sampler
 
+from focal_d2.annotations import Table, has_table
 from focal_d2.config import check_choice
 from focal_d2.detectron2_compat import SamplerHooks
 from focal_d2.errors import UserError
@@ -141,6 +142,23 @@ def training_records(cfg: CfgNode) -> Any:
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
         )
     return with_boxes
+
+
+def training_table(cfg: CfgNode, tables: Iterable[tuple[str, Table]]) -> Table:
+    """Join the tables of datasets to train on, without the images that `training_records` leaves out.
+
+    Args:
+        cfg: full config.
+        tables: the name of each dataset, and its table; at least one.
+    """
+    parts = []
+    for name, table in tables:
+        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+            # Records that a program or detectron2 registered keep their boxes without area.
+            counts = table.objects if has_table(name) else ~table.ignored
+            table = table.of_images(np.unique(table.image[counts]).tolist())
+        parts.append(table)
+    return Table.joined(parts)
 
 
 def check_sampler(cfg: CfgNode) -> str:

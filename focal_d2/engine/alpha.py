@@ -7,17 +7,19 @@ import logging
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog
 
-from focal_d2.annotations import Table
 from focal_d2.config import loss_parameters
 from focal_d2.config.architectures import known_architecture
+from focal_d2.data import load_table
 from focal_d2.data.resolution import training_boxes
+from focal_d2.data.sampling import training_table
 from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import build_layout
+from focal_d2.modeling.label_counts import LabelCounts, count_labels
 from focal_d2.modeling.losses import LOSSES
 from focal_d2.modeling.losses.elementwise import AUTO, AUTO_PER_CLASS, PAPER_GAMMAS, FocalLoss, best_alpha
-from focal_d2.modeling.targets import LabelCounts, build_matcher, count_labels
+from focal_d2.modeling.targets import build_matcher
 
 # Beyond these a few wrong labels would own the gradient (paper, table 1a: α = 0.999 loses 6 AP).
 ALPHA_RANGE = (0.01, 0.99)
@@ -167,18 +169,15 @@ def count_anchors_by_class(cfg: CfgNode) -> tuple[np.ndarray, int]:
 
 
 def _count(cfg: CfgNode) -> LabelCounts:
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
-    table = Table.from_records(records, ())
-    found = training_boxes(cfg, table)
+    table = training_table(cfg, [(name, load_table(name).whole()) for name in cfg.DATASETS.TRAIN])
+    seen = training_boxes(cfg, table)
     counts = count_labels(
-        found.boxes,
-        found.image,
-        found.sizes,
+        seen.boxes,
+        seen.image,
+        seen.sizes,
         layout=build_layout(cfg),
         matcher=build_matcher(cfg),
-        classes=table.labels[found.rows],
+        classes=table.labels[seen.rows],
     )
     if not sum(counts.positives):
         wanted = cfg.MODEL.FOCAL.LOSS.ALPHA

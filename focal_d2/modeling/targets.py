@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.matcher import Matcher
@@ -19,12 +18,9 @@ from torch import Tensor
 
 from focal_d2.config import focal_config
 from focal_d2.errors import UserError
-from focal_d2.modeling.anchors import AnchorCache, AnchorLayout, Anchors
+from focal_d2.modeling.anchors import Anchors
 from focal_d2.ops import IGNORE_LABEL
 from focal_d2.ops.matching.match import Matches, inside_regions, match_anchors
-
-# Counting the anchors of more images changes the third digit and costs minutes.
-_MOST_IMAGES = 1000
 
 
 class Positives(NamedTuple):
@@ -53,16 +49,6 @@ class AnchorTargets(NamedTuple):
         return Positives(image, anchor, self.boxes[self.matched[image, anchor]])
 
 
-class LabelCounts(NamedTuple):
-    """How many anchors of L levels the matcher makes positive and negative."""
-
-    positives: list[int]  # L
-    negatives: list[int]  # L
-    images: int  # that were counted
-    boxes: int  # on them
-    by_class: list[int]  # positives of each class, up to the highest that a box has; [] without classes
-
-
 def build_matcher(cfg: CfgNode) -> Matcher:
     """Read `MODEL.RETINANET.IOU_THRESHOLDS` and `IOU_LABELS`, and `MODEL.FOCAL.LOW_QUALITY_MATCHES`."""
     return Matcher(
@@ -70,54 +56,6 @@ def build_matcher(cfg: CfgNode) -> Matcher:
         cfg.MODEL.RETINANET.IOU_LABELS,
         allow_low_quality_matches=focal_config(cfg).LOW_QUALITY_MATCHES,
     )
-
-
-@torch.no_grad()
-def count_labels(
-    boxes: np.ndarray,
-    image: np.ndarray,
-    sizes: np.ndarray,
-    *,
-    layout: AnchorLayout,
-    matcher: Matcher,
-    classes: np.ndarray | None = None,
-) -> LabelCounts:
-    """Count positive and negative anchors, each image a batch of its own, without looking at pixels.
-
-    Args:
-        boxes: (M, 4) XYXY in the pixels of `sizes`.
-        image: (M,) the image of each, ascending.
-        sizes: (N, 2) height and width of the images; of more than 1000 images, 1000 evenly spread are taken.
-        layout: where anchors stand.
-        matcher: its thresholds, labels and allow_low_quality_matches; see `match_anchors`.
-        classes: (M,) int64 class of each box; None: positives are not counted by class.
-    """
-    spread = np.linspace(0, len(sizes) - 1, min(len(sizes), _MOST_IMAGES)).round().astype(np.int64)
-    # Images of a shape share their anchors; the shapes come one after the other.
-    chosen = spread[np.lexsort(sizes[spread].T)].tolist()
-    ends = np.searchsorted(image, np.arange(len(sizes) + 1))
-    anchors_of = AnchorCache(layout.generator)
-    positives = np.zeros(len(layout.strides), dtype=np.int64)
-    negatives = np.zeros_like(positives)
-    by_class = np.zeros(0 if classes is None else classes.max(initial=-1) + 1, dtype=np.int64)
-    for i in chosen:
-        cells = layout.cells(*sizes[i].tolist())
-        anchors = anchors_of(cells, torch.device("cpu"))
-        own = torch.from_numpy(boxes[ends[i] : ends[i + 1]]).float()
-        outcome = np.zeros(len(anchors.boxes), dtype=np.int8)
-        if len(own):
-            matches = _match(own, anchors, matcher, use_kernels=False)
-            outcome = matches.outcome.numpy()
-            if classes is not None:
-                matched = classes[ends[i] + matches.matched.numpy()[outcome == 1]]
-                by_class += np.bincount(matched, minlength=len(by_class))
-        areas = [height * width for height, width in cells]
-        per_cell = len(outcome) // sum(areas)
-        firsts = np.cumsum([0, *areas[:-1]]) * per_cell
-        positives += np.add.reduceat(outcome == 1, firsts, dtype=np.int64)
-        negatives += np.add.reduceat(outcome == 0, firsts, dtype=np.int64)
-    counted = int(sum(ends[i + 1] - ends[i] for i in chosen))
-    return LabelCounts(positives.tolist(), negatives.tolist(), len(chosen), counted, by_class.tolist())
 
 
 @torch.no_grad()
@@ -172,7 +110,7 @@ def label_anchors(
             labels[i].masked_fill_(inside, IGNORE_LABEL)
         if count == 0:
             continue
-        box, outcome = _match(boxes[first : first + count], anchors, matcher, use_kernels=use_kernels)
+        box, outcome = match_boxes(boxes[first : first + count], anchors, matcher, use_kernels=use_kernels)
         torch.add(box, first, out=matched[i])
         torch.eq(outcome, 1, out=positive[i])
         labels[i].masked_fill_(outcome == -1, IGNORE_LABEL)
@@ -181,7 +119,8 @@ def label_anchors(
     return AnchorTargets(labels, positive, matched, boxes, _count(positive))
 
 
-def _match(boxes: Tensor, anchors: Anchors, matcher: Matcher, *, use_kernels: bool) -> Matches:
+def match_boxes(boxes: Tensor, anchors: Anchors, matcher: Matcher, *, use_kernels: bool) -> Matches:
+    """Match an image's anchors with its boxes (M, 4), M > 0, as the matcher is set; see `match_anchors`."""
     return match_anchors(
         boxes,
         anchors.boxes,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,13 @@ from detectron2.modeling import build_model
 from torchvision.ops import box_iou
 
 from focal_d2 import UserError
+from focal_d2.annotations import Table
 from focal_d2.data import register_datasets
 from focal_d2.engine import resolve_alpha
 from focal_d2.engine.alpha import count_anchors, count_anchors_by_class, per_class_alphas
+from focal_d2.modeling.label_counts import LabelCounts
 from focal_d2.modeling.losses import LOSSES, register_loss
 from focal_d2.modeling.losses.elementwise import FocalLoss
-from focal_d2.modeling.targets import LabelCounts
 from tests.conftest import make_cfg
 from tests.modeling.test_retinanet import make_image
 
@@ -48,6 +51,42 @@ def test_anchors_are_counted(cfg):
         expected[0] += int(positive.sum())
         expected[1] += int((~positive & (iou.max(dim=0).values < 0.4)).sum())
     assert [positives, negatives] == expected
+
+
+@pytest.mark.parametrize("drop_empty", [True, False])
+def test_a_table_and_its_records_count_alike(coco_dataset, monkeypatch, drop_empty):
+    """The first image has no box, the second only one without area, the third only a crowd."""
+    data = coco_dataset(images=5)
+    content = json.loads(data.annotations.read_text())
+    boxes = [a for a in content["annotations"] if a["image_id"] > 2]
+    boxes += [{"image_id": 1, "category_id": 1, "bbox": [4, 4, 0, 9]}]
+    boxes += [{"image_id": 2, "category_id": 2, "bbox": [4, 4, 9, 9], "iscrowd": 1}]
+    content["annotations"] = [{**a, "id": i} for i, a in enumerate(boxes, 1)]
+    data.annotations.write_text(json.dumps(content))
+    register_datasets([data.entry])
+    records = DatasetCatalog.get(data.name)
+    DatasetCatalog.register("records", lambda: records)
+    settings = {"DATALOADER__FILTER_EMPTY_ANNOTATIONS": drop_empty}
+    expected = count_anchors_by_class(make_cfg(DATASETS__TRAIN=("records",), **settings))
+    monkeypatch.setattr(Table, "records", None)
+    positives, negatives = count_anchors_by_class(make_cfg(DATASETS__TRAIN=(data.name,), **settings))
+    assert positives.tolist() == expected[0].tolist()
+    assert negatives == expected[1]
+    both = count_anchors(make_cfg(DATASETS__TRAIN=(data.name, "records"), **settings))
+    assert both == (2 * positives.sum(), 2 * negatives)
+
+
+def test_records_with_boxes_without_area_count_as_images_with_boxes(cfg):
+    """detectron2 trains on such images, as on the background that they are."""
+    (record, *_) = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+    flat = {**record["annotations"][0], "bbox": [4.0, 4, 0, 9]}
+    records = [record, {**record, "annotations": [flat]}, {**record, "annotations": []}]
+    DatasetCatalog.register("flat", lambda: records)
+    DatasetCatalog.register("one", lambda: records[:1])
+    counts = []
+    for cfg.DATASETS.TRAIN in (("flat",), ("one",)):
+        counts.append(count_anchors(cfg))
+    assert counts[0] == (counts[1][0], counts[1][1] + 64)  # 64 anchors an image
 
 
 def test_auto_is_the_inverse_frequency(cfg):

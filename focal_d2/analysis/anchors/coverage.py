@@ -9,14 +9,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from detectron2.config import CfgNode
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 
-from focal_d2.annotations import Table
-from focal_d2.data.resolution import training_boxes
 from focal_d2.errors import UserError
-from focal_d2.modeling.anchors import AnchorLayout, build_layout
-from focal_d2.modeling.targets import LabelCounts, build_matcher, count_labels
+from focal_d2.modeling.anchors import AnchorLayout
 
 # Boxes looked at together: a column of them takes 128 KB, and a dozen columns stay in cache.
 _CHUNK = 1 << 14
@@ -109,16 +105,3 @@ def _distance(centre: np.ndarray, length: np.ndarray, stride: int, offset: float
 def recall(iou: np.ndarray, threshold: float) -> float:
     """Share of the boxes whose best anchor's IoU (B,) reaches the threshold; NaN without boxes."""
     return float((iou >= threshold).mean()) if len(iou) else float("nan")
-
-
-def count_training_labels(cfg: CfgNode, table: Table) -> LabelCounts:
-    """Count positive and negative anchors of a training set, as `MODEL.FOCAL.LOSS.ALPHA: auto` counts them.
-
-    Images without a box that counts are left out where training drops them.
-    """
-    found = training_boxes(cfg, table)
-    image, sizes = found.image, found.sizes
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        kept = np.unique(table.image[~table.ignored])
-        image, sizes = np.searchsorted(kept, image), sizes[kept]
-    return count_labels(found.boxes, image, sizes, layout=build_layout(cfg), matcher=build_matcher(cfg))

@@ -22,7 +22,8 @@ from focal_d2.annotations import Table
 from focal_d2.data.resolution import TrainingBoxes, training_boxes
 from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import AnchorLayout
-from focal_d2.modeling.targets import build_matcher, count_labels
+from focal_d2.modeling.label_counts import count_labels
+from focal_d2.modeling.targets import build_matcher
 
 THRESHOLDS = (0.5, 0.6, 0.7)
 # A fall of recall that is worth a line.

@@ -5,7 +5,8 @@ N images, B boxes, L levels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,17 +17,20 @@ from detectron2.modeling import build_model
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from focal_d2.analysis.anchors.coverage import best_anchors, count_training_labels, grids_of
+from focal_d2.analysis.anchors.coverage import best_anchors, grids_of
 from focal_d2.annotations import Table
 from focal_d2.config.architectures import is_retinanet
-from focal_d2.data.checks.examples import MOST_EXAMPLES
+from focal_d2.data.checks.examples import places
 from focal_d2.data.checks.findings import Example, Finding, Fix, share
-from focal_d2.data.resolution import training_boxes, training_inputs
+from focal_d2.data.resolution import TrainingBoxes, training_boxes, training_inputs
+from focal_d2.data.sampling import training_table
 from focal_d2.detectron2_compat import storage_number
 from focal_d2.errors import first_few
 from focal_d2.modeling import FocalRetinaNet
 from focal_d2.modeling.anchors import build_layout
+from focal_d2.modeling.label_counts import count_labels
 from focal_d2.modeling.precision import configured_type
+from focal_d2.modeling.targets import build_matcher
 
 # The paper, section 4.1, and detectron2's baselines: SGD at these rates for 16 images a step. Batches of
 # another size scale them linearly (arXiv 1706.02677, section 2.1).
@@ -122,53 +126,36 @@ def anchor_facts(cfg: CfgNode, train: Mapping[str, Table]) -> tuple[AnchorFacts 
     layout = build_layout(cfg)
     grids = grids_of(layout)
     threshold = cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
-    names = list(dict.fromkeys(name for table in train.values() for name in table.classes))
-    extents, ious, levels, anchors, classes, of = [], [], [], [], [], []
-    positives, negatives = np.zeros((2, len(layout.strides)), np.int64)
-    counted = 0
-    for name, table in train.items():
-        if not len(table):
-            continue
-        boxes = training_boxes(cfg, table)
-        best = best_anchors(boxes.boxes, boxes.image, boxes.sizes, grids)
-        extents.append(boxes.boxes[:, 2:] - boxes.boxes[:, :2])
-        ious.append(best.iou)
-        levels.append(best.level)
-        anchors.append(best.anchor)
-        # A label that is no class is another check's business; here it goes to the last place.
-        place = np.array([*map(names.index, table.classes), len(names)])
-        labels = table.labels[boxes.rows]
-        classes.append(place[np.where((labels >= 0) & (labels < len(table.classes)), labels, -1)])
-        of += [(name, table, boxes.rows)]
-        counts = count_training_labels(cfg, table)
-        positives += counts.positives
-        negatives += counts.negatives
-        counted += counts.images
-    if not sum(map(len, ious)):
+    if not train:
         return None, []
-    extent, iou = np.concatenate(extents), np.concatenate(ious)
-    level, anchor, label = np.concatenate(levels), np.concatenate(anchors), np.concatenate(classes)
+    table = training_table(cfg, train.items())
+    seen = training_boxes(cfg, table)
+    if not len(seen.boxes):
+        return None, []
+    counts = count_labels(seen.boxes, seen.image, seen.sizes, layout=layout, matcher=build_matcher(cfg))
+    iou, level, anchor = best_anchors(seen.boxes, seen.image, seen.sizes, grids)
+    extent = seen.boxes[:, 2:] - seen.boxes[:, :2]
     side, aspect = np.sqrt(extent.prod(1)), extent[:, 1] / extent[:, 0]
     matched = iou >= threshold
-    m, n = int(positives.sum()), int(negatives.sum())
+    m, n = sum(counts.positives), sum(counts.negatives)
     facts = AnchorFacts(
         threshold=threshold,
         boxes=len(iou),
         with_anchor=int(matched.sum()),
         by_size=_by_size(side, matched),
-        by_class=_by_class(names, label, matched),
+        by_class=_by_class(table.classes, table.labels[seen.rows], matched),
         best_iou=np.histogram(iou, _IOU_BINS, (0, 1))[0].tolist(),
         levels=[
             Level(
                 stride,
                 [(float(w), float(h)) for w, h in shapes],
                 [int(((level == i) & (anchor == a)).sum()) for a in range(len(shapes))],
-                int(positives[i]),
-                int(negatives[i]),
+                counts.positives[i],
+                counts.negatives[i],
             )
             for i, (stride, shapes) in enumerate(zip(layout.strides, grids.shapes, strict=True))
         ],
-        images_counted=counted,
+        images_counted=counts.images,
         positives=m,
         negatives=n,
         ratio=n / m if m else None,
@@ -177,29 +164,20 @@ def anchor_facts(cfg: CfgNode, train: Mapping[str, Table]) -> tuple[AnchorFacts 
         aspect=np.quantile(aspect, (0.05, 0.5, 0.95)).tolist(),
         extents=extent,
     )
-    places = _Places(of, extent)
-    return facts, _check_anchors(facts, side, aspect, matched, min(layout.strides), places)
+    worst = functools.partial(_worst, table, seen)
+    return facts, _check_anchors(facts, side, aspect, matched, min(layout.strides), worst)
 
 
-class _Places:
-    """Names boxes of several tables, concatenated."""
+def _worst(table: Table, seen: TrainingBoxes, mask: np.ndarray, badness: np.ndarray) -> list[Example]:
+    """Name the worst of some boxes: mask (M,) bool and badness (M,) are of the boxes that training sees."""
+    chosen, badness_of = np.zeros(len(table.boxes), dtype=bool), np.zeros(len(table.boxes))
+    chosen[seen.rows], badness_of[seen.rows] = mask, badness
 
-    def __init__(self, of: list[tuple[str, Table, np.ndarray]], extent: np.ndarray) -> None:
-        self.of, self.extent = of, extent
-        self.ends = np.cumsum([len(rows) for _, _, rows in of])
+    def text(row: int) -> str:
+        left, top, right, bottom = seen.boxes[np.searchsorted(seen.rows, row)]
+        return f"{right - left:.1f} × {bottom - top:.1f} pixels at training resolution"
 
-    def worst(self, mask: np.ndarray, badness: np.ndarray) -> list[Example]:
-        chosen = np.flatnonzero(mask)
-        examples = []
-        for i in chosen[np.argsort(-badness[chosen], kind="stable")][:MOST_EXAMPLES].tolist():
-            part = int(np.searchsorted(self.ends, i, side="right"))
-            _, table, rows = self.of[part]
-            row = rows[i - (self.ends[part] - len(rows))]
-            width, height = self.extent[i]
-            text = f"{width:.1f} × {height:.1f} pixels at training resolution"
-            file_name = table.file_names[table.image[row]]
-            examples.append(Example(file_name, text, tuple(table.boxes[row].tolist())))
-        return examples
+    return places(table, chosen, text, worst=badness_of)
 
 
 def _by_size(side: np.ndarray, matched: np.ndarray) -> list[Share]:
@@ -228,17 +206,17 @@ def _check_anchors(
     aspect: np.ndarray,
     matched: np.ndarray,
     finest: int,
-    places: _Places,
+    worst: Callable[[np.ndarray, np.ndarray], list[Example]],
 ) -> list[Finding]:
     found = []
     boxes = facts.boxes
-    tiny = places.extent.max(1) < finest / 2
+    tiny = facts.extents.max(1) < finest / 2
     if tiny.sum() >= _TINY * boxes:
         message = (
             f"{share(int(tiny.sum()), boxes)} boxes are shorter than {finest / 2:g} pixels at training "
             f"resolution; the finest level has a cell every {finest} pixels"
         )
-        found.append(Finding("box-tiny", message, count=int(tiny.sum()), examples=places.worst(tiny, -side)))
+        found.append(Finding("box-tiny", message, count=int(tiny.sum()), examples=worst(tiny, -side)))
     elongation = np.maximum(aspect, 1 / aspect)
     long = (elongation >= _LONG_RATIO) & ~matched
     if long.sum() >= _LONG * boxes:
@@ -246,7 +224,7 @@ def _check_anchors(
             f"{share(int(long.sum()), boxes)} boxes are at least {_LONG_RATIO:g} times as long as wide and "
             f"have no anchor of IoU {facts.threshold:g}"
         )
-        examples = places.worst(long, elongation)
+        examples = worst(long, elongation)
         found.append(
             Finding("box-long", message, count=int(long.sum()), examples=examples, fixes=[_OPTIMIZE])
         )

@@ -3,15 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from detectron2.data import get_detection_dataset_dicts
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes
 
 from focal_d2 import UserError
-from focal_d2.analysis.anchors.coverage import best_anchors, count_training_labels, grids_of, recall
-from focal_d2.annotations import Table
-from focal_d2.data import register_datasets
-from focal_d2.engine.alpha import count_anchors
+from focal_d2.analysis.anchors.coverage import best_anchors, grids_of, recall
 from focal_d2.modeling.anchors import AnchorLayout, build_layout
 from tests.conftest import make_cfg
 
@@ -147,16 +143,3 @@ def test_anchors_of_another_kind_are_refused():
 
     with pytest.raises(UserError, match=r"MODEL.ANCHOR_GENERATOR.NAME makes a Own; .* DefaultAnchorGen"):
         grids_of(make_layout(make=Own))
-
-
-@pytest.mark.parametrize("drop_empty", [True, False])
-def test_labels_are_counted_as_alpha_counts_them(coco_dataset, drop_empty):
-    data = coco_dataset(images=3, size=64)
-    text = data.annotations.read_text().replace('"image_id": 1', '"image_id": 2')
-    data.annotations.write_text(text)
-    register_datasets([data.entry])
-    cfg = make_cfg(DATASETS__TRAIN=(data.name,), DATALOADER__FILTER_EMPTY_ANNOTATIONS=drop_empty)
-    table = Table.from_records(get_detection_dataset_dicts(data.name, filter_empty=False), ("a", "b", "c"))
-    counts = count_training_labels(cfg, table)
-    assert (sum(counts.positives), sum(counts.negatives)) == count_anchors(cfg)
-    assert (counts.images, counts.boxes) == (2 if drop_empty else 3, 9)

@@ -11,9 +11,10 @@ from detectron2.utils.events import EventStorage
 from focal_d2.analysis.benchmark import Setting
 from focal_d2.analysis.benchmark.models import make_batch
 from focal_d2.analysis.benchmark.timing import peak_bytes
-from focal_d2.analysis.doctor import build_without_memory
+from focal_d2.analysis.doctor import build_without_memory, training
 from focal_d2.analysis.doctor.training import anchor_facts, check_learning_rate, memory_facts
-from focal_d2.data import Table
+from focal_d2.data import Table, load_table, register_datasets
+from focal_d2.engine.alpha import count_anchors
 from tests.conftest import make_cfg
 
 SMALL = {"INPUT__MIN_SIZE_TRAIN": (64, 128), "INPUT__MAX_SIZE_TRAIN": 200}
@@ -82,7 +83,41 @@ def test_anchor_facts_add_up_over_datasets_by_class_name():
     facts, _ = anchor_facts(square_anchors(), {"x": table(box, [1]), "y": empty, "z": table(box, [1])})
     assert [tuple(s) for s in facts.by_class] == [("b", 2, 2)]
     assert facts.images_counted == 2  # that without boxes is not trained on
-    assert anchor_facts(square_anchors(), {"y": empty}) == (None, [])
+    assert anchor_facts(square_anchors(), {"y": empty}) == anchor_facts(square_anchors(), {}) == (None, [])
+
+
+@pytest.mark.parametrize("drop_empty", [True, False])
+def test_anchors_are_counted_once_and_as_alpha_counts_them(coco_dataset, monkeypatch, drop_empty):
+    names = []
+    for folder in ("one", "two"):
+        data = coco_dataset(folder, images=3)
+        # The second image has no box.
+        data.annotations.write_text(data.annotations.read_text().replace('"image_id": 1', '"image_id": 2'))
+        register_datasets([data.entry])
+        names.append(data.name)
+    cfg = make_cfg(DATASETS__TRAIN=tuple(names), DATALOADER__FILTER_EMPTY_ANNOTATIONS=drop_empty)
+    expected = count_anchors(cfg)
+    calls = []
+    for name in ("build_layout", "training_boxes", "count_labels"):
+        call = getattr(training, name)
+        monkeypatch.setattr(
+            training, name, lambda *args, name=name, call=call, **kw: calls.append(name) or call(*args, **kw)
+        )
+    facts, _ = anchor_facts(cfg, {name: load_table(name) for name in names})
+    assert (facts.positives, facts.negatives) == expected
+    assert (facts.images_counted, facts.boxes) == (4 if drop_empty else 6, 18)
+    assert sorted(calls) == ["build_layout", "count_labels", "training_boxes"]
+
+
+def test_examples_of_boxes_name_their_own_file_and_box():
+    first, second = table([[0, 0, 100, 100], [5, 5, 3, 2]], [0, 0]), table([[9, 9, 2, 1]], [0])
+    second.file_names[0] = "second.png"
+    _, found = anchor_facts(square_anchors(), {"x": first, "y": second})
+    (tiny,) = [finding for finding in found if finding.code == "box-tiny"]
+    assert [(x.file_name, x.box, x.text.split(" pixels")[0]) for x in tiny.examples] == [
+        ("second.png", (9, 9, 2, 1), "2.0 × 1.0"),
+        ("image.png", (5, 5, 3, 2), "3.0 × 2.0"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
-from focal_d2.modeling import targets
+from focal_d2.modeling import label_counts
 from focal_d2.modeling.anchors import build_layout
-from focal_d2.modeling.targets import build_matcher, count_labels
+from focal_d2.modeling.label_counts import count_labels
+from focal_d2.modeling.targets import build_matcher
 from tests.conftest import make_cfg
 
 
@@ -44,7 +45,7 @@ def test_counts_are_those_of_the_model_s_labels(low_quality):
 
 
 def test_counting_spreads_over_many_images(monkeypatch):
-    monkeypatch.setattr(targets, "_MOST_IMAGES", 3)
+    monkeypatch.setattr(label_counts, "_MOST_IMAGES", 3)
     cfg = make_cfg()
     sizes = np.full((9, 2), 64)
     boxes = np.tile([10.0, 10, 42, 42], (9, 1))

@@ -1,0 +1,76 @@
+"""How many anchors a training set makes positive and negative: for α, and for the doctor.
+
+Shapes: N images, L levels, M boxes, K classes. Boxes are XYXY in absolute pixels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from detectron2.modeling.matcher import Matcher
+
+from focal_d2.modeling.anchors import AnchorCache, AnchorLayout
+from focal_d2.modeling.targets import match_boxes
+
+# Counting the anchors of more images changes the third digit and costs minutes.
+_MOST_IMAGES = 1000
+
+
+class LabelCounts(NamedTuple):
+    """How many anchors of L levels the matcher makes positive and negative."""
+
+    positives: list[int]  # L
+    negatives: list[int]  # L
+    images: int  # that were counted
+    boxes: int  # on them
+    by_class: list[int]  # positives of each class, up to the highest that a box has; [] without classes
+
+
+@torch.no_grad()
+def count_labels(
+    boxes: np.ndarray,
+    image: np.ndarray,
+    sizes: np.ndarray,
+    *,
+    layout: AnchorLayout,
+    matcher: Matcher,
+    classes: np.ndarray | None = None,
+) -> LabelCounts:
+    """Count positive and negative anchors, each image a batch of its own, without looking at pixels.
+
+    Args:
+        boxes: (M, 4) XYXY in the pixels of `sizes`.
+        image: (M,) the image of each, ascending.
+        sizes: (N, 2) height and width of the images; of more than 1000 images, 1000 evenly spread are taken.
+        layout: where anchors stand.
+        matcher: its thresholds, labels and allow_low_quality_matches; see `match_anchors`.
+        classes: (M,) int64 class of each box; None: positives are not counted by class.
+    """
+    spread = np.linspace(0, len(sizes) - 1, min(len(sizes), _MOST_IMAGES)).round().astype(np.int64)
+    # Images of a shape share their anchors; the shapes come one after the other.
+    chosen = spread[np.lexsort(sizes[spread].T)].tolist()
+    ends = np.searchsorted(image, np.arange(len(sizes) + 1))
+    anchors_of = AnchorCache(layout.generator)
+    positives = np.zeros(len(layout.strides), dtype=np.int64)
+    negatives = np.zeros_like(positives)
+    by_class = np.zeros(0 if classes is None else classes.max(initial=-1) + 1, dtype=np.int64)
+    for i in chosen:
+        cells = layout.cells(*sizes[i].tolist())
+        anchors = anchors_of(cells, torch.device("cpu"))
+        in_image = torch.from_numpy(boxes[ends[i] : ends[i + 1]]).float()
+        outcome = np.zeros(len(anchors.boxes), dtype=np.int8)
+        if len(in_image):
+            matches = match_boxes(in_image, anchors, matcher, use_kernels=False)
+            outcome = matches.outcome.numpy()
+            if classes is not None:
+                matched = classes[ends[i] + matches.matched.numpy()[outcome == 1]]
+                by_class += np.bincount(matched, minlength=len(by_class))
+        areas = [height * width for height, width in cells]
+        per_cell = len(outcome) // sum(areas)
+        firsts = np.cumsum([0, *areas[:-1]]) * per_cell
+        positives += np.add.reduceat(outcome == 1, firsts, dtype=np.int64)
+        negatives += np.add.reduceat(outcome == 0, firsts, dtype=np.int64)
+    counted = int(sum(ends[i + 1] - ends[i] for i in chosen))
+    return LabelCounts(positives.tolist(), negatives.tolist(), len(chosen), counted, by_class.tolist())
