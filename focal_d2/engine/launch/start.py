@@ -35,13 +35,16 @@ from focal_d2.storage.files import write_aside
 _SAME_SIGNAL = 0.5  # seconds
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STARTING = 600.0  # seconds that processes wait for each other
+# Seconds after the first signal in which the processes may end their iteration or evaluation and save.
+_STOPPING = 600.0
 _AGENTS = "torchrun.json"  # in OUTPUT_DIR
 
 
 class StopRequest:
-    """Remembers that SIGTERM or Ctrl-C came; a second one ends the process at once.
+    """Remembers that SIGTERM or Ctrl-C came; a second one ends the process and its children at once.
 
-    Outside the main thread, where Python hands out no signals, it does nothing.
+    The first one continues children that were stopped (SIGSTOP), for which the job would wait. Outside the
+    main thread, where Python hands out no signals, it does nothing.
     """
 
     def __init__(self, on_first: Callable[[int], None]) -> None:
@@ -70,10 +73,18 @@ class StopRequest:
         now = time.monotonic()
         if self.number is not None:
             if now - self._time > _SAME_SIGNAL:
+                _signal_children(signal.SIGKILL)
                 os._exit(128 + number)
             return
         self.number, self._time = number, now
         self._on_first(number)
+        _signal_children(signal.SIGCONT)
+
+
+def _signal_children(number: signal.Signals) -> None:
+    for process in multiprocessing.active_children():
+        with suppress(ProcessLookupError):
+            os.kill(int(process.pid), number)  # type: ignore[arg-type]  # it was started
 
 
 def any_rank(*flags: bool) -> tuple[bool, ...]:
@@ -250,9 +261,12 @@ def _parent() -> list[str]:
 
 
 def _launch(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    limit = threading.Timer(_STOPPING, _end_children)
+    limit.daemon = True
+
     def pass_on(_: int) -> None:
-        for process in multiprocessing.active_children():
-            process.terminate()
+        _signal_children(signal.SIGTERM)
+        limit.start()
 
     with StopRequest(pass_on) as stop:
         try:
@@ -272,8 +286,16 @@ def _launch(run: Callable[[argparse.Namespace], None], args: argparse.Namespace)
                 f"process {error.error_index} of {args.num_gpus} ended with {how}, and the job with it; "
                 "--resume goes on from the last checkpoint"
             ) from error
+        finally:
+            limit.cancel()
     if stop.number is not None:
         raise SystemExit(128 + stop.number)
+
+
+def _end_children() -> None:
+    text = f"a process did not end within {_STOPPING:g} seconds, and all are killed; --resume continues\n"
+    os.write(2, text.encode())
+    _signal_children(signal.SIGKILL)
 
 
 def _run_in_child(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:

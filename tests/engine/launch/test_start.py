@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -125,17 +126,27 @@ def test_the_end_of_a_process_ends_the_job(command, tmp_path, victim):
     assert "Traceback" not in errors
 
 
-def test_a_signal_to_the_launcher_saves_and_ends_all(command, tmp_path):
-    arguments = [sys.executable, command[0], "--num-gpus", "2", *command[1:], "SOLVER.MAX_ITER", "100000"]
-    arguments += ["SOLVER.CHECKPOINT_PERIOD", "100000"]
+def started(arguments: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start a job, and wait until it trains."""
     process = subprocess.Popen(
-        arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*arguments, "SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "100000"],
+        env={**ENVIRONMENT, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    while '"iteration"' not in (
-        (tmp_path / "out/metrics.json").read_text() if (tmp_path / "out/metrics.json").exists() else ""
-    ):
+    metrics_file = folder / "metrics.json"
+    while not metrics_file.exists() or '"iteration"' not in metrics_file.read_text():
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
+def test_a_signal_to_the_launcher_saves_and_ends_all(command, tmp_path, stopped):
+    process = started([sys.executable, command[0], "--num-gpus", "2", *command[1:]], tmp_path / "out")
+    if stopped:
+        os.kill(children(process.pid)[1], signal.SIGSTOP)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
@@ -143,6 +154,71 @@ def test_a_signal_to_the_launcher_saves_and_ends_all(command, tmp_path):
     name = (tmp_path / "out/last_checkpoint").read_text()
     state = torch.load(tmp_path / "out" / name, weights_only=True)
     assert len(state["trainer"]["random"]) == 2
+
+
+def test_a_signal_continues_a_stopped_worker():
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,), daemon=True)
+    worker.start()
+
+    def stopped() -> bool:
+        return Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+    os.kill(worker.pid, signal.SIGSTOP)
+    while not stopped():
+        time.sleep(0.01)
+    with start.StopRequest(lambda number: None) as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.number == signal.SIGTERM
+        while stopped():
+            time.sleep(0.01)
+    worker.kill()
+    worker.join()
+
+
+def test_torchrun_ends_a_job_of_which_a_process_is_stopped(command, tmp_path):
+    process = started([*TORCHRUN, "2", *command], tmp_path / "out", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3")
+    ranks_of_job = children(process.pid)
+    os.kill(ranks_of_job[1], signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks_of_job)
+
+
+HANGING = """
+import argparse, os, signal, time
+from focal_d2.engine.launch import start
+
+def hang(args):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.write(1, b"ready\\n")  # in one piece, unlike print
+    time.sleep(600)
+
+if __name__ == "__main__":
+    start._STOPPING = {limit}
+    start.start(hang, argparse.Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto"))
+"""
+
+
+@pytest.mark.parametrize("limit, signals", [("1.0", 1), ("1e6", 2)], ids=["limit", "second signal"])
+def test_processes_that_do_not_end_are_killed(tmp_path, limit, signals):
+    (tmp_path / "hanging.py").write_text(HANGING.replace("{limit}", limit))
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "hanging.py")],
+        env={**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
+    for number in range(signals):
+        time.sleep(number)  # closer together they count as one
+        process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)  # returns when all processes have closed their output
+    assert process.returncode == 143
+    if signals == 1:
+        assert "a process did not end within 1 seconds, and all are killed; --resume continues" in errors
+    assert "Traceback" not in errors
 
 
 def _train_with_a_bad_rank(config: str, policy: str) -> None:
