@@ -18,9 +18,17 @@ from detectron2.data import DatasetFromList, MetadataCatalog, build_detection_tr
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from focal_d2.data.handover import hand_over
 from focal_d2.data.sampling import build_sampler, check_sampler, training_records
 from focal_d2.data.seeding import derived_seed, seeded
-from focal_d2.data.workers import HungError, WorkerLostError, deadline, let_no_death_raise, start_worker
+from focal_d2.data.workers import (
+    HungError,
+    WorkerLostError,
+    deadline,
+    let_no_death_raise,
+    start_worker,
+    starting_workers,
+)
 from focal_d2.detectron2_compat import infinite_indices
 from focal_d2.errors import UserError
 
@@ -163,7 +171,7 @@ class TrainingLoader:
             samples,
             batch_sampler=self.batches,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=hand_over,
             worker_init_fn=start_worker,
             # Of its own, or making an iterator would draw from the generator of all.
             generator=torch.Generator(),
@@ -227,7 +235,8 @@ class TrainingLoader:
             WorkerLostError: if a worker was killed.
         """
         others = set(multiprocessing.active_children())
-        batches = iter(self._loader)
+        with starting_workers():
+            batches = iter(self._loader)
         let_no_death_raise()
         workers = set(multiprocessing.active_children()) - others
         while True:
@@ -247,8 +256,15 @@ class TrainingLoader:
             yield batch
 
 
-def _as_it_is(samples: list[Any]) -> list[Any]:
-    return samples
+class _HandedOver:
+    """A mapper whose samples are prepared for their way; None, which makes detectron2 draw again, stays."""
+
+    def __init__(self, mapper: Callable[[Any], Any]) -> None:
+        self.mapper = mapper
+
+    def __call__(self, record: Any) -> Any:
+        sample = self.mapper(record)
+        return None if sample is None else hand_over(sample)
 
 
 def build_training_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Any:
@@ -266,7 +282,8 @@ def build_training_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Any:
     check_sampler(cfg)
     records = training_records(cfg)
     if not isinstance(records, list):
-        return build_detection_train_loader(cfg, mapper=mapper, dataset=records)
+        # Each sample by itself: detectron2 makes the batches elsewhere.
+        return build_detection_train_loader(cfg, mapper=_HandedOver(mapper), dataset=records)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     wide = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:

@@ -17,6 +17,7 @@ from focal_d2.config.unread_keys import unread_keys
 from focal_d2.data import FocalDatasetMapper, announce, check_datasets
 from focal_d2.data.checks.run import annotation_warnings
 from focal_d2.data.sampling import check_sampler
+from focal_d2.data.workers import check_handles
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.checks import check_training
 from focal_d2.engine.hooks.evaluation import check_best
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("; ".join([str(error), *unread])) from error
     check_backend(torch.device(cfg.MODEL.DEVICE).type)
     if args.eval_only:
+        check_handles(cfg.DATALOADER.NUM_WORKERS, loaders=1)
         # The config.yaml of a training says what was trained, not what was evaluated afterwards.
         with restored_config(cfg.OUTPUT_DIR, always=was_trained_in(cfg.OUTPUT_DIR)):
             _set_up(cfg, args, unread)

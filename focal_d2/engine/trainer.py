@@ -26,6 +26,7 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from torch import distributed
 
 from focal_d2.data import FocalDatasetMapper
+from focal_d2.data.handover import hand_over
 from focal_d2.data.loader import TrainingLoader, build_training_loader
 from focal_d2.data.seeding import kept_random_state, random_state, set_random_state
 from focal_d2.detectron2_compat import TrainerParts
@@ -147,7 +148,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Build detectron2's test loader with our mapper."""
         mapper = FocalDatasetMapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper, collate_fn=hand_over)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

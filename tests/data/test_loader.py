@@ -11,6 +11,7 @@ import torch
 from detectron2.data import build_detection_train_loader
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.structures import BoxMode
+from torch.utils.data import Dataset
 
 from focal_d2 import UserError
 from focal_d2.data import FocalDatasetMapper, register_datasets
@@ -374,3 +375,25 @@ def test_a_region_of_any_class_is_no_class_to_repeat():
     records[7]["annotations"].append({"category_id": ANY_CLASS, "iscrowd": 1})
     cfg = make_cfg(DATALOADER__REPEAT_THRESHOLD=1.0)
     assert repeat_factors(cfg, records, "RepeatFactorTrainingSampler").tolist() == [1.0] * 100
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_samples_of_data_that_are_no_list_are_handed_over(mixed, monkeypatch, grouped):
+    class Numbers(Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            return {"number": i, "width": 2, "height": 1}
+
+    def mapper(record):
+        # None makes detectron2 draw another one.
+        return None if record["number"] == 3 else {**record, "image": torch.full((2,), record["number"])}
+
+    monkeypatch.setattr("detectron2.data.DatasetCatalog.get", lambda name: Numbers())
+    mixed.DATALOADER.NUM_WORKERS, mixed.DATALOADER.ASPECT_RATIO_GROUPING = 1, grouped
+    batches = list(itertools.islice(build_training_loader(mixed, mapper), 8))
+    numbers = {x["number"] for batch in batches for x in batch}
+    assert 3 not in numbers
+    assert len(numbers) > 4
+    assert all((x["image"] == x["number"]).all() for batch in batches for x in batch)
