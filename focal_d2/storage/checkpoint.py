@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 import re
@@ -17,8 +16,9 @@ from fvcore.common.checkpoint import Checkpointer
 
 from focal_d2.detectron2_compat import CheckpointerHooks
 from focal_d2.errors import UserError, describe_error, first_few, reason
+from focal_d2.storage.checkpoint_folder import LAST, CheckpointFolder
 from focal_d2.storage.downloads import check_address, fetch, is_address
-from focal_d2.storage.files import ASIDE, write_aside
+from focal_d2.storage.files import write_aside
 from focal_d2.storage.pickles import ForbiddenImportError
 from focal_d2.storage.weights import read_pickle, read_torch
 
@@ -28,11 +28,7 @@ _OURS = ("loss_normalizer.", "cls_loss.", "box_loss.")
 _COUNTER = "num_batches_tracked"
 # A residual block, under any of the names that detectron2 knows how to match.
 _BLOCK = re.compile(r"(^|\.)res[2-5]\.\d+\.")
-# A checkpoint of the schedule, by the number of its last iteration.
-_NUMBERED = re.compile(r"model_(\d+)\.pth")
-_LAST = "last_checkpoint"
 _BOX_PREDICTOR = "roi_heads.box_predictor"  # of detectron2's R-CNNs
-_UNNUMBERED = ("model_final.pth", "model_best.pth")
 # What detectron2 reads at the end of a name.
 _HEURISTICS = "?matching_heuristics=True"
 
@@ -77,6 +73,7 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
             checkpointables: see detectron2's `DetectionCheckpointer`.
         """
         super().__init__(model, save_dir, **checkpointables)
+        self._folder = CheckpointFolder(self.save_dir)
         self.partial = partial
         self.keep = keep
         self.trust_files = trust_files
@@ -109,11 +106,11 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
                 self.tag_last_checkpoint(os.path.basename(path))
         except OSError as error:
             raise UserError(self._why_not_written(path, error)) from error
-        self._delete_old(os.path.basename(path))
+        self._folder.delete_old(os.path.basename(path), keep=self.keep)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """See detectron2's `DetectionCheckpointer`; the file changes in one step."""
-        path = os.path.join(self.save_dir, _LAST)
+        path = os.path.join(self.save_dir, LAST)
         write_aside(path, lambda file: file.write(last_filename_basename.encode()))
 
     def _why_not_written(self, path: str, error: OSError) -> str:
@@ -122,28 +119,13 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
         free = f", {shutil.disk_usage(self.save_dir).free / 1e6:.1f} MB are free" if _is_folder(path) else ""
         return f"cannot write {path}: {reason(error)}{free}; {rest}"
 
-    def _delete_old(self, name: str) -> None:
-        """Keep the newest of those up to the one just written; any beyond it are not of this run."""
-        number = _number(name)
-        if not self.keep or number is None:
-            return
-        for _, old in [x for x in self._numbered() if x[0] <= number][self.keep :]:
-            _remove(os.path.join(self.save_dir, old))
-
     def has_checkpoint(self) -> bool:
-        """Say whether there is a run to resume: its `last_checkpoint`, or a checkpoint that it could name."""
-        names = (_LAST, *_UNNUMBERED)
-        return any(os.path.exists(os.path.join(self.save_dir, x)) for x in names) or bool(self._numbered())
+        """Return whether there is a run to resume; see `CheckpointFolder.is_used`."""
+        return self._folder.is_used()
 
     def get_checkpoint_file(self) -> str:
-        """Return the file that `last_checkpoint` names, or "" if it names none of this folder."""
-        try:
-            with open(os.path.join(self.save_dir, _LAST), encoding="utf-8") as file:
-                name = file.read(1000).strip()
-        except (OSError, UnicodeDecodeError):
-            return ""
-        plain = name == os.path.basename(name) and name.endswith(".pth") and name.isprintable()
-        return os.path.join(self.save_dir, name) if plain else ""
+        """Return the file that `last_checkpoint` names; see `CheckpointFolder.last`."""
+        return self._folder.last()
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Load the last checkpoint and all that it holds, or start from weights.
@@ -163,14 +145,12 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
             UserError: if no checkpoint can be used, or the weights can't.
         """
         if self.checkpointables and self.save_to_disk:
-            for pattern in ("*.pth", _LAST):
-                for left in glob.glob(os.path.join(glob.escape(self.save_dir), pattern + ASIDE)):
-                    _remove(left)
+            self._folder.delete_unfinished()
         resume = comm.all_gather(resume and self.has_checkpoint())[0]
         if not resume:
             return self.load(path, checkpointables=[])
         self.partial, self._must_be_whole = False, True
-        files, problems = comm.all_gather(self._candidates())[0]
+        files, problems = comm.all_gather(self._folder.candidates())[0]
         for file in files:
             if problems:
                 logger.warning(f"--resume: {problems[-1]}; trying {os.path.basename(file)}")
@@ -181,19 +161,6 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
         raise UserError(
             f"--resume: no checkpoint in {self.save_dir} can be used: {first_few(problems, 1, '; ')}"
         )
-
-    def _candidates(self) -> tuple[list[str], list[str]]:
-        """List the files to resume from, best first, and what was wrong already."""
-        last = self.get_checkpoint_file()
-        number = _number(os.path.basename(last))
-        files = [name for n, name in self._numbered() if number is None or n < number]
-        paths = [os.path.join(self.save_dir, name) for name in files]
-        if last:
-            return [last, *paths], []
-        # What ends a run has no number; it may be of an earlier run, and comes last.
-        paths += filter(os.path.isfile, (os.path.join(self.save_dir, x) for x in _UNNUMBERED))
-        last = os.path.join(self.save_dir, _LAST)
-        return paths, [f"{last} is missing or names no checkpoint of this folder"]
 
     def _load_together(self, path: str) -> dict[str, Any] | UnusableFileError:
         """Load a file in every process; return the error if the first process can't use it."""
@@ -210,14 +177,6 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
             if problem is not None:
                 raise problem if rank == 0 else UserError(f"--resume: process {rank}: {problem}")
         return content
-
-    def _numbered(self) -> list[tuple[int, str]]:
-        """List the checkpoints that are named by their iteration, newest first."""
-        try:
-            names = os.listdir(self.save_dir or os.curdir)
-        except OSError:
-            return []
-        return sorted([(n, name) for name in names if (n := _number(name)) is not None], reverse=True)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a file or an address; see detectron2's `DetectionCheckpointer.load`.
@@ -390,17 +349,5 @@ def check_file(path: str, *, allow_download: bool = False) -> None:
         raise UnusableFileError(f"weights file not found: {file}")
 
 
-def _number(name: str) -> int | None:
-    match = _NUMBERED.fullmatch(name)
-    return int(match.group(1)) if match else None
-
-
 def _is_folder(path: str) -> bool:
     return os.path.isdir(os.path.dirname(path))
-
-
-def _remove(path: str) -> None:
-    try:
-        os.remove(path)
-    except OSError as error:
-        logger.warning(f"cannot delete {path}: {reason(error)}")

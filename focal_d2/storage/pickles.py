@@ -3,6 +3,8 @@
 Python's and PyTorch's unpicklers believe what a pickle says: they call what it names, take the memory that it
 asks for, and write into objects. This one knows a short list of names, and what each makes is made here.
 Memory is bounded by the size of the file: nothing is made of the same bytes again and again.
+
+This file has more than 400 lines because it is one list of operations, which is checked as a whole.
 """
 
 from __future__ import annotations
