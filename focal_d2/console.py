@@ -15,6 +15,8 @@ def quiet() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode gets escapes
+    warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
     warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     logging.raiseExceptions = False  # a log file on a full disk: other files that fail raise errors

@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> None:
     from focal_d2.analysis.anchors.fit import compare_anchors
     from focal_d2.analysis.study import check_seeds
     from focal_d2.config.architectures import require_retinanet
-    from focal_d2.data import check_datasets, load_table
+    from focal_d2.data.dataset_checks import check_datasets
+    from focal_d2.data.datasets import load_table
     from focal_d2.engine import load_config
     from focal_d2.modeling.anchors import build_layout
     from focal_d2.modeling.build import building

@@ -30,7 +30,8 @@ def add_options(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Detect, draw and print."""
-    from focal_d2.data import check_datasets, ground_truth
+    from focal_d2.data.dataset_checks import check_datasets
+    from focal_d2.data.datasets import ground_truth
     from focal_d2.data.pictures import draw_detections, list_images, picture_files, read_image, write_picture
     from focal_d2.data.pixels import ImageReader
     from focal_d2.engine import load_config

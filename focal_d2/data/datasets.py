@@ -1,4 +1,4 @@
-"""Datasets by name: registering those of YAML, their tables of annotations, and their class names."""
+"""Datasets by name: registering them, their tables of annotations, and their class names."""
 
 from __future__ import annotations
 
@@ -14,44 +14,9 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from focal_d2.annotations import Table, has_table, registered_table
-from focal_d2.data.entries import check_entry, expand_paths, images_of, read_entry
 from focal_d2.errors import UserError, describe_error
 
 logger = logging.getLogger(__name__)
-
-
-def register_datasets(entries: list[dict[str, Any]]) -> None:
-    """Register the datasets of `DATASETS.FOCAL`; a name given again replaces the earlier one.
-
-    The files are read when a dataset is first asked for, and once.
-
-    Args:
-        entries: each a mapping with the keys that docs/data.md lists.
-
-    Raises:
-        UserError: for a missing or unknown key, a value of the wrong type, or a name that detectron2 already
-            has.
-    """
-    for i, entry in enumerate(entries):
-        place = f"DATASETS.FOCAL[{i}]"
-        check_entry(place, entry)
-        entry = expand_paths(entry)
-        name = entry["NAME"]
-        if any(name == earlier["NAME"] for earlier in entries[:i]):
-            raise UserError(f'{place}.NAME "{name}" stands in an earlier entry, too')
-        if name in DatasetCatalog:
-            if not MetadataCatalog.get(name).get("from_focal_yaml", False):
-                raise UserError(f'{place}.NAME "{name}" is the name of another dataset')
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        read = functools.partial(read_entry, dict(entry))
-        register_table(
-            name,
-            functools.cache(read),
-            from_focal_yaml=True,
-            source=entry["ANNOTATIONS"],
-            images=images_of(entry),
-        )
 
 
 def register_table(name: str, read: Callable[[], Table], **metadata: Any) -> None:

@@ -1,12 +1,16 @@
-"""Entries of DATASETS.FOCAL: their keys, and reading what they name."""
+"""Entries of DATASETS.FOCAL: registering them, their keys, and reading what they name."""
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
 from focal_d2.annotations import Table
 from focal_d2.config import check_choice
+from focal_d2.data.datasets import register_table
 from focal_d2.data.readers import READERS
 from focal_d2.data.readers.csv_file import COLUMNS
 from focal_d2.data.readers.image_folder import ImageFolder
@@ -28,6 +32,40 @@ _NEEDED = ("NAME", "IMAGES", "ANNOTATIONS", "SPLIT")
 # Of a NAME: file systems take names of 255 bytes, and names of files may add to it.
 _MOST_BYTES = 200
 _CHOICES = {"NAMES": ("path", "basename"), "OTHERS": ("background", "ignored"), "ROWS": ROWS}
+
+
+def register_datasets(entries: list[dict[str, Any]]) -> None:
+    """Register the datasets of `DATASETS.FOCAL`; a name given again replaces the earlier one.
+
+    The files are read when a dataset is first asked for, and once.
+
+    Args:
+        entries: each a mapping with the keys that docs/data.md lists.
+
+    Raises:
+        UserError: for a missing or unknown key, a value of the wrong type, or a name that detectron2 already
+            has.
+    """
+    for i, entry in enumerate(entries):
+        place = f"DATASETS.FOCAL[{i}]"
+        check_entry(place, entry)
+        entry = expand_paths(entry)
+        name = entry["NAME"]
+        if any(name == earlier["NAME"] for earlier in entries[:i]):
+            raise UserError(f'{place}.NAME "{name}" stands in an earlier entry, too')
+        if name in DatasetCatalog:
+            if not MetadataCatalog.get(name).get("from_focal_yaml", False):
+                raise UserError(f'{place}.NAME "{name}" is the name of another dataset')
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        read = functools.partial(read_entry, dict(entry))
+        register_table(
+            name,
+            functools.cache(read),
+            from_focal_yaml=True,
+            source=entry["ANNOTATIONS"],
+            images=images_of(entry),
+        )
 
 
 def check_entry(place: str, entry: Any) -> None:

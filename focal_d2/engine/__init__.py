@@ -1,5 +1,6 @@
 """Running things: configs and checks, jobs, the trainer."""
 
+from focal_d2 import register
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.job import check_job, launch_job
 from focal_d2.engine.load_config import load_config
@@ -12,3 +13,5 @@ __all__ = [
     "load_config",
     "resolve_alpha",
 ]
+
+register()  # in the process of a command, importing focal_d2 does not

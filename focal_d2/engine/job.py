@@ -14,8 +14,10 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from focal_d2.config.unread_keys import unread_keys
-from focal_d2.data import FocalDatasetMapper, announce, check_datasets
 from focal_d2.data.checks.run import annotation_warnings
+from focal_d2.data.dataset_checks import check_datasets
+from focal_d2.data.datasets import announce
+from focal_d2.data.mapper import FocalDatasetMapper
 from focal_d2.data.sampling import check_sampler
 from focal_d2.data.workers import check_handles
 from focal_d2.engine.alpha import resolve_alpha

@@ -17,7 +17,8 @@ from focal_d2.config import add_focal_config, check_choice, key_value, leaves, s
 from focal_d2.config.architectures import CLASS_KEYS
 from focal_d2.config.files import merge_file
 from focal_d2.config.legal_values import check_values
-from focal_d2.data import count_classes, register_datasets
+from focal_d2.data.dataset_checks import count_classes
+from focal_d2.data.entries import register_datasets
 from focal_d2.data.image_files import allow_pixels
 from focal_d2.errors import UNLESS_TRUSTED, UserError, did_you_mean, one_line
 from focal_d2.evaluation import check_backend

@@ -25,9 +25,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from torch import distributed
 
-from focal_d2.data import FocalDatasetMapper
 from focal_d2.data.handover import hand_over
 from focal_d2.data.loader import TrainingLoader, build_training_loader
+from focal_d2.data.mapper import FocalDatasetMapper
 from focal_d2.data.seeding import kept_random_state, random_state, set_random_state
 from focal_d2.detectron2_compat import TrainerParts
 from focal_d2.engine.checks import check_training

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 
 from focal_d2.config import key_value
 from focal_d2.config.architectures import CLASS_KEYS, class_key
-from focal_d2.data import known_class_names
+from focal_d2.data.datasets import known_class_names
 from focal_d2.data.mapper import build_reader
 from focal_d2.data.pictures import read_image
 from focal_d2.data.pixels import from_array

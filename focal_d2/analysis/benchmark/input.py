@@ -18,7 +18,7 @@ from detectron2.structures import BoxMode
 from focal_d2.analysis.benchmark import timing
 from focal_d2.analysis.benchmark.models import make_batch
 from focal_d2.analysis.benchmark.setting import Setting
-from focal_d2.data import FocalDatasetMapper
+from focal_d2.data.mapper import FocalDatasetMapper
 from focal_d2.data.pixels import write_image
 
 

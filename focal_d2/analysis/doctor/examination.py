@@ -18,16 +18,18 @@ from focal_d2.analysis.doctor.training import (
     check_learning_rate,
     memory_facts,
 )
+from focal_d2.annotations import Table
 from focal_d2.config.architectures import is_retinanet, known_architecture
 from focal_d2.config.legal_values import check_values
 from focal_d2.config.unread_keys import unread_keys
-from focal_d2.data import FocalDatasetMapper, Table, check_annotations, load_table
 from focal_d2.data.checks.classes import class_counts
 from focal_d2.data.checks.findings import Finding
 from focal_d2.data.checks.images import without_boxes
 from focal_d2.data.checks.kinds import ERROR, SEVERITIES
 from focal_d2.data.checks.run import check_against_config, check_dataset, check_together
-from focal_d2.data.mapper import build_reader
+from focal_d2.data.dataset_checks import check_annotations
+from focal_d2.data.datasets import load_table
+from focal_d2.data.mapper import FocalDatasetMapper, build_reader
 from focal_d2.errors import UserError
 from focal_d2.modeling import FocalRetinaNet
 

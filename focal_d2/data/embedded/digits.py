@@ -7,7 +7,6 @@ first time a dataset is used; nothing is downloaded. No digit, and no part of a 
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,13 @@ import cv2
 import numpy as np
 
 from focal_d2.annotations import Table
-from focal_d2.data.datasets import register_table
+from focal_d2.data.embedded import SETS
 from focal_d2.data.embedded.folder import datasets_root, prepare_once
 from focal_d2.data.pixels import write_image
 from focal_d2.data.readers.coco import coco_content, read_coco
 from focal_d2.errors import UserError
 
-SPLITS = ("train", "test")
-CLASSES = [str(k) for k in range(10)]
+SPLITS, CLASSES, _ = SETS["digits"]
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,8 @@ class Recipe:
     train_digits: int = 1200  # the first of them
 
 
-def register() -> None:
-    """Register `digits_train` and `digits_test` with detectron2."""
-    for split in SPLITS:
-        register_table(f"digits_{split}", functools.partial(_load, split), thing_classes=CLASSES)
-
-
-def _load(split: str) -> Table:
+def load(split: str) -> Table:
+    """Draw the scenes if they are not there, and return the annotations of a split."""
     folder = prepare(datasets_root())
     return read_coco(str(folder / f"{split}.json"), str(folder / split))
 

@@ -11,7 +11,6 @@ tests. Another forest (OSBS, SOAP) is a second test set.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import subprocess
@@ -25,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from focal_d2.annotations import Table
-from focal_d2.data.datasets import register_table
+from focal_d2.data.embedded import SETS
 from focal_d2.data.embedded.folder import datasets_root, prepare_once
 from focal_d2.data.pixels import read_with_pillow, write_image
 from focal_d2.data.readers.coco import coco_content, read_coco
@@ -34,8 +33,7 @@ from focal_d2.errors import UserError
 
 WHEEL = "deepforest==2.1.0"
 WHEEL_SHA256 = "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54"
-SPLITS = ("train", "test", "other")
-CLASSES = ["tree"]
+SPLITS, CLASSES, _ = SETS["neon_trees"]
 
 _YELL = ("2019_YELL_2_528000_4978000_image_crop2", "2019_YELL_2_541000_4977000_image_crop")
 _OTHER = ("OSBS_029", "SOAP_061")
@@ -62,21 +60,20 @@ class Tile(NamedTuple):
     bottom: int
 
 
-def register() -> None:
-    """Register `neon_trees_train`, `neon_trees_test` and `neon_trees_other` with detectron2."""
-    for split in SPLITS:
-        folder = datasets_root() / "neon_trees"
-        name, annotations, images = f"neon_trees_{split}", folder / f"{split}.json", folder / split
-        read = functools.partial(_load, name, annotations, images)
-        register_table(name, read, source=str(annotations), thing_classes=CLASSES)
+def load(split: str) -> Table:
+    """Return the annotations of a split.
 
-
-def _load(name: str, annotations: Path, images: Path) -> Table:
+    Raises:
+        UserError: if the tiles were not made.
+    """
+    folder = datasets_root() / "neon_trees"
+    annotations = folder / f"{split}.json"
     if not annotations.is_file():
         raise UserError(
-            f"dataset {name} is not prepared: {annotations} not found; run `focal-d2 data neon_trees`"
+            f"dataset neon_trees_{split} is not prepared: {annotations} not found; "
+            "run `focal-d2 data neon_trees`"
         )
-    return read_coco(str(annotations), str(images))
+    return read_coco(str(annotations), str(folder / split))
 
 
 def prepare(root: Path, wheel: Path | None = None, recipe: Recipe = Recipe()) -> Path:

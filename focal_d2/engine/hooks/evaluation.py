@@ -14,7 +14,7 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
-from focal_d2.data import is_annotated, known_class_names
+from focal_d2.data.datasets import is_annotated, known_class_names
 from focal_d2.detectron2_compat import EvaluationHooks
 from focal_d2.errors import UserError
 from focal_d2.evaluation import metric_names
