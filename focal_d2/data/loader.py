@@ -140,13 +140,18 @@ def _image_folders(names: Iterable[str]) -> list[str]:
 
 
 class TrainingLoader:
-    """Batches without end, from the iteration that `start_at` sets."""
+    """Batches without end, which have a state: the position in the data after the last trained batch.
+
+    `count_batch` counts the trained batches. Batches that were only read, because workers read ahead or a
+    step failed, are read again when training resumes.
+    """
 
     def __init__(
         self,
         samples: SeededSamples,
         build_sampler: Callable[[int], Any],
         *,
+        resumes_seed: bool,
         images: int,
         wide: np.ndarray | None,
         workers: int,
@@ -158,6 +163,8 @@ class TrainingLoader:
         Args:
             samples: what is drawn from.
             build_sampler: from a seed to detectron2's sampler, or one of its kind.
+            resumes_seed: `load_state_dict` takes the saved seed, because the config has none. Otherwise the
+                seed of `samples` is kept.
             images: see `TrainingBatches`.
             wide: see `TrainingBatches`.
             workers: number of processes that map samples; 0: none but this one.
@@ -166,6 +173,8 @@ class TrainingLoader:
         """
         self.samples, self.timeout, self.content = samples, timeout, content
         self._build_sampler = build_sampler
+        self._resumes_seed = resumes_seed
+        self._images_done = 0
         self.batches = TrainingBatches(build_sampler(samples.seed), images=images, wide=wide)
         self._loader = DataLoader(
             samples,
@@ -188,42 +197,53 @@ class TrainingLoader:
         return self.batches.images
 
     def start_at(self, images: int) -> None:
-        """Let the next iterator begin after so many images."""
-        self.batches.start = images // self.batches.images
+        """Begin the next iterator, and the count of images, after so many images."""
+        self._images_done = images
+        self.batches.start = images // self.images
 
-    def place(self, images: int) -> dict[str, int]:
-        """Return what `go_on` needs after so many images."""
-        return {"images": images, "batch": self.images, "seed": self.seed, **self.content._asdict()}
+    def count_batch(self) -> None:
+        """Count one more batch as trained on."""
+        self._images_done += self.images
 
-    def go_on(self, place: dict[str, int], *, take_seed: bool) -> list[str]:
-        """Begin the next iterator at a place.
+    def state_dict(self) -> dict[str, int]:
+        """Return how many images were trained on, and the numbers that decide which images those are."""
+        return {
+            "images": self._images_done,
+            "batch": self.images,
+            "seed": self.seed,
+            **self.content._asdict(),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> list[str]:
+        """Begin the next iterator where a state was taken.
 
         Args:
-            place: of `place`.
-            take_seed: draw as from its seed, not from this loader's.
+            state: of `state_dict`. Only the number of images is required.
 
         Returns:
-            What differs, so that other images follow.
+            A clause for each setting that changed, so that other images follow; empty if the same images do.
 
         Raises:
-            ValueError: if it is no place.
+            ValueError: if the state is damaged.
         """
-        if any(type(x) is not int for x in place.values()) or not 0 <= place["images"] <= _MOST_DRAWS:
-            raise ValueError(f"the place in the data {place}"[:200])
-        if take_seed:
-            self.samples.seed = place["seed"]
-            self.batches.sampler = self._build_sampler(place["seed"])
-        self.start_at(place["images"])
+        if any(type(x) is not int for x in state.values()) or not 0 <= state["images"] <= _MOST_DRAWS:
+            raise ValueError(f"the position in the data {state}"[:200])
+        self.start_at(state["images"])
+        if "seed" not in state:
+            return ["the checkpoint does not say which images were drawn"]
+        if self._resumes_seed:
+            self.samples.seed = state["seed"]
+            self.batches.sampler = self._build_sampler(state["seed"])
         changed = []
-        if place["seed"] != self.seed:
-            changed.append(f"SEED {self.seed} instead of {place['seed']}")
-        if place["batch"] != self.images:
-            changed.append(f"SOLVER.IMS_PER_BATCH {self.images} instead of {place['batch']}")
-        # Checkpoints from before 0.1.0 have no such numbers.
+        if state["seed"] != self.seed:
+            changed.append(f"SEED {self.seed} instead of {state['seed']}")
+        if state["batch"] != self.images:
+            changed.append(f"SOLVER.IMS_PER_BATCH {self.images} instead of {state['batch']}")
+        # Checkpoints from before 0.1.0 have no checksums.
         changed += [
             f"other {what} in DATASETS.TRAIN"
             for what, number in zip(("images", "annotations"), self.content, strict=True)
-            if place.get(f"{what[:-1]}_content", number) != number
+            if state.get(f"{what[:-1]}_content", number) != number
         ]
         return changed
 
@@ -296,6 +316,7 @@ def build_training_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Any:
     return TrainingLoader(
         SeededSamples(records, mapper, seed=seed),
         lambda seed: build_sampler(cfg, records, seed=seed),
+        resumes_seed=cfg.SEED < 0,
         images=cfg.SOLVER.IMS_PER_BATCH,
         wide=wide,
         workers=cfg.DATALOADER.NUM_WORKERS,

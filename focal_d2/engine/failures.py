@@ -1,4 +1,4 @@
-"""Failures, told in a line."""
+"""What a failure of training is called in one line, and how a process ends that hangs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from focal_d2.engine.launch.start import peer_is_lost
 from focal_d2.errors import one_line, user_message
 
 
-def tell(error: Exception) -> str | None:
-    """Return one line for a user's mistake or a failure of the machine; None for one of the program."""
+def failure_message(error: Exception) -> str | None:
+    """Return one line on a user's mistake or a failure of the machine; None for a fault of the program."""
     if (message := user_message(error)) is not None:
         return message
     text = str(error)

@@ -1,4 +1,4 @@
-"""Resuming a run: what its checkpoint must hold, which settings win, and what an earlier run left."""
+"""Resuming a run: who has state, what a checkpoint must hold, and which settings win."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from detectron2.config import CfgNode
@@ -21,20 +21,61 @@ from focal_d2.errors import UserError, one_line
 logger = logging.getLogger(__name__)
 
 
+class Owner(Protocol):
+    """Something that has a state of its own, which checkpoints keep under a name.
+
+    Hooks have the same two methods, but detectron2 calls those itself.
+    """
+
+    def state_dict(self) -> Any:
+        """Return the state, as `torch.load` reads it safely."""
+
+    def load_state_dict(self, state: Any, /) -> list[str]:
+        """Take a state; return a clause for each way in which training does not continue exactly."""
+
+
+class ProcessCount:
+    """How many processes train."""
+
+    def state_dict(self) -> int:
+        """Return the number of processes."""
+        return comm.get_world_size()
+
+    def load_state_dict(self, before: int) -> list[str]:
+        """Compare with the number before; return what differs, as a list of clauses."""
+        if before == comm.get_world_size():
+            return []
+        return [
+            f"{comm.get_world_size()} processes instead of {before}: sums are rounded in another order, and "
+            "batch norm that is neither frozen nor synchronised sees batches of another size"
+        ]
+
+
+def complete_state(state: dict[str, Any], *, batch: int) -> dict[str, Any]:
+    """Add what detectron2's own checkpoints do not have: the owners' states, as far as they are known.
+
+    Args:
+        state: of the trainer, from a checkpoint.
+        batch: images of a batch, over all processes.
+    """
+    defaults = {"data": {"images": (state["iteration"] + 1) * batch}, "random": [], "processes": 1}
+    return {**defaults, **state}
+
+
 def check_state(
     state: dict[str, Any], *, cfg: CfgNode, optimizer: torch.optim.Optimizer, schedule: dict[str, Any]
 ) -> None:
-    """Check what PyTorch and detectron2 would take over as it is, and fail on later.
+    """Check what PyTorch and detectron2 take without a look, and would fail on later.
 
     Args:
         state: of the trainer, from a checkpoint.
         cfg: full config.
-        optimizer: that shall take its part of the state.
-        schedule: the attributes of the schedule that shall take its.
+        optimizer: the one that will load its part of the state.
+        schedule: the attributes of the schedule that will load its part.
 
     Raises:
-        UserError: if it is of another optimizer, or of a schedule for another number of processes.
-        ValueError: if it does not hold the numbers that belong there: damaged, or hostile.
+        UserError: if the state is of another optimizer, or of a schedule for another number of processes.
+        ValueError: if it is damaged or hostile: it does not hold the numbers that belong there.
     """
     # Another version of PyTorch may have more settings, or fewer; another optimizer has both.
     groups = state[LOOP_STATE]["optimizer"]["param_groups"]
@@ -48,7 +89,7 @@ def check_state(
     if before != now and cfg.SOLVER.REFERENCE_WORLD_SIZE:
         raise UserError(
             f"--resume: {before} processes wrote the checkpoint in {cfg.OUTPUT_DIR}, not {now}; "
-            "SOLVER.REFERENCE_WORLD_SIZE made another schedule for them: take as many, or set it to 0 and "
+            "SOLVER.REFERENCE_WORLD_SIZE made another schedule for them: start as many, or set it to 0 and "
             "the schedule as it was"
         )
     iteration = state["iteration"]
@@ -65,11 +106,14 @@ def check_state(
 
 
 class SolverSettings:
-    """Settings of optimizer and schedule as the config gives them; checkpoints hold them, to notice changes.
+    """Settings of optimizer and schedule as the config gives them. Checkpoints keep them, to notice changes.
 
     PyTorch's optimizers take all their numbers from a checkpoint, and detectron2's schedule its base learning
     rates. Here the config wins for every setting that has changed in it. The rest comes from the checkpoint,
-    also numbers that a program of the user's changes during training.
+    also numbers that the user's own code changes during training.
+
+    It is no `Owner`: its saved state is needed before the optimizer's is loaded, because parameter groups may
+    have changed; see `merge`.
     """
 
     def __init__(self, cfg: CfgNode, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -77,11 +121,11 @@ class SolverSettings:
 
         Args:
             cfg: full config.
-            model: whose parameters are trained.
+            model: the model that is trained.
             optimizer: as it was built; no schedule has changed its learning rates yet.
         """
         self._folder = cfg.OUTPUT_DIR
-        # The loader says when IMS_PER_BATCH is another.
+        # The training loader reports a changed IMS_PER_BATCH.
         self._keys = {key: str(x) for key, x in leaves(cfg.SOLVER).items() if key != "IMS_PER_BATCH"}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._groups: list[dict[str, Any]] = []
@@ -95,18 +139,18 @@ class SolverSettings:
         return {"keys": self._keys, "groups": self._groups}
 
     def merge(self, state: dict[str, Any], schedule: Any) -> tuple[dict[str, Any], list[str]]:
-        """Put what has changed in the config into a checkpoint's state.
+        """Put the settings that have changed in the config into a checkpoint's state.
 
         Args:
             state: of the trainer, after `check_state`. It is not changed.
-            schedule: that will take its part of the state.
+            schedule: the one that will load its part of the state.
 
         Returns:
             The state to load, and a clause for each change.
 
         Raises:
             UserError: if the checkpoint has other parameter groups and is too old to name their parameters.
-            Exception: of several types, if it is damaged.
+            Exception: of several types, if the state is damaged.
         """
         saved = self._read(state)
         rate, saved_rate = self._groups[0]["settings"]["lr"], saved.built[0]["lr"]
@@ -122,8 +166,8 @@ class SolverSettings:
             for name in ours["names"]:
                 number = sum(len(x["params"]) for x in (*groups, group))
                 group["params"].append(number)
-                if name in saved.places and saved.places[name][1] in saved.tensors:
-                    tensors[number] = saved.tensors[saved.places[name][1]]
+                if name in saved.positions and saved.positions[name][1] in saved.tensors:
+                    tensors[number] = saved.tensors[saved.positions[name][1]]
             groups.append(group)
             rates.append(rate)
 
@@ -145,7 +189,7 @@ class SolverSettings:
         optimizer = state[LOOP_STATE]["optimizer"]
         groups, settings = optimizer["param_groups"], state.get("settings")
         if settings is None:
-            # Of an older checkpoint, or detectron2's: what its optimizer has.
+            # An older checkpoint, or one of detectron2: take what its optimizer has.
             if [len(x["params"]) for x in groups] != [len(x["names"]) for x in self._groups]:
                 raise UserError(
                     f"--resume: the checkpoint in {self._folder} does not name its parameters, and its "
@@ -159,13 +203,13 @@ class SolverSettings:
         else:
             names = [x["names"] for x in settings["groups"]]
             built = [x["settings"] for x in settings["groups"]]
-        places = {
+        positions = {
             name: (i, number)
             for i, (members, group) in enumerate(zip(names, groups, strict=True))
             for name, number in zip(members, group["params"], strict=True)
         }
         rates = state.get("hooks", {}).get("LRScheduler", {}).get("base_lrs") or [x["lr"] for x in built]
-        return _Saved(settings["keys"], built, groups, rates, places, optimizer["state"])
+        return _Saved(settings["keys"], built, groups, rates, positions, optimizer["state"])
 
     def _changes(self, saved: _Saved) -> list[str]:
         changes = [
@@ -174,9 +218,9 @@ class SolverSettings:
             if saved.keys.get(key, value) != value
         ]
         ours = {name: group["settings"] for group in self._groups for name in group["names"]}
-        theirs = {name: saved.built[i] for name, (i, _) in saved.places.items()}
+        theirs = {name: saved.built[i] for name, (i, _) in saved.positions.items()}
         if not changes:
-            # An older checkpoint has no keys; a `build_optimizer` of the user's may read others.
+            # An older checkpoint has no keys, and the user's own `build_optimizer` may read other ones.
             changes += dict.fromkeys(
                 f"{key} from {theirs[name][key]} to {x}"
                 for name in ours
@@ -191,30 +235,30 @@ class SolverSettings:
 
 
 class _Saved(NamedTuple):
-    """What a checkpoint has of optimizer and schedule. Its parameter groups are numbered from 0."""
+    """What a checkpoint holds on optimizer and schedule. Its parameter groups are numbered from 0."""
 
-    keys: dict[str, str]  # of SOLVER, as texts; empty if it does not have them
+    keys: dict[str, str]  # of SOLVER, as texts; empty if the checkpoint does not have them
     built: list[dict[str, Any]]  # each group's settings, as its config gave them
     groups: list[dict[str, Any]]  # each group when the checkpoint was written
     rates: list[float]  # each group's base learning rate, after halvings
-    places: dict[str, tuple[int, int]]  # a parameter's group, and its number in `tensors`
-    tensors: dict[int, dict[str, Any]]  # what the optimizer remembers of a parameter
+    positions: dict[str, tuple[int, int]]  # a parameter's group, and its number in `tensors`
+    tensors: dict[int, dict[str, Any]]  # the optimizer's state of each parameter
 
 
 def _merge_group(
     ours: dict[str, Any], saved: _Saved, *, factor: float | None
 ) -> tuple[dict[str, Any], float]:
-    """Return a parameter group as it resumes, without its parameters, and its base learning rate.
+    """Return the settings with which a parameter group resumes, and its base learning rate.
 
     Args:
-        ours: its names and settings.
-        saved: of the checkpoint.
-        factor: by what the checkpoint's base learning rates were multiplied; None: it does not count.
+        ours: the group's parameter names and settings in the config.
+        saved: what the checkpoint holds.
+        factor: the product of all halvings of the base learning rate, or None if they are dropped.
     """
     settings = ours["settings"]
     group, rate = {**settings, "initial_lr": settings["lr"]}, settings["lr"] * (factor or 1.0)
     # Another config may have divided the parameters into other groups.
-    sources = sorted({saved.places[name][0] for name in ours["names"] if name in saved.places})
+    sources = sorted({saved.positions[name][0] for name in ours["names"] if name in saved.positions})
     if not sources:
         return group, rate
     same = {
@@ -234,19 +278,34 @@ def _has_same(a: dict[str, Any], b: dict[str, Any], key: str) -> bool:
     return (key in a) == (key in b) and a.get(key) == b.get(key)
 
 
+def follow_schedule(optimizer: torch.optim.Optimizer, schedule: Any, *, last: int) -> None:
+    """Set the next iteration's learning rates as the config's schedule gives them.
+
+    The optimizer has the rates of the checkpoint, which an earlier config's schedule may have given.
+
+    Args:
+        optimizer: with its loaded state.
+        schedule: with its loaded state. One that is not detectron2's is left as it is.
+        last: the iterations of the whole training; no schedule is defined beyond.
+    """
+    if isinstance(schedule, LRMultiplier) and schedule.last_epoch <= last:
+        for group, rate in zip(optimizer.param_groups, schedule.get_lr(), strict=True):
+            group["lr"] = rate
+
+
 def set_aside(folder: Path) -> None:
-    """Move an earlier run's checkpoints and figures away, lest they be taken for the new run's."""
+    """Move an earlier run's checkpoints and metrics away, so that they are not taken for the new run's."""
     numbers = (int(x.name[8:]) for x in folder.glob("earlier_*") if x.name[8:].isdecimal())
     earlier = folder / f"earlier_{max(numbers, default=0) + 1}"
     earlier.mkdir()
     for path in [folder / "last_checkpoint", *folder.glob("model_*.pth")]:
         if path.exists():
             path.rename(earlier / path.name)
-    figures = folder / "metrics.json"
-    if figures.exists():
-        # The new run has it open already, to append.
-        shutil.copy(figures, earlier)
-        os.truncate(figures, 0)
+    metrics = folder / "metrics.json"
+    if metrics.exists():
+        # The new run has the file open already, to append to it.
+        shutil.copy(metrics, earlier)
+        os.truncate(metrics, 0)
     logger.warning(
         f"checkpoints of an earlier run in {folder} are now in {earlier}; --resume would go on with them"
     )

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from focal_d2.data.loader import TrainingLoader
 from focal_d2.data.seeding import random_state, set_random_state
 from focal_d2.detectron2_compat import LoopParts, copy_all
-from focal_d2.engine.failures import tell
+from focal_d2.engine.failures import failure_message
 from focal_d2.engine.launch.start import any_rank
-from focal_d2.engine.nonfinite import Step
+from focal_d2.engine.nonfinite import BadStep, Step
 from focal_d2.errors import UserError, describe_error
 from focal_d2.modeling.losses import LossNormalizer
 from focal_d2.storage.checkpoint import check_finite, check_types
@@ -60,7 +61,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
         scale_loss: bool,
         average: MovingAverage | None,
         stopping: Callable[[], bool],
-        on_not_finite: Callable[[bool, list[list[dict[str, Any]]], dict[str, float], float | None], None],
+        on_not_finite: Callable[[BadStep], None],
     ) -> None:
         """Compose the step.
 
@@ -73,9 +74,8 @@ class FocalLoop(LoopParts, SimpleTrainer):
             scale_loss: keep gradients of float16 from underflowing.
             average: of the model, updated after each step; None: there is none.
             stopping: whether this process was asked to stop.
-            on_not_finite: called where the loss or gradient of any process is not finite, with the model as
-                it was before the step: whether it is this process's, its batch in parts, its losses, and what
-                those of a part were divided by.
+            on_not_finite: called in all processes if the loss or gradient of any process is not finite, with
+                the model as it was before the step.
         """
         super().__init__(model, data_loader, optimizer)
         self.bare = model.module if isinstance(model, DistributedDataParallel) else model
@@ -119,6 +119,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
         (bad,) = any_rank(not finite)
         if bad:
             self._skip(not finite, data, values)
+            self._count_batch()
             return
         self.steps_skipped = 0
         if comm.is_main_process() and math.isfinite(gradient_norm):
@@ -130,6 +131,11 @@ class FocalLoop(LoopParts, SimpleTrainer):
         self.scaler.update()
         if self.average is not None and self.scaler.get_scale() >= scale:  # else the step was left out
             self.average.update_parameters(self.bare)
+        self._count_batch()
+
+    def _count_batch(self) -> None:
+        if isinstance(self.data_loader, TrainingLoader):
+            self.data_loader.count_batch()
 
     def _fetch(self) -> tuple[list[dict[str, Any]], float]:
         start, data, failure = time.perf_counter(), [], None
@@ -141,7 +147,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
         if stop:
             raise Stopped("stopped")
         if failed:
-            lines = comm.all_gather(failure and (tell(failure) or describe_error(failure)))
+            lines = comm.all_gather(failure and (failure_message(failure) or describe_error(failure)))
             raise failure or DataFailed(next(line for line in lines if line))
         return data, time.perf_counter() - start
 
@@ -180,12 +186,21 @@ class FocalLoop(LoopParts, SimpleTrainer):
             return self.model.no_sync()
         return nullcontext()
 
-    def _skip(self, own: bool, data: list[dict[str, Any]], losses: dict[str, float]) -> None:
+    def _skip(self, is_bad_here: bool, data: list[dict[str, Any]], losses: dict[str, float]) -> None:
         self.undo()
         if self.scaler.is_enabled():
             self.scaler.update()
-        divisor = None if self.normalizer is None else float(self.normalizer.last)
-        self.on_not_finite(own, self._in_parts(data), losses, divisor)
+        bad_step = BadStep(
+            iteration=self.iter,
+            is_bad_here=is_bad_here,
+            model=self.bare,
+            precision=self.precision,
+            parts=self._in_parts(data),
+            losses=losses,
+            normalizer=None if self.normalizer is None else float(self.normalizer.last),
+            steps=list(self.steps),
+        )
+        self.on_not_finite(bad_step)
         self.steps_skipped += 1
         if self.steps_skipped >= _SKIPS:
             raise UserError(
@@ -248,13 +263,13 @@ def _fit(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [i for group in state["param_groups"] for i in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
-        own = state["state"].get(number, {})
-        for name, x in own.items():
+        tensors = state["state"].get(number, {})
+        for name, x in tensors.items():
             if not isinstance(x, Tensor) or (name == "step" and x.dim() == 0):
                 continue
             if x.shape != parameter.shape or not x.is_floating_point():
                 raise ValueError(f"the optimizer's {name} has the shape {tuple(x.shape)}")
-            own[name] = torch.empty_like(parameter, dtype=x.dtype, device=x.device).copy_(x)
+            tensors[name] = torch.empty_like(parameter, dtype=x.dtype, device=x.device).copy_(x)
 
 
 class MovingAverage(AveragedModel):

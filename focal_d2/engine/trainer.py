@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +14,11 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
-from detectron2.solver.lr_scheduler import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from torch import distributed
@@ -28,29 +26,34 @@ from torch import distributed
 from focal_d2.data.handover import hand_over
 from focal_d2.data.loader import TrainingLoader, build_training_loader
 from focal_d2.data.mapper import FocalDatasetMapper
-from focal_d2.data.seeding import kept_random_state, random_state, set_random_state
+from focal_d2.data.seeding import kept_random_state
 from focal_d2.detectron2_compat import TrainerParts
 from focal_d2.engine.checks import check_training
-from focal_d2.engine.failures import end_hung_workers, tell
+from focal_d2.engine.failures import end_hung_workers, failure_message
 from focal_d2.engine.hooks.evaluation import Evaluation, TrainingEnded, check_best
 from focal_d2.engine.hooks.pictures import TrainingPictures
-from focal_d2.engine.hooks.progress import ProgressBar
+from focal_d2.engine.hooks.progress import ProgressBar, on_terminal
+from focal_d2.engine.hooks.random_state import CollectRandomStates, RandomStates
 from focal_d2.engine.hooks.wandb import WeightsAndBiases
 from focal_d2.engine.launch.start import StopRequest, remember_torchrun
-from focal_d2.engine.nonfinite import examine, save_step
+from focal_d2.engine.nonfinite import NonfinitePolicy
 from focal_d2.engine.output_lock import output_lock
-from focal_d2.engine.resume import SolverSettings, check_state, set_aside
+from focal_d2.engine.resume import (
+    Owner,
+    ProcessCount,
+    SolverSettings,
+    check_state,
+    complete_state,
+    follow_schedule,
+    set_aside,
+)
 from focal_d2.engine.step import FocalLoop, MovingAverage, Stopped
-from focal_d2.errors import UserError, describe_error, user_message
+from focal_d2.errors import UserError, user_message
 from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, format_results
 from focal_d2.modeling.retinanet import precision_around
 from focal_d2.storage.checkpoint import FocalCheckpointer
 
 logger = logging.getLogger(__name__)
-
-
-# Steps that were not finite and are saved, of a training that skips them: each holds the model.
-_MOST_REPORTS = 5
 
 
 class FocalTrainer(TrainerParts, DefaultTrainer):
@@ -63,7 +66,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
             cfg: full config.
 
         Raises:
-            UserError: for anything the user can mend.
+            UserError: for anything the user can correct.
         """
         # Not DefaultTrainer's: that wraps the model for GPUs only, and has its own loop.
         super(DefaultTrainer, self).__init__()
@@ -79,7 +82,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         model = create_ddp_model(
             bare, broadcast_buffers=False, device_ids=None if on_cpu else [comm.get_local_rank()]
         )
-        # After that, which gives all processes the first one's weights.
+        # Only now do all processes have the first one's weights.
         self.average = MovingAverage(bare, decay=solver.EMA) if solver.EMA else None
         self.loop = FocalLoop(
             model,
@@ -90,9 +93,14 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
             scale_loss=cfg.SOLVER.AMP.ENABLED,
             average=self.average,
             stopping=self._stopping,
-            on_not_finite=self._not_finite,
+            on_not_finite=NonfinitePolicy(cfg, halve_rates=self._halve_rates),
         )
         self._settings = SolverSettings(cfg, bare, optimizer)
+        self._random_states = RandomStates()
+        # All state of a run that is neither detectron2's nor a hook's, by its name in checkpoints.
+        self.owners: dict[str, Owner] = {"random": self._random_states, "processes": ProcessCount()}
+        if isinstance(loader, TrainingLoader):
+            self.owners = {"data": loader, **self.owners}
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = FocalCheckpointer(
             self.offered,
@@ -103,10 +111,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.failed = False  # whether training ended before its end
-        self._images_before = 0  # drawn before start_iter
-        self.random_states: tuple[int, list[Any]] = (-1, [])  # of all processes, after an iteration
         self._stop: StopRequest | None = None
-        self._reports = 0  # on steps that were not finite
         self.register_hooks(self.build_hooks())
 
     @property
@@ -182,11 +187,11 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         return results
 
     def build_hooks(self) -> list[Any]:
-        """Take detectron2's hooks; evaluate what checkpoints offer, and draw a bar on a terminal."""
-        found = super().build_hooks()
+        """Build detectron2's hooks, with our evaluation, and ours: random states, pictures, progress bar."""
+        built = super().build_hooks()
         test = self.cfg.TEST
-        evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
-        found[evaluation] = Evaluation(
+        evaluation = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        built[evaluation] = Evaluation(
             test.EVAL_PERIOD,
             self._evaluate,
             self.checkpointer,
@@ -195,24 +200,25 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         )
         # Before the main process writes a checkpoint.
         saving = next(
-            (i for i, x in enumerate(found) if isinstance(x, hooks.PeriodicCheckpointer)), evaluation
+            (i for i, x in enumerate(built) if isinstance(x, hooks.PeriodicCheckpointer)), evaluation
         )
-        found.insert(saving, RandomStates(self.cfg.SOLVER.CHECKPOINT_PERIOD))
+        collect = CollectRandomStates(self._random_states, period=self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        built.insert(saving, collect)
         if comm.is_main_process():
             # Before the writers. detectron2's own models draw pictures themselves.
             period, model = self.cfg.VIS_PERIOD, self.loop.bare
             if period > 0 and not hasattr(model, "vis_period"):
-                found.insert(-1, TrainingPictures(model, period=period, input_format=self.cfg.INPUT.FORMAT))
+                built.insert(-1, TrainingPictures(model, period=period, input_format=self.cfg.INPUT.FORMAT))
             if self.cfg.SOLVER.FOCAL.WANDB_PROJECT:
-                found.insert(-1, WeightsAndBiases(self.cfg, project=self.cfg.SOLVER.FOCAL.WANDB_PROJECT))
-        if _on_terminal():
-            found.insert(-1, ProgressBar())
-        return found
+                built.insert(-1, WeightsAndBiases(self.cfg, project=self.cfg.SOLVER.FOCAL.WANDB_PROJECT))
+        if on_terminal():
+            built.insert(-1, ProgressBar())
+        return built
 
     def build_writers(self) -> list[EventWriter]:
         """Build detectron2's writers; on a terminal the progress bar replaces the printed lines."""
         writers = super().build_writers()
-        if _on_terminal():
+        if on_terminal():
             writers = [w for w in writers if not isinstance(w, CommonMetricPrinter)]
         return writers
 
@@ -238,64 +244,35 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         comm.synchronize()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a run needs to go on as if it had not stopped, but for the model."""
+        """Return all that a run needs to continue exactly, except for the model."""
         state = super().state_dict()
-        loader = self.data_loader
-        if isinstance(loader, TrainingLoader):
-            drawn = (self.iter + 1 - self.start_iter) * loader.images
-            state["data"] = loader.place(self._images_before + drawn)
-        iteration, states = self.random_states
-        state["random"] = states if iteration == self.iter else [random_state()]
-        state["processes"] = comm.get_world_size()
+        state.update({name: owner.state_dict() for name, owner in self.owners.items()})
         state["settings"] = self._settings.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume, and say what is not exact; see detectron2's `DefaultTrainer`.
+        """Resume, and log what is not exact; see detectron2's `DefaultTrainer`.
 
-        Where settings of optimizer or schedule differ, the config's are taken, and a line says which.
+        If settings of optimizer or schedule have changed, the config's are used, and a line names them.
 
         Raises:
             UserError: if the checkpoint was written for another optimizer or schedule.
             ValueError: if it is damaged.
         """
         check_state(state_dict, cfg=self.cfg, optimizer=self.optimizer, schedule=vars(self.scheduler))
-        state_dict, changes = self._settings.merge(state_dict, self.scheduler)
-        super().load_state_dict(state_dict)
-        if isinstance(self.scheduler, LRMultiplier) and self.scheduler.last_epoch <= self.max_iter:
-            # The checkpoint has the next iteration's rates as its own schedule gave them.
-            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
-                group["lr"] = rate
+        state, changes = self._settings.merge(state_dict, self.scheduler)
+        super().load_state_dict(state)
+        follow_schedule(self.optimizer, self.scheduler, last=self.max_iter)
+        state = complete_state(state, batch=self.cfg.SOLVER.IMS_PER_BATCH)
+        differences = [] if "data" in self.owners else ["the data, no list of records, start anew"]
+        for name, owner in self.owners.items():
+            differences += owner.load_state_dict(state[name])
         if changes and comm.is_main_process():
             logger.warning(f"--resume: the config has changed and is followed: {'; '.join(changes)}")
-        differences = self._go_on_with_data(state_dict.get("data"))
-        before, now = state_dict.get("processes", 1), comm.get_world_size()
-        states = state_dict.get("random", [])
-        if before != now:
-            differences.append(
-                f"{now} processes instead of {before}: sums are rounded in another order, and batch norm "
-                "that is neither frozen nor synchronised sees batches of another size"
-            )
-        elif len(states) == now:
-            set_random_state(states[comm.get_rank()])
-        else:
-            differences.append("random generators start anew")
         if differences and comm.is_main_process():
             logger.warning(
                 f"--resume goes on, but not to the bit as without a stop: {'; '.join(differences)}"
             )
-
-    def _go_on_with_data(self, place: dict[str, int] | None) -> list[str]:
-        """Let the data go on where they were; return what differs."""
-        loader = self.data_loader
-        if not isinstance(loader, TrainingLoader):
-            return ["the data, no list of records, start anew"]
-        if place is None:
-            self._images_before = (self.iter + 1) * loader.images
-            loader.start_at(self._images_before)
-            return ["the checkpoint does not say which images were drawn"]
-        self._images_before = place["images"]
-        return loader.go_on(place, take_seed=self.cfg.SEED < 0)
 
     def train(self) -> Any:
         """Train; see `DefaultTrainer.train`.
@@ -350,14 +327,14 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         except Exception as error:
             self.loop.undo()
             end_hung_workers(error)
-            self._keep(error, last=self.iter - 1)
+            self._save_and_raise(error, last=self.iter - 1)
 
-    def _keep(self, error: Exception, last: int) -> None:
-        """Save the state after iteration `last`, if that is new, and raise the error, told plainly."""
+    def _save_and_raise(self, error: Exception, *, last: int) -> None:
+        """Save the state after iteration `last`, if it is new and complete; raise the error in one line."""
         stopped = isinstance(error, Stopped)
         if stopped:
-            self.random_states = last, comm.gather(random_state())
-        message, kept = tell(error), ""
+            self._random_states.collect()
+        message, kept = failure_message(error), ""
         self.failed = True
         if last >= self.start_iter and not self.loop.stepping and comm.is_main_process():
             self.iter = last  # hooks take it for the last complete one
@@ -385,7 +362,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
             # The iteration is complete: the schedule's hook has run.
             self.loop.stepping = False
             last = self.iter if self.iter < self.max_iter else -1  # at the end all is saved
-            self._keep(error, last)
+            self._save_and_raise(error, last=last)
         return self.last_results
 
     @contextmanager
@@ -405,80 +382,11 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
     def _stopping(self) -> bool:
         return self._stop is not None and self._stop.number is not None
 
-    def _not_finite(
-        self,
-        own: bool,
-        parts: list[list[dict[str, Any]]],
-        losses: dict[str, float],
-        divisor: float | None,
-    ) -> None:
-        policy = self.cfg.SOLVER.FOCAL.ON_NONFINITE
-        # All processes, since a model may exchange figures in the middle.
-        found, line = self._examine(parts, losses, divisor, save=own)
-        # After gradients were exchanged all are bad; the cause is where the step repeats.
-        _, line = max(comm.all_gather((own and found, line if own else "")))
-        what = f"the loss or gradient became infinite or NaN at iteration {self.iter}: {line}"
-        if policy == "stop":
-            raise UserError(what)
-        logger.warning(f"{what}; the step is skipped (SOLVER.FOCAL.ON_NONFINITE {policy})")
-        if policy == "halve_lr":
-            # What detectron2's schedule multiplies is part of the checkpoint.
-            self.scheduler.base_lrs = [x / 2 for x in self.scheduler.base_lrs]
-            for group in self.optimizer.param_groups:
-                group["lr"] /= 2
-
-    def _examine(
-        self,
-        parts: list[list[dict[str, Any]]],
-        losses: dict[str, float],
-        divisor: float | None,
-        *,
-        save: bool,
-    ) -> tuple[bool, str]:
-        """Report on this process's batch: whether the step failed again, and a line about it."""
-        model, steps = self.loop.bare, list(self.loop.steps)
-        try:
-            with self.loop.precision():
-                reports = [examine(model, part, steps=steps, normalizer=divisor) for part in parts]
-            bad = [bool(report.bad_terms or report.gradient) for report in reports]
-            which = bad.index(True) if any(bad) else 0
-        except (RuntimeError, MemoryError) as error:  # no room for it
-            return False, f"its cause could not be examined ({describe_error(error)})"
-        report = reports[which]
-        if not save or self._reports >= _MOST_REPORTS:
-            return any(bad), report.verdict
-        self._reports += 1
-        try:
-            written = save_step(
-                self.cfg.OUTPUT_DIR,
-                cfg=self.cfg,
-                model=model,
-                batch=parts[which],
-                losses=losses if len(parts) == 1 else report.losses,
-                steps=steps,
-                normalizer=divisor,
-                iteration=self.iter,
-                rank=comm.get_rank(),
-                report=report,
-            )
-        except OSError as error:
-            return any(bad), f"{report.verdict} (the report could not be written: {error})"
-        repeat = f"{written}/report.txt; focal-d2 replay {written} repeats the step"
-        return any(bad), f"{report.verdict} ({repeat})"
-
-
-class RandomStates(HookBase):
-    """Collects all processes' generators for a checkpoint that is due."""
-
-    def __init__(self, period: int) -> None:
-        """Take `SOLVER.CHECKPOINT_PERIOD`."""
-        self._period = period
-
-    def after_step(self) -> None:
-        """Collect, on all processes."""
-        done = self.trainer.iter + 1
-        if done % self._period == 0 or done >= self.trainer.max_iter:
-            self.trainer.random_states = self.trainer.iter, comm.gather(random_state())
+    def _halve_rates(self) -> None:
+        # What detectron2's schedule multiplies is part of the checkpoint.
+        self.scheduler.base_lrs = [x / 2 for x in self.scheduler.base_lrs]
+        for group in self.optimizer.param_groups:
+            group["lr"] /= 2
 
 
 def _say_that_it_stops(number: int) -> None:
@@ -486,7 +394,3 @@ def _say_that_it_stops(number: int) -> None:
         name = signal.Signals(number).name
         # Not print: the signal may come while that very stream is written to.
         os.write(2, f"{name}: this iteration ends, then a checkpoint; once more stops at once\n".encode())
-
-
-def _on_terminal() -> bool:
-    return comm.is_main_process() and sys.stdout.isatty()

@@ -19,7 +19,7 @@ import yaml
 
 from focal_d2 import UserError
 from focal_d2.engine import FocalTrainer, load_config
-from focal_d2.engine.failures import tell
+from focal_d2.engine.failures import failure_message
 from focal_d2.engine.step import FocalLoop, MovingAverage
 from tests.conftest import REPOSITORY
 from tests.engine.runs import metrics, run_main
@@ -689,5 +689,5 @@ def test_a_run_of_which_only_the_end_is_left_goes_on(small_job, tmp_path, monkey
 
 
 def test_other_errors_are_not_told_away():
-    assert tell(RuntimeError("shape mismatch")) is None
-    assert "out of memory: 3 GiB" in str(tell(torch.OutOfMemoryError("CUDA\n3 GiB")))
+    assert failure_message(RuntimeError("shape mismatch")) is None
+    assert "out of memory: 3 GiB" in str(failure_message(torch.OutOfMemoryError("CUDA\n3 GiB")))

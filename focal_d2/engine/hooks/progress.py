@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import ExitStack
 
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+
+def on_terminal() -> bool:
+    """Whether this is the main process and its output is seen on a terminal."""
+    return comm.is_main_process() and sys.stdout.isatty()
 
 
 class ProgressBar(HookBase):
@@ -37,5 +44,5 @@ class ProgressBar(HookBase):
         self._bar.update()
 
     def after_train(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar and leave it on the screen."""
         self._stack.close()
