@@ -38,8 +38,8 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
             test on that has no box, and for an architecture that needs more than boxes, which the datasets
             of `DATASETS.FOCAL` do not have.
     """
-    if training and not cfg.DATASETS.TRAIN:
-        raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
+    if training:
+        check_has_training_data(cfg)
     first: tuple[str, list[str]] | None = None
     counted_by = class_key(cfg)
     num_classes = key_value(cfg, counted_by) if counted_by else None
@@ -68,6 +68,16 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
                     f"{what} has {len(classes)} classes ({first_few(classes)}) but {counted_by} is "
                     f"{num_classes}: set it to {len(classes)}, or to auto"
                 )
+
+
+def check_has_training_data(cfg: CfgNode) -> None:
+    """Check that `DATASETS.TRAIN` names a dataset.
+
+    Raises:
+        UserError: if it is empty.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
 
 
 class _Annotation(msgspec.Struct):

@@ -1,32 +1,153 @@
-"""What training needs: legal values, a batch that the processes can share, and enough file handles."""
+"""All checks of a job before it starts, in one list: training, evaluation, the doctor and a study call it.
+
+Loading a config has checked each value by itself already (`focal_d2.engine.load_config`). The warnings on
+annotations, which stop no job, are in `focal_d2.data.checks`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 
 from focal_d2.config.legal_values import check_values
+from focal_d2.data.dataset_checks import check_datasets, check_has_training_data
+from focal_d2.data.mapper import FocalDatasetMapper
+from focal_d2.data.sampling import check_sampler
 from focal_d2.data.workers import check_handles
+from focal_d2.engine.alpha import resolve_alpha
+from focal_d2.engine.hooks.evaluation import check_best
+from focal_d2.engine.launch.start import check_backend
+from focal_d2.engine.optimizer import build_optimizer
 from focal_d2.errors import UserError
+from focal_d2.modeling.build import building
+from focal_d2.storage.checkpoint import check_file
 
 
-def check_training(cfg: CfgNode) -> None:
-    """Check the keys that training reads, the batch against the processes, and the limit on open files.
+class Job(NamedTuple):
+    """What is going to run."""
+
+    training: bool  # False: evaluation only
+    processes: int
+
+
+def run_checks(cfg: CfgNode, *phases: str, training: bool = True, processes: int | None = None) -> None:
+    """Run the checks of some phases, in the order of `CHECKS`.
+
+    Args:
+        cfg: full config.
+        phases: names of `PHASES`.
+        training: whether the job trains; if not, it only evaluates.
+        processes: of the job; None: as many as there are now.
 
     Raises:
-        UserError: for a value that is not legal, or too few file handles (`ulimit -n`).
+        UserError: for the first thing that would stop the job.
     """
-    check_values(cfg, "MODEL.FOCAL.AMP.", "INPUT.", "SOLVER.", "DATALOADER.", "TEST.", "VIS_PERIOD", "SEED")
-    images, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
+    job = Job(training, comm.get_world_size() if processes is None else processes)
+    for phase, check in CHECKS:
+        if phase in phases:
+            check(cfg, job)
+
+
+def _output_dir(cfg: CfgNode, _: Job) -> None:
+    if not cfg.OUTPUT_DIR:
+        raise UserError("OUTPUT_DIR is empty; it must be the path of a folder")
+
+
+def _training_values(cfg: CfgNode, job: Job) -> None:
+    """Check the keys that training reads, also of an architecture that may give them another meaning."""
+    if job.training:
+        check_values(
+            cfg, "MODEL.FOCAL.AMP.", "INPUT.", "SOLVER.", "DATALOADER.", "TEST.", "VIS_PERIOD", "SEED"
+        )
+
+
+def _batch(cfg: CfgNode, job: Job) -> None:
+    """Check that the processes can share a batch, and that each has an image for every part."""
+    if not job.training:
+        return
+    images, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, job.processes)
     if images < 1 or rest:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the number of "
-            f"processes, {comm.get_world_size()}"
+            f"processes, {job.processes}"
         )
     if (parts := cfg.SOLVER.FOCAL.ACCUMULATE) > images:
         raise UserError(
             f"SOLVER.FOCAL.ACCUMULATE is {parts}; it must be within 1 and the {images} images that a process "
             "has in a batch"
         )
-    # An evaluation in the middle of training starts workers of its own.
-    check_handles(cfg.DATALOADER.NUM_WORKERS, loaders=2 if cfg.DATASETS.TEST else 1)
+
+
+def _sampler(cfg: CfgNode, job: Job) -> None:
+    if job.training:
+        check_sampler(cfg)
+
+
+def _training_data(cfg: CfgNode, job: Job) -> None:
+    if job.training:
+        check_has_training_data(cfg)
+
+
+def _datasets(cfg: CfgNode, job: Job) -> None:
+    check_datasets(cfg, training=job.training)
+
+
+def _best_metric(cfg: CfgNode, job: Job) -> None:
+    if job.training:
+        check_best(cfg)
+
+
+def _exchange(cfg: CfgNode, _: Job) -> None:
+    check_backend(torch.device(cfg.MODEL.DEVICE).type)
+
+
+def _file_handles(cfg: CfgNode, job: Job) -> None:
+    """Check the limit on open files; an evaluation in the middle of training starts workers of its own."""
+    check_handles(cfg.DATALOADER.NUM_WORKERS, loaders=2 if job.training and cfg.DATASETS.TEST else 1)
+
+
+def _mapper(cfg: CfgNode, job: Job) -> None:
+    with building("trainer" if job.training else "model"):
+        FocalDatasetMapper(cfg, is_train=job.training)
+
+
+def _model_and_solver(cfg: CfgNode, job: Job) -> None:
+    """Build the model, and for training its optimizer and schedule, on the CPU."""
+    cfg = (resolve_alpha(cfg) if job.training else cfg).clone()
+    cfg.defrost()
+    if cfg.MODEL.DEVICE != "cpu":
+        # On a GPU, building would leave a context and memory behind. The CPU would choose another precision.
+        cfg.MODEL.DEVICE, cfg.MODEL.FOCAL.AMP.ENABLED = "cpu", False
+    with building("trainer" if job.training else "model"):
+        model = build_model(cfg)
+        if job.training:
+            build_lr_scheduler(cfg, build_optimizer(cfg, model))
+
+
+def _weights(cfg: CfgNode, _: Job) -> None:
+    check_file(cfg.MODEL.WEIGHTS)
+
+
+# A phase says what its checks need: the config alone; the datasets' files; the names of their classes, which
+# metrics are named after; the job's processes; to build what reads images; to build the rest of a training.
+PHASES = ("config", "datasets", "metrics", "processes", "input", "build")
+CHECKS: tuple[tuple[str, Callable[[CfgNode, Job], None]], ...] = (
+    ("config", _output_dir),
+    ("config", _training_values),
+    ("config", _batch),
+    ("config", _sampler),
+    ("config", _training_data),
+    ("datasets", _datasets),
+    ("metrics", _best_metric),
+    ("processes", _exchange),
+    ("processes", _file_handles),
+    ("input", _mapper),
+    ("build", _model_and_solver),
+    ("build", _weights),
+)

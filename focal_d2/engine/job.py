@@ -7,30 +7,23 @@ import logging
 import os
 from collections.abc import Sequence
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from focal_d2.config.unread_keys import unread_keys
 from focal_d2.data.checks.run import annotation_warnings
-from focal_d2.data.dataset_checks import check_datasets
 from focal_d2.data.datasets import announce
-from focal_d2.data.mapper import FocalDatasetMapper
-from focal_d2.data.sampling import check_sampler
-from focal_d2.data.workers import check_handles
 from focal_d2.engine.alpha import resolve_alpha
-from focal_d2.engine.checks import check_training
-from focal_d2.engine.hooks.evaluation import check_best
-from focal_d2.engine.launch.start import check_backend, check_devices, restarted_by_torchrun, start
+from focal_d2.engine.checks import PHASES, run_checks
+from focal_d2.engine.launch.start import check_devices, restarted_by_torchrun, start
 from focal_d2.engine.load_config import load_config
 from focal_d2.engine.output_lock import output_lock, was_trained_in
 from focal_d2.engine.setup import restored_config, set_up_job
 from focal_d2.engine.trainer import FocalTrainer
 from focal_d2.errors import UserError
 from focal_d2.modeling.build import building
-from focal_d2.storage.checkpoint import FocalCheckpointer, check_file
+from focal_d2.storage.checkpoint import FocalCheckpointer
 
 logger = logging.getLogger(__name__)
 
@@ -60,24 +53,20 @@ def run(args: argparse.Namespace) -> None:
     cfg = load_config(
         args.config_file, args.opts, trust_files=args.trust_files, allow_download=args.allow_download
     )
-    if not cfg.OUTPUT_DIR:
-        raise UserError("OUTPUT_DIR is empty; it must be the path of a folder")
-    unread = unread_keys(cfg)
+    training, unread = not args.eval_only, unread_keys(cfg)
+    run_checks(cfg, "config", training=training)
     try:
-        check_datasets(cfg, training=not args.eval_only)
+        run_checks(cfg, "datasets", training=training)
     except UserError as error:
-        # Often it is the key that was not read that should have prevented this.
+        # Often a key that is not read was meant to prevent this.
         raise UserError("; ".join([str(error), *unread])) from error
-    check_backend(torch.device(cfg.MODEL.DEVICE).type)
+    run_checks(cfg, "metrics", "processes", training=training)
     if args.eval_only:
-        check_handles(cfg.DATALOADER.NUM_WORKERS, loaders=1)
         # The config.yaml of a training says what was trained, not what was evaluated afterwards.
         with restored_config(cfg.OUTPUT_DIR, always=was_trained_in(cfg.OUTPUT_DIR)):
             _set_up(cfg, args, unread)
         _evaluate(cfg, args)
         return
-    check_training(cfg)
-    check_best(cfg)
     # Before anything is written there, config.yaml and log.txt included.
     with output_lock(cfg.OUTPUT_DIR):
         args.resume = args.resume or restarted_by_torchrun(cfg.OUTPUT_DIR)
@@ -128,40 +117,26 @@ def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def check_job(config_file: str, overrides: Sequence[str] = (), *, num_gpus: int = 1) -> str:
-    """Check what `launch_job` can be told before it reads images: config, datasets, model, schedule, weights.
+    """Run all checks of a training, and build what it needs, without reading an image.
 
     Args:
         config_file: path of the YAML file.
         overrides: KEY VALUE pairs; SEED and OUTPUT_DIR are not among them.
-        num_gpus: on this machine.
+        num_gpus: processes of the job, on this machine.
 
     Returns:
-        The whole config as YAML, but for OUTPUT_DIR and SEED: what makes two runs comparable.
+        The whole config as YAML, except for OUTPUT_DIR and SEED: runs with the same text can be compared.
 
     Raises:
-        UserError: for anything the user can mend.
+        UserError: for anything the user can correct.
     """
     for key in ("SEED", "OUTPUT_DIR"):
         if key in overrides[::2]:
             raise UserError(f"{key} is set for each run; it can't be an override")
     check_devices(num_gpus, 1)
     cfg = load_config(config_file, overrides)
-    check_datasets(cfg, training=True)
-    check_training(cfg)
-    check_best(cfg)
+    run_checks(cfg, *PHASES, processes=num_gpus)
     comparable = cfg.clone()
     comparable.defrost()
     comparable.OUTPUT_DIR, comparable.SEED = "", -1
-    cfg = resolve_alpha(cfg).clone()
-    cfg.defrost()
-    if cfg.MODEL.DEVICE != "cpu":
-        # Where building leaves no context and no memory behind, but another precision would be chosen.
-        cfg.MODEL.DEVICE, cfg.MODEL.FOCAL.AMP.ENABLED = "cpu", False
-    with building("trainer"):
-        model = build_model(cfg)
-        optimizer = FocalTrainer.build_optimizer(cfg, model)
-        FocalTrainer.build_lr_scheduler(cfg, optimizer)
-        FocalDatasetMapper(cfg, is_train=True)
-        check_sampler(cfg)
-    check_file(cfg.MODEL.WEIGHTS)
     return str(comparable.dump())

@@ -17,8 +17,6 @@ from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
-from detectron2.solver import build_optimizer
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from torch import distributed
@@ -28,15 +26,16 @@ from focal_d2.data.loader import TrainingLoader, build_training_loader
 from focal_d2.data.mapper import FocalDatasetMapper
 from focal_d2.data.seeding import kept_random_state
 from focal_d2.detectron2_compat import TrainerParts
-from focal_d2.engine.checks import check_training
+from focal_d2.engine.checks import run_checks
 from focal_d2.engine.failures import end_hung_workers, failure_message
-from focal_d2.engine.hooks.evaluation import Evaluation, TrainingEnded, check_best
+from focal_d2.engine.hooks.evaluation import Evaluation, TrainingEnded
 from focal_d2.engine.hooks.pictures import TrainingPictures
 from focal_d2.engine.hooks.progress import ProgressBar, on_terminal
 from focal_d2.engine.hooks.random_state import CollectRandomStates, RandomStates
 from focal_d2.engine.hooks.wandb import WeightsAndBiases
 from focal_d2.engine.launch.start import StopRequest, remember_torchrun
 from focal_d2.engine.nonfinite import NonfinitePolicy
+from focal_d2.engine.optimizer import build_optimizer
 from focal_d2.engine.output_lock import output_lock
 from focal_d2.engine.resume import (
     Owner,
@@ -71,8 +70,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         # Not DefaultTrainer's: that wraps the model for GPUs only, and has its own loop.
         super(DefaultTrainer, self).__init__()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        check_training(cfg)
-        check_best(cfg)
+        run_checks(cfg, "config", "metrics", "processes")
         self.cfg = cfg
         solver = cfg.SOLVER.FOCAL
         bare = self.build_model(cfg)
@@ -131,18 +129,8 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """Build the optimizer that `SOLVER.FOCAL.OPTIMIZER` names, with detectron2's parameter groups."""
-        if cfg.SOLVER.FOCAL.OPTIMIZER == "SGD":
-            return build_optimizer(cfg, model)
-        groups = get_default_optimizer_params(
-            model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-        )
-        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return optimizer(groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, fused=True)
+        """Build the optimizer that `SOLVER.FOCAL.OPTIMIZER` names."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:

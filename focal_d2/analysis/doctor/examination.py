@@ -20,7 +20,6 @@ from focal_d2.analysis.doctor.training import (
 )
 from focal_d2.annotations import Table
 from focal_d2.config.architectures import is_retinanet, known_architecture
-from focal_d2.config.legal_values import check_values
 from focal_d2.config.unread_keys import unread_keys
 from focal_d2.data.checks.classes import class_counts
 from focal_d2.data.checks.findings import Finding
@@ -29,7 +28,8 @@ from focal_d2.data.checks.kinds import ERROR, SEVERITIES
 from focal_d2.data.checks.run import check_against_config, check_dataset, check_together
 from focal_d2.data.dataset_checks import check_annotations
 from focal_d2.data.datasets import load_table
-from focal_d2.data.mapper import FocalDatasetMapper, build_reader
+from focal_d2.data.mapper import build_reader
+from focal_d2.engine.checks import run_checks
 from focal_d2.errors import UserError
 from focal_d2.modeling import FocalRetinaNet
 
@@ -98,11 +98,8 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
     Raises:
         UserError: for a mistake in the config.
     """
-    # What a run would be refused for beside its data.
-    check_values(cfg, "SOLVER.")
-    if not cfg.DATASETS.TRAIN:
-        raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
-    FocalDatasetMapper(cfg, is_train=True)
+    # Mistakes that stop a job, except for those in the data, which become findings.
+    run_checks(cfg, "config", "input")
     found: list[Finding] = []
     for name, times in Counter(cfg.DATASETS.TRAIN).items():
         if times > 1:
@@ -118,6 +115,8 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
             tables[name] = load_table(name)
         except UserError as error:
             found.append(Finding("dataset-unreadable", str(error), name))
+    if len(tables) == len(keys):
+        run_checks(cfg, "metrics")
     train = {name: tables[name] for name in cfg.DATASETS.TRAIN if name in tables}
     test = {name: tables[name] for name in cfg.DATASETS.TEST if name in tables}
 
