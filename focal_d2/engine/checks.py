@@ -22,7 +22,7 @@ from focal_d2.data.sampling import check_sampler
 from focal_d2.data.workers import check_handles
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.hooks.evaluation import check_best
-from focal_d2.engine.launch.start import check_backend
+from focal_d2.engine.launch.collectives import check_backend
 from focal_d2.engine.optimizer import build_optimizer
 from focal_d2.errors import UserError
 from focal_d2.modeling.build import building

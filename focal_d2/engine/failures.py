@@ -7,7 +7,7 @@ import multiprocessing
 import torch
 
 from focal_d2.data.workers import HungError
-from focal_d2.engine.launch.start import peer_is_lost
+from focal_d2.engine.launch.collectives import peer_is_lost
 from focal_d2.errors import one_line, user_message
 
 

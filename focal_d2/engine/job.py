@@ -16,7 +16,8 @@ from focal_d2.data.checks.run import annotation_warnings
 from focal_d2.data.datasets import announce
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.checks import PHASES, run_checks
-from focal_d2.engine.launch.start import check_devices, restarted_by_torchrun, start
+from focal_d2.engine.launch.start import check_devices, start
+from focal_d2.engine.launch.torchrun import check_restarts
 from focal_d2.engine.load_config import load_config
 from focal_d2.engine.output_lock import output_lock, was_trained_in
 from focal_d2.engine.setup import restored_config, set_up_job
@@ -67,9 +68,9 @@ def run(args: argparse.Namespace) -> None:
             _set_up(cfg, args, unread)
         _evaluate(cfg, args)
         return
+    check_restarts(resume=args.resume)
     # Before anything is written there, config.yaml and log.txt included.
     with output_lock(cfg.OUTPUT_DIR):
-        args.resume = args.resume or restarted_by_torchrun(cfg.OUTPUT_DIR)
         with restored_config(cfg.OUTPUT_DIR, always=False):
             _set_up(cfg, args, unread)
             trainer = _trainer(cfg, args)

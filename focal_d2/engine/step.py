@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from focal_d2.data.loader import TrainingLoader
 from focal_d2.data.seeding import random_state, set_random_state
 from focal_d2.detectron2_compat import LoopParts, copy_all
 from focal_d2.engine.failures import failure_message
-from focal_d2.engine.launch.start import any_rank
+from focal_d2.engine.launch.collectives import any_rank
+from focal_d2.engine.launch.signals import StopRequest
 from focal_d2.engine.nonfinite import BadStep, Step
 from focal_d2.errors import UserError, describe_error
 from focal_d2.modeling.losses import LossNormalizer
@@ -287,3 +288,24 @@ class MovingAverage(AveragedModel):
             get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, count)
 
         super().__init__(model, multi_avg_fn=update)
+
+
+@contextmanager
+def stopping_between_batches(model: nn.Module, stop: StopRequest) -> Iterator[None]:
+    """Let a signal end an evaluation of the model before its next batch; `--resume` repeats the evaluation.
+
+    One of several processes can't leave alone, so these finish it.
+
+    Raises:
+        Stopped: in the block, if a signal has come.
+    """
+
+    def check(*_: object) -> None:
+        if comm.get_world_size() == 1 and stop.came:
+            raise Stopped("stopped")
+
+    handle = model.register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -6,8 +6,6 @@ import logging
 import os
 import signal
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from focal_d2.engine.hooks.pictures import TrainingPictures
 from focal_d2.engine.hooks.progress import ProgressBar, on_terminal
 from focal_d2.engine.hooks.random_state import CollectRandomStates, RandomStates
 from focal_d2.engine.hooks.wandb import WeightsAndBiases
-from focal_d2.engine.launch.start import StopRequest, remember_torchrun
+from focal_d2.engine.launch.signals import StopRequest, announce_stop
 from focal_d2.engine.nonfinite import NonfinitePolicy
 from focal_d2.engine.optimizer import build_optimizer
 from focal_d2.engine.output_lock import output_lock
@@ -46,7 +44,7 @@ from focal_d2.engine.resume import (
     follow_schedule,
     set_aside,
 )
-from focal_d2.engine.step import FocalLoop, MovingAverage, Stopped
+from focal_d2.engine.step import FocalLoop, MovingAverage, Stopped, stopping_between_batches
 from focal_d2.errors import UserError, user_message
 from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, format_results
 from focal_d2.modeling.retinanet import precision_around
@@ -82,6 +80,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         )
         # Only now do all processes have the first one's weights.
         self.average = MovingAverage(bare, decay=solver.EMA) if solver.EMA else None
+        self._stop = stop = StopRequest(announce_stop)
         self.loop = FocalLoop(
             model,
             loader,
@@ -90,7 +89,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
             precision=precision_around(cfg, bare),
             scale_loss=cfg.SOLVER.AMP.ENABLED,
             average=self.average,
-            stopping=self._stopping,
+            stopping=lambda: stop.came,
             on_not_finite=NonfinitePolicy(cfg, halve_rates=self._halve_rates),
         )
         self._settings = SolverSettings(cfg, bare, optimizer)
@@ -109,7 +108,6 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.failed = False  # whether training ended before its end
-        self._stop: StopRequest | None = None
         self.register_hooks(self.build_hooks())
 
     @property
@@ -228,7 +226,6 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
             with output_lock(self.cfg.OUTPUT_DIR):
                 if comm.is_main_process():
                     set_aside(Path(self.cfg.OUTPUT_DIR))
-        remember_torchrun(self.cfg.OUTPUT_DIR)
         comm.synchronize()
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,10 +267,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         Raises:
             UserError: if another training runs in OUTPUT_DIR, or for what stops this one from outside.
         """
-        with (
-            output_lock(self.cfg.OUTPUT_DIR),
-            StopRequest(_say_that_it_stops) as self._stop,
-        ):
+        with output_lock(self.cfg.OUTPUT_DIR), self._stop:
             try:
                 return super().train()
             except TrainingEnded:
@@ -344,7 +338,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
             for buffer in self.offered.buffers():  # batch norm's differ
                 distributed.broadcast(buffer, 0)
         try:
-            with kept_random_state(), self._stopping_between_batches():
+            with kept_random_state(), stopping_between_batches(self.offered, self._stop):
                 self.last_results = self.test(self.cfg, self.offered)
         except Exception as error:
             # The iteration is complete: the schedule's hook has run.
@@ -353,32 +347,8 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
             self._save_and_raise(error, last=last)
         return self.last_results
 
-    @contextmanager
-    def _stopping_between_batches(self) -> Iterator[None]:
-        """Let a signal end an evaluation, which --resume makes up for; several processes finish it."""
-
-        def look(*_: object) -> None:
-            if comm.get_world_size() == 1 and self._stopping():
-                raise Stopped("stopped")
-
-        handle = self.offered.register_forward_pre_hook(look)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _stopping(self) -> bool:
-        return self._stop is not None and self._stop.number is not None
-
     def _halve_rates(self) -> None:
         # What detectron2's schedule multiplies is part of the checkpoint.
         self.scheduler.base_lrs = [x / 2 for x in self.scheduler.base_lrs]
         for group in self.optimizer.param_groups:
             group["lr"] /= 2
-
-
-def _say_that_it_stops(number: int) -> None:
-    if comm.is_main_process():
-        name = signal.Signals(number).name
-        # Not print: the signal may come while that very stream is written to.
-        os.write(2, f"{name}: this iteration ends, then a checkpoint; once more stops at once\n".encode())

@@ -136,23 +136,6 @@ def test_killed_at_any_moment_and_resumed_is_the_same_to_the_bit(small_job, tmp_
     assert differences(whole, parts) == []
 
 
-def test_a_second_signal_ends_at_once():
-    program = """
-import os, signal, time
-from focal_d2.engine.launch.start import StopRequest
-with StopRequest(lambda n: print("first", n, flush=True)) as stop:
-    os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGTERM)  # the same, passed on
-    time.sleep(0.6)
-    print("still here", flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
-    print("never")
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 130
-    assert done.stdout.split("\n") == ["first 2", "still here", ""]
-
-
 def test_resuming_says_what_is_not_exact(small_job, tmp_path, monkeypatch):
     config = small_job
     stop_after(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -1,0 +1,94 @@
+"""A job as one of the processes that torchrun starts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.utils import comm
+from torch import distributed
+from torch.distributed.rendezvous import rendezvous
+
+from focal_d2.errors import UserError
+
+_STARTING = 600.0  # seconds that processes wait for each other
+
+
+def check_restarts(*, resume: bool) -> None:
+    """Check that torchrun's restarts would continue the training.
+
+    Args:
+        resume: whether the command has `--resume`.
+
+    Raises:
+        UserError: if torchrun may restart the processes, which would then begin anew.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if distributed.is_torchelastic_launched() and restarts and not resume:
+        raise UserError(
+            f"--max-restarts {restarts} of torchrun needs --resume: without it, restarted processes would "
+            "begin anew. In an OUTPUT_DIR without checkpoints, --resume starts a new training"
+        )
+
+
+def run_under_torchrun(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Join the group of processes that torchrun started, and run a function.
+
+    Args:
+        run: called once the group is set up.
+        args: of detectron2's `default_argument_parser`.
+
+    Raises:
+        UserError: for processes that can't be had, or do not start.
+    """
+    if (args.num_gpus, args.num_machines) != (1, 1):
+        raise UserError("under torchrun, --nproc-per-node and --nnodes say how many processes there are")
+    local, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if torch.cuda.is_available():
+        if ranks > torch.cuda.device_count():
+            raise UserError(
+                f"--nproc-per-node {ranks}: PyTorch finds {torch.cuda.device_count()} CUDA devices"
+            )
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, rank, world = next(rendezvous("env://"))
+    if world > 1:
+        store = _without_the_dead(store, rank, world)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
+    comm.create_local_process_group(ranks)
+    run(args)
+    distributed.destroy_process_group()
+
+
+def _without_the_dead(store: Any, rank: int, world: int) -> Any:
+    """Return a part of torchrun's store that belongs to this start alone.
+
+    torchrun keeps its store when it restarts processes, with the addresses of those that ended. PyTorch would
+    connect to them. So the first process invents a name for this start. The others ask for it under names
+    that they invent for themselves, so that an answer to a process that ended reaches no other.
+    """
+    own_name = uuid.uuid4().hex
+    if rank:
+        store.set(f"focal_d2/ask/{rank}", own_name)
+        store.wait([f"focal_d2/answer/{own_name}"])
+        name = store.get(f"focal_d2/answer/{own_name}").decode()
+        store.set(f"focal_d2/heard/{name}/{rank}", "")
+        return distributed.PrefixStore(name, store)
+    waiting, end = set(range(1, world)), time.monotonic() + _STARTING
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"focal_d2/heard/{own_name}/{other}"]):
+                waiting.remove(other)
+            elif store.check([f"focal_d2/ask/{other}"]):
+                # The question may be of a process that ended. The new one will overwrite it.
+                asker = store.get(f"focal_d2/ask/{other}").decode()
+                store.set(f"focal_d2/answer/{asker}", own_name)
+        if time.monotonic() > end:
+            raise UserError(f"{len(waiting)} of {world} processes did not start in {_STARTING:g} seconds")
+        time.sleep(0.02)
+    return distributed.PrefixStore(own_name, store)

@@ -1,0 +1,60 @@
+"""The list of checks that training, evaluation, the doctor and a study share."""
+
+from __future__ import annotations
+
+import pytest
+
+from focal_d2 import UserError
+from focal_d2.analysis.doctor import build_without_memory, examine
+from focal_d2.engine import FocalTrainer, check_job, load_config
+from focal_d2.engine.checks import CHECKS, PHASES
+from tests.engine.runs import run_main
+
+MISTAKES = {
+    "DATALOADER.SAMPLER_TRAIN": ("none", "legal values: TrainingSampler"),
+    "SOLVER.IMS_PER_BATCH": ("0", "SOLVER.IMS_PER_BATCH is 0"),
+    "SOLVER.FOCAL.ACCUMULATE": ("3", "within 1 and the 2 images"),
+    "TEST.FOCAL.BEST_METRIC": ("bbox/nothing", "TEST.EVAL_PERIOD is 0|the evaluation gives AP"),
+    "OUTPUT_DIR": ("", "OUTPUT_DIR is empty"),
+}
+
+
+def trainer(path, overrides):
+    FocalTrainer(load_config(path, overrides))
+
+
+def doctor(path, overrides):
+    cfg = load_config(path, overrides)
+    examine(cfg, build_without_memory(cfg), decode=False)
+
+
+@pytest.mark.parametrize("key, value, message", [(key, *x) for key, x in MISTAKES.items()])
+@pytest.mark.parametrize("program", [trainer, doctor, check_job])
+def test_every_program_finds_the_same_mistakes(job, program, key, value, message):
+    if program is check_job and key == "OUTPUT_DIR":
+        message = "OUTPUT_DIR is set for each run"
+    with pytest.raises(UserError, match=message):
+        program(str(job[0]), [key, value])
+
+
+@pytest.mark.parametrize("key, value, message", [(key, *x) for key, x in MISTAKES.items()])
+def test_a_job_writes_nothing_before_it_is_checked(job, tmp_path, monkeypatch, capfd, key, value, message):
+    assert run_main(monkeypatch, "--config-file", job[0], key, value) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_needs_nothing_of_training(job, monkeypatch, capfd):
+    overrides = ["DATALOADER.SAMPLER_TRAIN", "none", "SOLVER.FOCAL.ACCUMULATE", "3", "DATASETS.TRAIN", "()"]
+    assert run_main(monkeypatch, "--eval-only", "--config-file", job[0], *overrides) == 2
+    assert "error: --eval-only needs a checkpoint" in capfd.readouterr().err
+
+
+def test_a_study_checks_the_batch_of_several_processes(job, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    check_job(str(job[0]), num_gpus=2)
+    with pytest.raises(UserError, match="IMS_PER_BATCH is 3; it must be a multiple of .* processes, 2"):
+        check_job(str(job[0]), ["SOLVER.IMS_PER_BATCH", "3"], num_gpus=2)
+
+
+def test_every_check_is_in_a_phase():
+    assert {phase for phase, _ in CHECKS} == set(PHASES)
