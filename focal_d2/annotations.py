@@ -27,12 +27,12 @@ class Table:
     """N images and B boxes. A million boxes take some 70 MB; as detectron2's records, ten times that.
 
     Attributes:
-        classes: K names; a label is a place in this list.
+        classes: K names; a label is a position in this list.
         category_ids: (K,) the dataset's own numbers of the classes, written to prediction files.
         file_names: (N,) paths of the images.
         image_ids: (N,) int64.
         sizes: (N, 2) int64, height and width as annotated, in pixels.
-        image: (B,) int64, the place of a box's image; ascending.
+        image: (B,) int64, the position of a box's image; ascending.
         boxes: (B, 4) float64, left, top, width, height in pixels.
         labels: (B,) int64 in [0, K); of an ignored region it may be `ANY_CLASS`.
         ignored: (B,) bool: crowds, difficult objects and the like, neither background nor counted in AP.
@@ -63,7 +63,7 @@ class Table:
 
     @property
     def has_area(self) -> np.ndarray:
-        """(B,) bool: whether a box is of finite numbers and both sides are longer than `SHORTEST_SIDE`."""
+        """(B,) bool: whether all numbers of a box are finite and both sides longer than `SHORTEST_SIDE`."""
         return np.isfinite(self.boxes).all(axis=1) & (self.boxes[:, 2:] > SHORTEST_SIDE).all(axis=1)
 
     @functools.cached_property
@@ -229,9 +229,9 @@ class Table:
             records: with "file_name", "height", "width" and "annotations".
             classes: K names.
         """
-        found = [(i, a) for i, record in enumerate(records) for a in record.get("annotations", ())]
-        boxes = np.array([a["bbox"] for _, a in found], dtype=np.float64).reshape(-1, 4)
-        modes = np.array([a["bbox_mode"] for _, a in found], dtype=np.int64)
+        pairs = [(i, a) for i, record in enumerate(records) for a in record.get("annotations", ())]
+        boxes = np.array([a["bbox"] for _, a in pairs], dtype=np.float64).reshape(-1, 4)
+        modes = np.array([a["bbox_mode"] for _, a in pairs], dtype=np.int64)
         for mode in set(modes.tolist()):
             boxes[modes == mode] = BoxMode.convert(boxes[modes == mode], BoxMode(mode), BoxMode.XYWH_ABS)
         areas = boxes[:, 2] * boxes[:, 3]
@@ -243,12 +243,12 @@ class Table:
             file_names=[record["file_name"] for record in records],
             image_ids=np.array(ids if whole else range(len(ids)), dtype=np.int64),
             sizes=np.array([(r["height"], r["width"]) for r in records], dtype=np.int64).reshape(-1, 2),
-            image=np.array([i for i, _ in found], dtype=np.int64),
+            image=np.array([i for i, _ in pairs], dtype=np.int64),
             boxes=boxes,
-            labels=np.array([a["category_id"] for _, a in found], dtype=np.int64),
-            ignored=np.array([bool(a.get("iscrowd", 0)) for _, a in found], dtype=bool),
+            labels=np.array([a["category_id"] for _, a in pairs], dtype=np.int64),
+            ignored=np.array([bool(a.get("iscrowd", 0)) for _, a in pairs], dtype=bool),
             annotated=not records or any("annotations" in record for record in records),
-            areas=np.array([a.get("area", of_box) for (_, a), of_box in zip(found, areas, strict=True)]),
+            areas=np.array([a.get("area", of_box) for (_, a), of_box in zip(pairs, areas, strict=True)]),
         )
 
 

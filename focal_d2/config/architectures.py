@@ -49,13 +49,13 @@ def known_architecture(cfg: CfgNode) -> str | None:
 
 
 def class_key(cfg: CfgNode) -> str | None:
-    """Return the key that counts the classes of the model's boxes; None: there is none, or unknown."""
+    """Return the key with the model's number of classes; None if there is none or it is not known."""
     name = known_architecture(cfg)
     return None if name is None else _CLASS_KEYS[name]
 
 
 def needs_beyond_boxes(cfg: CfgNode) -> str | None:
-    """Say which key asks for annotations that a dataset of boxes does not have; None if none is known to."""
+    """Return which key needs annotations that a dataset of boxes lacks, as a text; None if none is known."""
     if _SEGMENTS.intersection(_known_ancestors(cfg)):
         return f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} needs classes of pixels"
     if known_architecture(cfg) == "GeneralizedRCNN":

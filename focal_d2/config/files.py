@@ -39,7 +39,7 @@ def merge_file(cfg: CfgNode, path: str, *, allow_download: bool = False) -> None
 
 
 class _Files:
-    """A config and its bases: how many files they are, and how long together."""
+    """The number and the total size of the files that a config is made of, which are limited."""
 
     def __init__(self, allow_download: bool) -> None:
         self._allow_download = allow_download
@@ -56,8 +56,8 @@ class _Files:
         local = path
         if is_address(path):
             local = fetch(path, allow_download=self._allow_download, limit=LONGEST_FILE)
-        place = os.path.realpath(local)
-        if place in below:
+        real = os.path.realpath(local)
+        if real in below:
             raise UserError(f"{path}: its {_BASE} leads back to it")
         self._number += 1
         if self._number > MOST_FILES:
@@ -72,7 +72,7 @@ class _Files:
         for base in bases if isinstance(bases, list) else [bases]:
             if not isinstance(base, str):
                 raise UserError(f"{path}: {_BASE} must be the name of a file, or a list of them")
-            _merge(self.load(_resolve(base, path), (*below, place)), merged, path)
+            _merge(self.load(_resolve(base, path), (*below, real)), merged, path)
         _merge({key: _unshared(value) for key, value in content.items()}, merged, path)
         return merged
 
@@ -97,7 +97,7 @@ def _merge(upper: dict[str, Any], lower: dict[str, Any], path: str) -> None:
 
 
 def _unshared(value: Any) -> Any:
-    """Give each alias a copy of its own: another file may change one place and not the others."""
+    """Copy the value of each alias, so that another file can change one of them without the others."""
     if isinstance(value, dict):
         return {key: _unshared(x) for key, x in value.items()}
     return [_unshared(x) for x in value] if isinstance(value, list) else value

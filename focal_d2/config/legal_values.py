@@ -1,4 +1,4 @@
-"""Whether the values of a config are within the ranges of `focal_d2.config.RANGES`."""
+"""Check the values of a config against the ranges of `focal_d2.config.RANGES`."""
 
 from __future__ import annotations
 

@@ -11,14 +11,14 @@ from focal_d2.errors import UserError, one_line
 
 
 class Range(NamedTuple):
-    """Which values a key may have."""
+    """The legal values of a key."""
 
     words: str  # follows "KEY is VALUE; "
     holds: Callable[[Any], bool]
     each: str = ""  # the same of each value in a list, of a range of numbers
 
 
-_TECHNICAL = 10**6  # an upper limit from here on is none that anyone has in mind
+_TECHNICAL = 10**6  # larger upper limits are technical and not shown in messages
 
 # Texts and flags, whose type yacs checks, and what other code checks: comments say which.
 ANYTHING = Range("", lambda value: True)

@@ -1,4 +1,4 @@
-"""Keys that a config sets and that nothing reads, so that no setting is without effect in silence.
+"""Keys that a config sets and that nothing reads: a user is told that they have no effect.
 
 What is read was recorded: `tests/test_unread_keys.py` runs jobs of all kinds with a config that remembers its
 reads, and compares the lists here with them. A key of these lists that ends with a dot stands for a section.
@@ -103,7 +103,7 @@ def unread_keys(cfg: CfgNode) -> list[str]:
 
 
 def is_unused(cfg: CfgNode, key: str) -> bool:
-    """Whether no job with the config's architecture, one of detectron2's or ours, uses a key."""
+    """Return whether no job with the config's architecture, one of detectron2's or ours, uses a key."""
     if key.startswith(_UNUSED_BY_JOBS):
         return True
     if key.startswith("MODEL.FOCAL.") and cfg.MODEL.META_ARCHITECTURE != "FocalRetinaNet":
@@ -112,7 +112,7 @@ def is_unused(cfg: CfgNode, key: str) -> bool:
 
 
 def has_known_parts(cfg: CfgNode) -> bool:
-    """Whether detectron2 or focal_d2 registered all parts of the model that YAML names."""
+    """Return whether detectron2 or focal_d2 registered all parts of the model that YAML names."""
     for key, registry in _PARTS.items():
         name = key_value(cfg, key)
         if name in registry and not registry.get(name).__module__.startswith(

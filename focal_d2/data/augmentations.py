@@ -176,17 +176,17 @@ def turn_hues(image: np.ndarray, *, degrees: float, image_format: str) -> np.nda
         degrees: 120 makes green of red.
         image_format: "BGR" or "RGB".
     """
-    there, back = (
+    to_hsv, from_hsv = (
         (cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB)
         if image_format == "RGB"
         else (cv2.COLOR_BGR2HSV, cv2.COLOR_HSV2BGR)
     )
     # As floats: HSV of 8 bits is up to 8 grey levels off after the way there and back.
-    hsv = cv2.cvtColor(image.astype(np.float32), there)
+    hsv = cv2.cvtColor(image.astype(np.float32), to_hsv)
     hsv[:, :, 0] = (
         hsv[:, :, 0] + degrees % 360
     )  # OpenCV takes what is above 360, but not always what is below 0
-    return cv2.convertScaleAbs(cv2.cvtColor(hsv, back))
+    return cv2.convertScaleAbs(cv2.cvtColor(hsv, from_hsv))
 
 
 def build_augmentations(cfg: CfgNode, standard: list[T.Augmentation]) -> list[T.Augmentation]:

@@ -117,7 +117,7 @@ def _check_truth(name: str) -> None:
 
 
 def _check_order(cfg: CfgNode) -> None:
-    """Refuse to evaluate on the classes of `DATASETS.TRAIN`, where that is here, in another order."""
+    """Refuse a test dataset with the classes of `DATASETS.TRAIN` in another order, if those can be read."""
     for train in cfg.DATASETS.TRAIN:
         if train not in DatasetCatalog or not MetadataCatalog.get(train).get("from_focal_yaml", False):
             continue

@@ -39,9 +39,9 @@ def register_table(name: str, read: Callable[[], Table], **metadata: Any) -> Non
 
 
 def announce(name: str) -> None:
-    """Log what reading a dataset made of its annotations; once, and only of datasets with a table.
+    """Log the notes and warnings of reading a dataset, once. Datasets without a table have none.
 
-    It is logged when the dataset's records are first asked for, too.
+    The first call for the dataset's records logs them, too.
 
     Args:
         name: a registered dataset's.
@@ -105,7 +105,7 @@ def unreadable(name: str, error: Exception) -> UserError:
 
 
 def is_annotated(name: str) -> bool:
-    """Tell whether a dataset of `DATASETS.FOCAL` has annotations; of others, that is not looked at: True."""
+    """Return whether a dataset of `DATASETS.FOCAL` has annotations; True for other datasets, unchecked."""
     return not MetadataCatalog.get(name).get("from_focal_yaml", False) or load_table(name).annotated
 
 
@@ -139,7 +139,7 @@ def dataset_class_names(name: str) -> list[str]:
 
 
 def _named_classes(name: str, records: list[dict[str, Any]]) -> list[str]:
-    """Class names, or numbers where nobody named them."""
+    """Return the class names of a dataset; numbers as texts if it has no names."""
     classes = MetadataCatalog.get(name).get("thing_classes")
     if classes is None:
         ids = (a["category_id"] for record in records for a in record.get("annotations", ()))

@@ -47,15 +47,15 @@ def register_datasets(entries: list[dict[str, Any]]) -> None:
             has.
     """
     for i, entry in enumerate(entries):
-        place = f"DATASETS.FOCAL[{i}]"
-        check_entry(place, entry)
+        key = f"DATASETS.FOCAL[{i}]"
+        check_entry(key, entry)
         entry = expand_paths(entry)
         name = entry["NAME"]
         if any(name == earlier["NAME"] for earlier in entries[:i]):
-            raise UserError(f'{place}.NAME "{name}" stands in an earlier entry, too')
+            raise UserError(f'{key}.NAME "{name}" is already the name of an earlier entry')
         if name in DatasetCatalog:
             if not MetadataCatalog.get(name).get("from_focal_yaml", False):
-                raise UserError(f'{place}.NAME "{name}" is the name of another dataset')
+                raise UserError(f'{key}.NAME "{name}" is the name of another dataset')
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
         read = functools.partial(read_entry, dict(entry))
@@ -68,69 +68,69 @@ def register_datasets(entries: list[dict[str, Any]]) -> None:
         )
 
 
-def check_entry(place: str, entry: Any) -> None:
+def check_entry(prefix: str, entry: Any) -> None:
     """Check the keys and the types of the values of an entry.
 
     Args:
-        place: the config key that holds it.
+        prefix: the config key that holds it.
         entry: it must be a mapping.
 
     Raises:
         UserError: for a missing or unknown key, or a value of the wrong type.
     """
     if not isinstance(entry, dict):
-        raise UserError(f"{place} is {entry!r}; it must have NAME, IMAGES, ANNOTATIONS")
-    style = check_choice(f"{place}.FORMAT", _format(entry), tuple(READERS))
+        raise UserError(f"{prefix} is {entry!r}; it must have NAME, IMAGES, ANNOTATIONS")
+    style = check_choice(f"{prefix}.FORMAT", _format(entry), tuple(READERS))
     if style == "yolo" and _is_data_file(entry):
         style = "yolo with a data.yaml"
     legal = (*_KEYS[:2], *_OF_FORMAT[style][:1], *_KEYS[2:], *_OF_FORMAT[style][1:])
     for key in entry:
         if key not in legal:
-            raise UserError(f"{place} has {key}; of format {style} it can have {', '.join(legal)}")
+            raise UserError(f"{prefix} has {key}; of format {style} it can have {', '.join(legal)}")
     if style == "yolo with a data.yaml" and entry.get("SPLIT") is None:
-        raise UserError(f"{place} has no SPLIT; it must be train, val, test or another key of the data.yaml")
+        raise UserError(f"{prefix} has no SPLIT; it must be train, val, test or another key of the data.yaml")
     for key in dict.fromkeys((*(x for x in _NEEDED if x in legal), *entry)):
-        _check_value(f"{place}.{key}", key, entry.get(key))
+        _check_value(f"{prefix}.{key}", key, entry.get(key))
     if "OTHERS" in entry and entry.get("KEEP") is None:
-        raise UserError(f"{place} has OTHERS, but KEEP names no classes to keep")
+        raise UserError(f"{prefix} has OTHERS, but KEEP names no classes to keep")
     name = entry["NAME"]
     if os.path.basename(name) != name or name in (os.curdir, os.pardir):
-        raise UserError(f'{place}.NAME "{name}" becomes the name of a folder: it can have no slash')
+        raise UserError(f'{prefix}.NAME "{name}" becomes the name of a folder: it can have no slash')
     if not name.isprintable() or len(name.encode()) > _MOST_BYTES:
         raise UserError(
-            f"{place}.NAME is {short(name)}; it becomes the name of a folder: it must be printable "
+            f"{prefix}.NAME is {short(name)}; it becomes the name of a folder: it must be printable "
             f"characters, at most {_MOST_BYTES} bytes in UTF-8"
         )
 
 
 def expand_paths(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return an entry whose paths begin with a user's folder where they began with `~`."""
+    """Return the entry with `~` at the start of its paths replaced by the user's folder."""
     paths = ("IMAGES", "ANNOTATIONS", "CLASSES", "KEEP", "LIST")
     return {k: os.path.expanduser(x) if k in paths and isinstance(x, str) else x for k, x in entry.items()}
 
 
-def _check_value(place: str, key: str, value: Any) -> None:
+def _check_value(prefix: str, key: str, value: Any) -> None:
     if key in _CHOICES:
-        check_choice(place, value, _CHOICES[key])
+        check_choice(prefix, value, _CHOICES[key])
     elif key == "OUTSIDE":
         if not isinstance(value, bool):
-            raise UserError(f"{place} is {value!r}; it must be true or false")
+            raise UserError(f"{prefix} is {value!r}; it must be true or false")
     elif key in ("CLASSES", "KEEP"):
         if not isinstance(value, (str, list, tuple, type(None))):
-            raise UserError(f"{place} is {value!r}; it must be a list of names, or a file of them")
+            raise UserError(f"{prefix} is {value!r}; it must be a list of names, or a file of them")
     elif key == "COLUMNS":
         if not isinstance(value, dict) or not all(isinstance(x, str) and x.strip() for x in value.values()):
             raise UserError(
-                f"{place} is {value!r}; it must be a mapping, such as {{xmin: x0, label: species}}"
+                f"{prefix} is {value!r}; it must be a mapping, such as {{xmin: x0, label: species}}"
             )
         for column in value:
-            check_choice(f"{place} has a column that", column, tuple(COLUMNS))
+            check_choice(f"{prefix} has a column that", column, tuple(COLUMNS))
     elif not (isinstance(value, str) and value.strip()):
-        raise UserError(f"{place} is {value!r}; it must be a text")
+        raise UserError(f"{prefix} is {value!r}; it must be a text")
 
 
 def _format(entry: dict[str, Any]) -> Any:
-    """Return the format of an entry; without FORMAT, YAML is YOLO's and all else COCO's."""
+    """Return the format of an entry. Without FORMAT, a YAML file is of YOLO and any other file of COCO."""
     return entry.get("FORMAT", "yolo" if _is_data_file(entry) else "coco")
 
 

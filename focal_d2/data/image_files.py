@@ -85,7 +85,7 @@ def _too_large(what: str, limit: str = "") -> str:
 
 
 def allow_pixels(most: int) -> None:
-    """Let Pillow open images of so many pixels: it has a limit of its own, for the whole process."""
+    """Raise Pillow's own limit, which holds for the whole process, to at least `most` pixels."""
     if Image.MAX_IMAGE_PIXELS is not None and most > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = most
 
@@ -108,7 +108,7 @@ def check_for_detectron2(file_name: str, *, max_pixels: int) -> None:
 
 @contextlib.contextmanager
 def pillow_errors() -> Iterator[None]:
-    """Make `UNREADABLE` of all that Pillow raises for a file; its readers raise many kinds."""
+    """Turn every error that Pillow raises for a file into one of `UNREADABLE`."""
     try:
         yield
     except (*UNREADABLE, MemoryError):

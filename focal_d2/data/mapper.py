@@ -74,10 +74,10 @@ class FocalDatasetMapper(MapperHooks, DatasetMapper):
         Raises:
             UserError: if the image cannot be read or has another size than annotated.
         """
-        more = self.use_instance_mask or self.use_keypoint or self.proposal_topk is not None
+        needs_detectron2 = self.use_instance_mask or self.use_keypoint or self.proposal_topk is not None
         name = dataset_dict["file_name"]
         try:
-            if more or "sem_seg_file_name" in dataset_dict:
+            if needs_detectron2 or "sem_seg_file_name" in dataset_dict:
                 for key in ("file_name", "sem_seg_file_name"):
                     if key in dataset_dict:
                         name = dataset_dict[key]
@@ -189,7 +189,7 @@ def split_ignored(
     new_size: tuple[int, int],
     min_visible: float | None,
 ) -> tuple[list[dict[str, Any]], torch.Tensor]:
-    """Part an image's annotations in objects and ignored regions.
+    """Divide an image's annotations into objects and ignored regions.
 
     Args:
         annotations: in detectron2's format.

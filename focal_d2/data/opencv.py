@@ -46,7 +46,7 @@ _PNG_ORIENTATION_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 
 def decode(data: bytes, max_pixels: int | None) -> np.ndarray | None:
-    """Decode a plain JPEG or PNG file to BGR; None if it is none."""
+    """Decode a plain JPEG or PNG file to BGR; return None for any other file."""
     try:
         header = open_image(io.BytesIO(data), max_pixels=max_pixels)
     except UNREADABLE:
@@ -67,7 +67,7 @@ def decode(data: bytes, max_pixels: int | None) -> np.ndarray | None:
 
 
 def _is_whole_jpeg(data: bytes, progressive: bool) -> bool:
-    """Whether the data end where they should.
+    """Return whether a JPEG file is complete and has one undamaged scan.
 
     A scan with another marker inside is broken: Pillow refuses it, OpenCV makes the rest grey. In progressive
     files, which have many scans, OpenCV finds that itself.
@@ -82,7 +82,7 @@ def _is_whole_jpeg(data: bytes, progressive: bool) -> bool:
 
 
 def _is_plain_png(data: bytes) -> bool:
-    """Whether the file has 8 bits a channel, no transparency, animation or orientation, and an end."""
+    """Return whether a PNG file is complete, of 8 bits, without transparency, animation and orientation."""
     if data[24] != 8:
         return False
     position = 8

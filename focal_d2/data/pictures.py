@@ -33,14 +33,14 @@ def list_images(source: Path) -> list[Path]:
 
 
 def picture_files(paths: list[Path], folder: Path) -> list[Path]:
-    """Name a PNG file in a folder for each image; the folder is made.
+    """Return the path of a PNG file in a folder for each image, and make the folder.
 
     Raises:
         UserError: if the folder cannot be made, or a picture would replace its image.
     """
     stems = Counter(p.stem for p in paths)
-    # Where two images differ in their ending alone, it becomes part of the name; where in their folders
-    # alone, they are numbered.
+    # Images that differ only in their ending get it as part of the name. Images that differ only in their
+    # folder are numbered.
     names = [p.stem if stems[p.stem] == 1 else p.name.replace(".", "_") for p in paths]
     times = Counter(names)
     nth: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""At what resolution training shows images and boxes to the network, told from sizes alone.
+"""The resolution at which the network sees images and boxes in training, computed from sizes alone.
 
 Sizes are (height, width) in pixels, as in detectron2.
 """
@@ -18,7 +18,7 @@ _LARGER = 0.1
 
 
 class NetworkInputs(NamedTuple):
-    """N images on their way into the network."""
+    """The sizes of N images at the input of the network."""
 
     scales: np.ndarray  # (N,) float64: by how much sides are multiplied, but for rounding to whole pixels
     sizes: np.ndarray  # (N, 2) int64: what the network sees, cropped and resized
@@ -28,7 +28,7 @@ class NetworkInputs(NamedTuple):
 class TrainingBoxes(NamedTuple):
     """M boxes at training resolution, on whole images, in the order of a table."""
 
-    rows: np.ndarray  # (M,) int64: the places in the table
+    rows: np.ndarray  # (M,) int64: positions in the table
     image: np.ndarray  # (M,) int64, ascending
     boxes: np.ndarray  # (M, 4) float64, XYXY absolute pixels
     sizes: np.ndarray  # (N, 2) int64: the images at that resolution
@@ -52,7 +52,7 @@ def training_boxes(cfg: CfgNode, table: Table) -> TrainingBoxes:
 
 
 def training_inputs(cfg: CfgNode, sizes: np.ndarray) -> NetworkInputs:
-    """Say how training shows images to the network.
+    """Return the sizes at which training shows images to the network.
 
     That is up to `INPUT.CROP`, `MIN_SIZE_TRAIN`, `MAX_SIZE_TRAIN`, `FOCAL.SCALE_JITTER`, `FOCAL.BOX_CROP`.
 
@@ -81,7 +81,7 @@ def training_inputs(cfg: CfgNode, sizes: np.ndarray) -> NetworkInputs:
 
 
 def large_windows(cfg: CfgNode, sizes: np.ndarray) -> np.ndarray:
-    """Return how much of each image a training sample shows when it shows much: one in ten shows more.
+    """Return the size of a large crop of each image: one in ten training samples shows more of it.
 
     The crop of `INPUT.CROP` is taken at that share of its draws, and what follows at that share of the sizes
     of `MIN_SIZE_TRAIN` and factors of `SCALE_JITTER`.
@@ -167,7 +167,7 @@ def network_inputs(
 
 
 def _crop(sizes: np.ndarray, kind: str, size: np.ndarray, *, at: float) -> np.ndarray:
-    """Sizes (N, 2) int64 after the crop; of a range the size at that share of the way, 0 to 1."""
+    """Return sizes (N, 2) int64 after the crop; `at`, 0 to 1, is a position between the ends of a range."""
     if kind == "absolute":
         return np.minimum(sizes, size.astype(np.int64))
     if kind == "absolute_range":

@@ -48,7 +48,7 @@ class ClassBalancedSampler(SamplerHooks, Sampler[int]):
     """
 
     def __init__(self, classes: Sequence[np.ndarray], *, seed: int) -> None:
-        """Take what the images show.
+        """Set up the stream of images.
 
         Args:
             classes: of each of N images its different classes, int64.
@@ -64,7 +64,7 @@ class ClassBalancedSampler(SamplerHooks, Sampler[int]):
         self.empty_share = len(self.empty) / len(classes)
 
     def __iter__(self) -> Iterator[int]:
-        """Yield this rank's places in the list of images."""
+        """Yield this rank's images, as positions in the list of images."""
         return itertools.islice(self.infinite_indices(), self.rank, None, self.ranks)
 
     def infinite_indices(self) -> Iterator[int]:
@@ -87,7 +87,7 @@ def _rounds(items: torch.Tensor, generator: torch.Generator) -> Iterator[int]:
 
 
 def _pairs(classes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """List the pairs of an image and a class that it shows: (P,) places of the images, (P,) classes."""
+    """Return the pairs of an image and a class that it shows: (P,) positions of images, (P,) classes."""
     image = np.repeat(np.arange(len(classes)), [len(x) for x in classes])
     return image, np.concatenate([*classes, np.zeros(0, dtype=np.int64)])
 
@@ -223,9 +223,9 @@ def repeat_factors(cfg: CfgNode, records: Any, name: str) -> torch.Tensor:
         one = cfg.clone()
         one.defrost()
         one.DATASETS.TRAIN = (dataset,)
-        own = training_records(one)
-        part = torch.full((len(own),), float(of_dataset.get(dataset, 1.0)))
-        parts.append(part if name == "WeightedTrainingSampler" else part * by_class(own))
+        records_of_dataset = training_records(one)
+        part = torch.full((len(records_of_dataset),), float(of_dataset.get(dataset, 1.0)))
+        parts.append(part if name == "WeightedTrainingSampler" else part * by_class(records_of_dataset))
     factors = torch.cat(parts)
     return factors if name == "WeightedTrainingSampler" else factors / factors.min()
 

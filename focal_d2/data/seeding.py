@@ -27,7 +27,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Go on where `random_state` was taken.
+    """Set the generators to a state that `random_state` returned.
 
     Raises:
         ValueError: if NumPy's state is out of its range, which NumPy does not check: it would read beyond it.
@@ -47,7 +47,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Leave the generators as they were, whatever is drawn in between."""
+    """Restore the state of the generators at the end of the block."""
     before = random_state()
     try:
         yield
@@ -57,9 +57,12 @@ def kept_random_state() -> Iterator[None]:
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Draw from generators seeded by some numbers, each at least 0; then go on where they were.
+    """Seed the generators inside the block, and restore their state at its end.
 
     All three libraries are seeded, since an augmentation may draw from any (detectron2's: NumPy's).
+
+    Args:
+        *key: numbers that the seed is made of, each at least 0.
     """
     words = np.random.SeedSequence(key).generate_state(3)
     with kept_random_state():
@@ -70,5 +73,5 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def derived_seed(*key: int) -> int:
-    """Return a number in [0, 2^63) that is a function of some numbers, each at least 0, and looks random."""
+    """Return a seed in [0, 2^63) made of numbers, each at least 0; the same numbers give the same seed."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))

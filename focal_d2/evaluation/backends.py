@@ -24,12 +24,12 @@ IOUS = np.linspace(0.5, 0.95, 10)
 
 
 class Truth(NamedTuple):
-    """What there is.
+    """The ground truth of a dataset.
 
     Attributes:
         images: N.
         classes: K.
-        image: (B,) int64 in [0, N), a place in the order of ascending image ids.
+        image: (B,) int64 in [0, N), the position of the image among ascending image ids.
         boxes: (B, 4) float64, left, top, width, height in pixels.
         labels: (B,) int64 in [0, K).
         areas: (B,) float64, square pixels.
@@ -46,7 +46,7 @@ class Truth(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """What was found. Of equal scores in an image the earlier counts first.
+    """The detections of a dataset. Of equal scores in an image, the earlier detection counts first.
 
     Attributes:
         image: (D,) int64 in [0, N).
@@ -101,17 +101,17 @@ def _hotcoco(truth: Truth, detections: Detections) -> Any:
         area=truth.areas,
         iscrowd=truth.ignored.astype(np.int64),
     )
-    found = api.load_res(
+    results = api.load_res(
         np.column_stack([detections.image, detections.boxes, detections.scores, detections.labels + 1])
     )
-    return hotcoco.COCOeval(api, found, "bbox")
+    return hotcoco.COCOeval(api, results, "bbox")
 
 
 def _pycocotools(truth: Truth, detections: Detections) -> Any:
     areas = detections.boxes[:, 2] * detections.boxes[:, 3]
     images, categories = _images_and_categories(truth)
-    found = _indexed(images, categories, detections, areas, "score", detections.scores)
-    return COCOeval(as_coco(truth, range(truth.images)), found, "bbox")
+    results = _indexed(images, categories, detections, areas, "score", detections.scores)
+    return COCOeval(as_coco(truth, range(truth.images)), results, "bbox")
 
 
 def as_coco(truth: Truth, image_ids: Sequence[Any]) -> COCO:

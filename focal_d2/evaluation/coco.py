@@ -108,15 +108,15 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
     ) -> None:
         """Write the predictions, and compute the metrics if the dataset has annotations."""
         ids, labels, truth = self._ground_truth
-        found = list(itertools.chain(*(p["instances"] for p in predictions)))
-        detections = self._detections(found, ids, len(labels))
+        instances = list(itertools.chain(*(p["instances"] for p in predictions)))
+        detections = self._detections(instances, ids, len(labels))
         if self.output_dir:
             numbers = {label: number for number, label in labels.items()}
             path = str(Path(self.output_dir) / "coco_instances_results.json")
             logger.info(f"Saving results to {path}")
             with PathManager.open(path, "wb") as file:
                 file.write(
-                    msgspec.json.encode([{**x, "category_id": numbers[x["category_id"]]} for x in found])
+                    msgspec.json.encode([{**x, "category_id": numbers[x["category_id"]]} for x in instances])
                 )
         if truth is None:
             logger.info("Annotations are not available for evaluation.")
@@ -125,7 +125,7 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
             counts = np.isin(np.arange(len(ids)), [ids.index(i) for i in img_ids])
             truth = _of_images(truth, counts)
             detections = _of_images(detections, counts)
-        logger.info(f"Evaluating {len(found)} boxes with {self._backend} ...")
+        logger.info(f"Evaluating {len(instances)} boxes with {self._backend} ...")
         curves = coco_curves(truth, detections, backend=self._backend, max_dets=self._max_dets)
         self.results["bbox"] = self.derive_results(
             SimpleNamespace(stats=_average_precisions(curves), eval=curves._asdict()),
@@ -149,22 +149,22 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
         assert self._ground_truth.truth is not None  # detectron2 asks for annotations first
         return as_coco(self._ground_truth.truth, self._ground_truth.image_ids)
 
-    def _detections(self, found: list[dict[str, Any]], ids: list[Any], classes: int) -> Detections:
-        place = {image_id: i for i, image_id in enumerate(ids)}
+    def _detections(self, instances: list[dict[str, Any]], ids: list[Any], classes: int) -> Detections:
+        position = {image_id: i for i, image_id in enumerate(ids)}
         try:
-            image = np.array([place[x["image_id"]] for x in found], dtype=np.int64)
+            image = np.array([position[x["image_id"]] for x in instances], dtype=np.int64)
         except KeyError as error:
             raise UserError(
                 f'image_id {error} is not in the ground truth of dataset "{self._name}"'
             ) from error
-        labels = np.array([x["category_id"] for x in found], dtype=np.int64)
+        labels = np.array([x["category_id"] for x in instances], dtype=np.int64)
         if len(labels) and labels.max() >= classes:
             raise UserError(
                 f'the model found class {labels.max()}, dataset "{self._name}" has {classes} classes: '
                 "the model's number of classes must be the same"
             )
-        boxes = np.array([x["bbox"] for x in found], dtype=np.float64).reshape(-1, 4)
-        return Detections(image, boxes, labels, np.array([x["score"] for x in found], dtype=np.float64))
+        boxes = np.array([x["bbox"] for x in instances], dtype=np.float64).reshape(-1, 4)
+        return Detections(image, boxes, labels, np.array([x["score"] for x in instances], dtype=np.float64))
 
 
 def detection_limits(limits: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What a detector gets wrong, as figures for a report: `analysis.json`.
+"""The errors of a detector, as figures for a report: `analysis.json`.
 
 N images, K classes, B ground-truth boxes, D detections. Boxes that are ignored (crowds, difficult ones) count
 nowhere; detections that fit only them are neither right nor wrong.
@@ -45,8 +45,8 @@ def analyse(
     """Compute what `analysis.json` holds, but for "dataset", "backend" and the evaluator's own metrics.
 
     Args:
-        truth: what there is.
-        detections: what was found.
+        truth: the ground truth.
+        detections: of the same images.
         curves: of the same.
         names: of the K classes.
         max_dets: limits that the curves were made with.
@@ -57,8 +57,8 @@ def analyse(
     # From here on, what COCO counts.
     kept = ranks(detections.image, detections.labels) < max_dets[-1]
     detections = Detections(*(x[kept] for x in detections))
-    pairs = pairs.where(kept[pairs.found])
-    pairs = pairs._replace(found=(np.cumsum(kept) - 1)[pairs.found])
+    pairs = pairs.where(kept[pairs.detection])
+    pairs = pairs._replace(detection=(np.cumsum(kept) - 1)[pairs.detection])
     outcome = coco_outcome(truth, detections, pairs)
     point = operating_point(truth, detections, outcome)
     score = math.inf if point["score"] is None else point["score"]
@@ -104,8 +104,8 @@ def _per_class(
     """Return the figures of each class; see the module.
 
     Args:
-        truth: what there is.
-        detections: what was found, up to the limit.
+        truth: the ground truth.
+        detections: those within the limit.
         curves: of the same.
         at: IoU -> precision (101, K, areas) of the curves.
         voc: (K,) VOC's AP.
@@ -130,7 +130,7 @@ def _per_class(
 
 
 def finite(figures: Mapping[str, float]) -> dict[str, float | None]:
-    """Replace what JSON has not, NaN, by null."""
+    """Replace NaN, which JSON does not have, by None."""
     return {k: None if math.isnan(v) else float(v) for k, v in figures.items()}
 
 
@@ -161,7 +161,7 @@ class Outcome(NamedTuple):
 
 def coco_outcome(truth: Truth, detections: Detections, pairs: Pairs) -> Outcome:
     """Match as pycocotools does for AP50."""
-    same = truth.labels[pairs.box] == detections.labels[pairs.found]
+    same = truth.labels[pairs.box] == detections.labels[pairs.detection]
     kept = same & ~truth.ignored[pairs.box] & (pairs.iou >= MATCH)
     matched = match(pairs.where(kept), ranks(detections.image, detections.labels), len(truth.boxes))
     return Outcome(matched, _in_ignored(truth, detections, pairs) & (matched < 0))
@@ -170,8 +170,8 @@ def coco_outcome(truth: Truth, detections: Detections, pairs: Pairs) -> Outcome:
 def _in_ignored(truth: Truth, detections: Detections, pairs: Pairs) -> np.ndarray:
     """(D,) bool: at least `MATCH` of its area lies in an ignored box of its class."""
     inside = np.zeros(len(detections.image), dtype=bool)
-    same = truth.labels[pairs.box] == detections.labels[pairs.found]
-    inside[pairs.found[same & truth.ignored[pairs.box] & (pairs.covered >= MATCH)]] = True
+    same = truth.labels[pairs.box] == detections.labels[pairs.detection]
+    inside[pairs.detection[same & truth.ignored[pairs.box] & (pairs.covered >= MATCH)]] = True
     return inside
 
 
@@ -185,17 +185,19 @@ def voc_average_precision(truth: Truth, detections: Detections, pairs: Pairs) ->
     """
     size = len(detections.image)
     order = np.argsort(-detections.scores, kind="stable")
-    mine = pairs.where((truth.labels[pairs.box] == detections.labels[pairs.found]) & (pairs.iou >= MATCH))
-    chosen = best(mine, size, prefer=-mine.box)  # of equal ones the first
-    box = np.where(chosen >= 0, np.append(mine.box, -1)[chosen], -1)
+    of_class = pairs.where(
+        (truth.labels[pairs.box] == detections.labels[pairs.detection]) & (pairs.iou >= MATCH)
+    )
+    chosen = best(of_class, size, prefer=-of_class.box)  # of equal ones the first
+    box = np.where(chosen >= 0, np.append(of_class.box, -1)[chosen], -1)
     hit = np.zeros(size, dtype=bool)
     taken_by = order[box[order] >= 0]
     hit[taken_by[np.unique(box[taken_by], return_index=True)[1]]] = True
     counts = ~np.append(truth.ignored, False)[box]
     result = np.full(truth.classes, np.nan)
     numbers = np.bincount(truth.labels[~truth.ignored], minlength=truth.classes)
-    of_class = _split(hit, counts, detections.labels, order, truth.classes)
-    for k, (hits, number) in enumerate(zip(of_class, numbers, strict=True)):
+    hits_of_class = _split(hit, counts, detections.labels, order, truth.classes)
+    for k, (hits, number) in enumerate(zip(hits_of_class, numbers, strict=True)):
         if number:
             precision, recall = _precision_recall(hits, number)
             result[k] = np.sum(np.diff(recall, prepend=0) * precision)
@@ -245,7 +247,7 @@ def operating_point(truth: Truth, detections: Detections, outcome: Outcome) -> d
 
 
 def confusion_matrix(truth: Truth, detections: Detections, pairs: Pairs, score: float) -> np.ndarray:
-    """Count which class was taken for which.
+    """Count how often each class was detected as each class.
 
     Detections of at least `score` are taken by falling score; each gets the free box of any class that it
     overlaps most, by IoU 0.5 at least (of equal ones, one of its own class).
@@ -255,9 +257,9 @@ def confusion_matrix(truth: Truth, detections: Detections, pairs: Pairs, score: 
         detections without a box in the last row, boxes without a detection in the last column.
     """
     kept = detections.scores >= score
-    some = pairs.where(kept[pairs.found] & ~truth.ignored[pairs.box] & (pairs.iou >= MATCH))
-    same = truth.labels[some.box] == detections.labels[some.found]
-    matched = match(some, ranks(detections.image), len(truth.boxes), prefer=same)
+    candidates = pairs.where(kept[pairs.detection] & ~truth.ignored[pairs.box] & (pairs.iou >= MATCH))
+    same = truth.labels[candidates.box] == detections.labels[candidates.detection]
+    matched = match(candidates, ranks(detections.image), len(truth.boxes), prefer=same)
     kept &= (matched >= 0) | ~_in_ignored(truth, detections, pairs)
     rows = np.append(truth.labels, truth.classes)[matched[kept]]
     matrix = np.zeros((truth.classes + 1,) * 2, dtype=np.int64)
@@ -269,10 +271,10 @@ def confusion_matrix(truth: Truth, detections: Detections, pairs: Pairs, score: 
 
 
 class Errors(NamedTuple):
-    """Every error at IoU 0.5.
+    """The kind of every error at IoU 0.5.
 
     Attributes:
-        kind: (D,) int64 place in `ERRORS`, -1 of detections that are right or ignored.
+        kind: (D,) int64 position in `ERRORS`; -1 for detections that are right or ignored.
         target: (D,) int64: the box that a detection would match if only its class or place were right, or -1.
         missed: (B,) bool: boxes that no detection matches or would match if corrected.
     """
@@ -292,11 +294,11 @@ def errors_of(truth: Truth, detections: Detections, pairs: Pairs, outcome: Outco
     """
     size = len(detections.image)
     pairs = pairs.where(~truth.ignored[pairs.box])
-    same = truth.labels[pairs.box] == detections.labels[pairs.found]
+    same = truth.labels[pairs.box] == detections.labels[pairs.detection]
 
-    def highest(some: Pairs) -> tuple[np.ndarray, np.ndarray]:
-        chosen = best(some, size)
-        return np.append(some.iou, 0)[chosen], np.append(some.box, -1)[chosen]
+    def highest(candidates: Pairs) -> tuple[np.ndarray, np.ndarray]:
+        chosen = best(candidates, size)
+        return np.append(candidates.iou, 0)[chosen], np.append(candidates.box, -1)[chosen]
 
     iou, box = highest(pairs.where(same))
     other_iou, other_box = highest(pairs.where(~same))
@@ -329,22 +331,22 @@ def fixed_ap50(
     free = np.ones(len(truth.boxes) + 1, dtype=bool)
     free[outcome.matched[outcome.matched >= 0]] = False
     free[-1] = False
-    mended = order[(fixed & free[errors.target])[order]]
-    mended = mended[np.unique(errors.target[mended], return_index=True)[1]]
+    corrected = order[(fixed & free[errors.target])[order]]
+    corrected = corrected[np.unique(errors.target[corrected], return_index=True)[1]]
     hit = outcome.matched >= 0
-    hit[mended] = True
+    hit[corrected] = True
     labels = detections.labels.copy()
-    labels[mended] = truth.labels[errors.target[mended]]
+    labels[corrected] = truth.labels[errors.target[corrected]]
     counts = ~outcome.ignored & (~fixed | hit)
-    there = np.bincount(truth.labels[~truth.ignored], minlength=truth.classes)
-    left = there
+    numbers = np.bincount(truth.labels[~truth.ignored], minlength=truth.classes)
+    expected = numbers
     if "missed" in kinds:
-        left = there - np.bincount(truth.labels[errors.missed], minlength=truth.classes)
+        expected = numbers - np.bincount(truth.labels[errors.missed], minlength=truth.classes)
     of_class = _split(hit, counts, labels, order, truth.classes)
     values = [
         _average_precision(hits, boxes) if boxes else float(not len(hits))
-        for hits, boxes, asked in zip(of_class, left, there, strict=True)
-        if asked
+        for hits, boxes, number in zip(of_class, expected, numbers, strict=True)
+        if number
     ]
     return float(np.mean(values)) if values else math.nan
 

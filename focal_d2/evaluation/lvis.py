@@ -13,7 +13,7 @@ from focal_d2.detectron2_compat import LVISHooks
 
 
 class FocalLVISEvaluator(LVISHooks, LVISEvaluator):
-    """detectron2's evaluator with hotcoco in the place of the `lvis` package, which fails with NumPy 2."""
+    """detectron2's evaluator with hotcoco instead of the `lvis` package, which fails with NumPy 2."""
 
     def __init__(self, dataset_name: str, **kwargs: Any) -> None:
         """See detectron2's `LVISEvaluator`."""
@@ -27,11 +27,11 @@ class FocalLVISEvaluator(LVISHooks, LVISEvaluator):
 
 @contextmanager
 def _hotcoco_as_lvis() -> Iterator[None]:
-    """Let `import lvis` find hotcoco. detectron2's reader needs the real one, so for a while only."""
+    """Make `import lvis` import hotcoco inside the block; detectron2's reader needs the real package."""
     import hotcoco  # only where it is used
 
-    own = [name for name in sys.modules if name == "lvis" or name.startswith("lvis.")]
-    before = {name: sys.modules.pop(name) for name in own}
+    lvis_modules = [name for name in sys.modules if name == "lvis" or name.startswith("lvis.")]
+    before = {name: sys.modules.pop(name) for name in lvis_modules}
     hotcoco.init_as_lvis()
     try:
         yield

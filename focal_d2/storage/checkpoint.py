@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class UnusableFileError(UserError):
-    """A checkpoint that is missing, damaged, no checkpoint, or refused: another one may do."""
+    """A file that is missing, damaged, no checkpoint, or refused; another checkpoint may be usable."""
 
 
 class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
@@ -44,8 +44,8 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
 
     - weights of another architecture are refused, where it warns;
     - files can't run code;
-    - files are written aside and then put in place, and their checksums are looked at when they are loaded;
-    - a damaged checkpoint is passed over for the one before it.
+    - a file gets its name only when it is complete, and loading verifies its checksums;
+    - if a checkpoint is damaged, the one before it is loaded.
     """
 
     def __init__(
@@ -274,7 +274,7 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
         check_types(state_dict, self.model)
 
     def _check_classes(self, misshaped: dict[str, tuple[Any, Any]]) -> None:
-        """Name the number of classes where it is all that differs between the file and the model."""
+        """Raise an error about the number of classes if file and model differ in nothing else."""
         layers = {name.rpartition(".")[0] for name in misshaped}
         state = self.model.state_dict()
         if layers == {"head.cls_score"} and "head.bbox_pred.bias" in state:

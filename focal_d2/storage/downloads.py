@@ -137,7 +137,7 @@ def _place(url: str) -> list[str]:
 
 @contextmanager
 def _locked(path: str) -> Iterator[None]:
-    """Let one process of several download."""
+    """Hold a lock, so that only one process downloads at a time."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -169,7 +169,7 @@ def _download(url: str, target: str, *, allow_download: bool, limit: int) -> Non
 
 
 class _Transfer(threading.Thread):
-    """A download in a thread, which can be left behind: a server may hang, or drip, at any of its steps."""
+    """A download in a thread that can be abandoned, since a server may stop sending at any time."""
 
     def __init__(self, url: str, file: IO[bytes], *, allow_download: bool, limit: int) -> None:
         super().__init__(daemon=True)

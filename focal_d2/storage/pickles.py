@@ -1,8 +1,8 @@
 """Pickles of weights: an interpreter of our own, which makes numbers, texts, arrays, tensors and containers.
 
-Python's and PyTorch's unpicklers believe what a pickle says: they call what it names, take the memory that it
-asks for, and write into objects. This one knows a short list of names, and what each makes is made here.
-Memory is bounded by the size of the file: nothing is made of the same bytes again and again.
+Python's and PyTorch's unpicklers obey a pickle: they call what it names, allocate what it asks for, and write
+into objects. This one has a short list of names and makes their objects itself. The size of the file limits
+the memory: the same bytes are not used again and again.
 
 This file has more than 400 lines because it is one list of operations, which is checked as a whole.
 """
@@ -90,7 +90,7 @@ class Storage(NamedTuple):
 
 
 class Reader:
-    """A file that is asked for no more than it has: Python makes room for a length before it reads."""
+    """A file whose reads are limited to its size: Python allocates a length before it reads."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         """Take an open file of `size` bytes."""
@@ -234,11 +234,11 @@ class _Machine:
     def _push(self, make: Callable[[], Any], _: None) -> None:
         self.stack.append(make())
 
-    def _put(self, place: int) -> None:
-        self.memo[place] = self.stack[-1]
+    def _put(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
 
-    def _get(self, place: int) -> None:
-        value = self.memo[place]
+    def _get(self, index: int) -> None:
+        value = self.memo[index]
         is_done = isinstance(value, _Array) and value.value is not None
         self.stack.append(value.value if is_done else value)
 

@@ -175,10 +175,10 @@ def _empty(length: int) -> torch.UntypedStorage:
 
 def _fill(data: torch.UntypedStorage, read: Callable[[int], bytes]) -> None:
     numbers = torch.empty(0, dtype=torch.uint8, device="cpu").set_(data).numpy()  # (bytes,), the same memory
-    place = 0
-    while place < len(numbers):
-        block = read(min(2**20, len(numbers) - place))
+    start = 0
+    while start < len(numbers):
+        block = read(min(2**20, len(numbers) - start))
         if not block:
             raise ValueError("cut short")
-        numbers[place : place + len(block)] = memoryview(block)
-        place += len(block)
+        numbers[start : start + len(block)] = memoryview(block)
+        start += len(block)

@@ -43,14 +43,14 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 
 
 class Budget:
-    """What one file, or several that are read together, may still have."""
+    """The bytes and nodes that are left for one file, or for several that are read together."""
 
     def __init__(self) -> None:
         """Start with the limits of one file."""
         self.length, self.nodes = LONGEST_FILE, MOST_NODES
 
     def spend(self, length: int, source: str) -> None:
-        """Take a text off.
+        """Subtract the length of a text.
 
         Raises:
             UserError: naming `source`, if it is too long.
@@ -151,7 +151,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Refuse a key that stands twice in a mapping: the later would silently replace the earlier."""
+        """Refuse a key that is twice in a mapping: the second would silently replace the first."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:

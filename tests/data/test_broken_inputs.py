@@ -249,7 +249,7 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     "coco: two names alike": (
         "coco",
         lambda b: b.coco(lambda c: c["categories"][1].update(name="cat")),
-        "the name 'cat' is empty or stands there twice",
+        "the name 'cat' is empty or there twice",
     ),
     "coco: other classes": (
         "coco",
@@ -690,7 +690,7 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     "yolo: names twice": (
         "yolo",
         lambda b: b.entry.update(CLASSES=["cat", "cat"]),
-        'CLASSES: the class name "cat" stands there twice',
+        'CLASSES: the class name "cat" is there twice',
     ),
     "yolo: names that are none": (
         "yolo",

@@ -93,14 +93,14 @@ def test_a_name_is_no_path(coco_dataset, name):
 
 def test_two_entries_of_one_name_are_refused(coco_dataset):
     first, second = coco_dataset("a"), coco_dataset("b")
-    with pytest.raises(UserError, match=r"FOCAL\[1\].NAME .* stands in an earlier entry, too"):
+    with pytest.raises(UserError, match=r"FOCAL\[1\].NAME .* is already the name of an earlier entry"):
         register_datasets([first.entry, {**second.entry, "NAME": first.name}])
 
 
 def test_ten_thousand_names_are_no_work():
     names = [f"class {i}" for i in range(10_000)]
     assert class_names(names) == tuple(names)
-    with pytest.raises(UserError, match='"class 5" stands there twice'):
+    with pytest.raises(UserError, match='"class 5" is there twice'):
         class_names([*names, "class 5"])
 
 

@@ -291,7 +291,7 @@ def test_best_of_equal_overlaps_is_the_later_or_the_preferred():
 def test_overlaps_in_chunks_are_the_same(monkeypatch):
     s = in_order(*columns(*random_scene(12)))
     whole = overlaps(*s)
-    assert len(whole.found) > 20
+    assert len(whole.detection) > 20
     for size in (1, 7):
         monkeypatch.setattr("focal_d2.evaluation.matching._CHUNK", size)
         for a, b in zip(overlaps(*s), whole, strict=True):

@@ -111,7 +111,7 @@ def test_what_cannot_be_read_is_refused(coco_dataset):
     content["annotations"][4]["bbox"] = [0, 0, -1, 5]
     data.annotations.write_text(json.dumps(content))
     register_datasets([data.entry])
-    with pytest.raises(UserError, match=r"annotations\[0\].* has the bbox .* \(and 1 more\)"):
+    with pytest.raises(UserError, match=r"annotations\[0\].* has the bbox .*; and 1 more"):
         read_ground_truth(data.name)
     box = {"bbox": [0, 0, 9, 9], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 2}
     DatasetCatalog.register("records", lambda: [{"image_id": 1, "annotations": [box]}])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from focal_d2.analysis.anchors.coverage import best_anchors, grids_of
 from focal_d2.annotations import Table
 from focal_d2.config.architectures import is_retinanet
-from focal_d2.data.checks.examples import places
+from focal_d2.data.checks.examples import box_examples
 from focal_d2.data.checks.findings import Example, Finding, Fix, share
 from focal_d2.data.resolution import TrainingBoxes, training_boxes, training_inputs
 from focal_d2.data.sampling import training_table
@@ -177,7 +177,7 @@ def _worst(table: Table, seen: TrainingBoxes, mask: np.ndarray, badness: np.ndar
         left, top, right, bottom = seen.boxes[np.searchsorted(seen.rows, row)]
         return f"{right - left:.1f} × {bottom - top:.1f} pixels at training resolution"
 
-    return places(table, chosen, text, worst=badness_of)
+    return box_examples(table, chosen, text, worst=badness_of)
 
 
 def _by_size(side: np.ndarray, matched: np.ndarray) -> list[Share]:

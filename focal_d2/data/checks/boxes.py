@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from focal_d2.annotations import Table
-from focal_d2.data.checks.examples import box_text, places
+from focal_d2.data.checks.examples import box_examples, box_text
 from focal_d2.data.checks.findings import Finding, share
 
 # Pixels beyond an edge that rounding and 1-based corners explain.
@@ -37,17 +37,21 @@ def check_boxes(name: str, table: Table) -> list[Finding]:
     # (B,), of each box's image.
     image_height, image_width = table.sizes[table.image].T
     broken = ~table.has_area
-    found = []
+    findings = []
     if broken.any():
         message = f"{share(int(broken.sum()), broken.size)} boxes have no area"
-        found.append(
+        findings.append(
             Finding(
-                "box-degenerate", message, name, int(broken.sum()), places(table, broken, box_text(table))
+                "box-degenerate",
+                message,
+                name,
+                int(broken.sum()),
+                box_examples(table, broken, box_text(table)),
             )
         )
     wrong_format = _wrong_format(name, table, ~broken)
     if wrong_format:
-        return [*found, wrong_format]
+        return [*findings, wrong_format]
 
     beyond = np.maximum.reduce(
         [-left, -top, left + width - image_width, top + height - image_height], initial=0, where=~broken
@@ -55,8 +59,14 @@ def check_boxes(name: str, table: Table) -> list[Finding]:
     outside = ~broken & ~table.usable
     if outside.any():
         message = f"{share(int(outside.sum()), outside.size)} boxes are outside their image"
-        found.append(
-            Finding("box-outside", message, name, int(outside.sum()), places(table, outside, box_text(table)))
+        findings.append(
+            Finding(
+                "box-outside",
+                message,
+                name,
+                int(outside.sum()),
+                box_examples(table, outside, box_text(table)),
+            )
         )
     over = ~outside & (beyond > _SLACK)
     if over.any():
@@ -64,16 +74,16 @@ def check_boxes(name: str, table: Table) -> list[Finding]:
             f"{share(int(over.sum()), over.size)} boxes reach beyond their image, by up to "
             f"{beyond[over].max():.0f} pixels"
         )
-        examples = places(table, over, lambda i: f"{beyond[i]:.0f} pixels beyond", worst=beyond)
-        found.append(Finding("box-beyond-edge", message, name, int(over.sum()), examples))
-    found += _duplicates(name, table)
+        examples = box_examples(table, over, lambda i: f"{beyond[i]:.0f} pixels beyond", worst=beyond)
+        findings.append(Finding("box-beyond-edge", message, name, int(over.sum()), examples))
+    findings += _duplicates(name, table)
 
     whole = ~table.ignored & (width >= _WHOLE * image_width) & (height >= _WHOLE * image_height)
     with_boxes, with_whole = np.unique(table.image).size, np.unique(table.image[whole]).size
     if 2 * with_whole >= with_boxes:
         message = f"{share(with_whole, with_boxes)} images with boxes have one as large as the image"
-        found.append(Finding("box-whole-image", message, name, with_whole, places(table, whole)))
-    return found
+        findings.append(Finding("box-whole-image", message, name, with_whole, box_examples(table, whole)))
+    return findings
 
 
 def _wrong_format(name: str, table: Table, sound: np.ndarray) -> Finding | None:
@@ -82,7 +92,7 @@ def _wrong_format(name: str, table: Table, sound: np.ndarray) -> Finding | None:
     sizes = table.sizes[table.image][sound][:, ::-1]  # (B, 2), width and height
     if len(boxes) and _fit(boxes, np.ones((1, 2)), slack=1e-3) >= _FITS and sizes.min() > 1:
         message = "all boxes lie within [0, 1]: coordinates relative to the image, read as pixels?"
-        return Finding("box-format", message, name, len(boxes), places(table, sound, box_text(table)))
+        return Finding("box-format", message, name, len(boxes), box_examples(table, sound, box_text(table)))
     fits = _fits(boxes, sizes, _SLACK)
     misread = int((~fits).sum())
     if misread < max(1, _MISREAD * len(boxes)):
@@ -104,7 +114,7 @@ def _wrong_format(name: str, table: Table, sound: np.ndarray) -> Finding | None:
     )
     mask = sound.copy()
     mask[sound] = ~fits
-    return Finding("box-format", message, name, misread, places(table, mask, box_text(table)))
+    return Finding("box-format", message, name, misread, box_examples(table, mask, box_text(table)))
 
 
 def _fits(boxes: np.ndarray, sizes: np.ndarray, slack: float) -> np.ndarray:
@@ -120,7 +130,7 @@ def _fit(boxes: np.ndarray, sizes: np.ndarray, slack: float) -> float:
 
 def _duplicates(name: str, table: Table) -> list[Finding]:
     """Find boxes of an image that are equal to the last digit."""
-    found = []
+    findings = []
     # Ignored regions may repeat an object.
     kept = np.flatnonzero(~table.ignored)
     left, top, width, height = table.boxes[kept].T
@@ -136,5 +146,7 @@ def _duplicates(name: str, table: Table) -> list[Finding]:
             mask = np.zeros(table.labels.size, bool)
             mask[order[1:][same]] = True
             message = f"{share(int(same.sum()), kept.size)} {what}"
-            found.append(Finding(code, message, name, int(same.sum()), places(table, mask, box_text(table))))
-    return found
+            findings.append(
+                Finding(code, message, name, int(same.sum()), box_examples(table, mask, box_text(table)))
+            )
+    return findings

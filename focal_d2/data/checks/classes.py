@@ -39,7 +39,7 @@ def check_classes(
         counted_by: the key that counts the model's classes.
         num_classes: its value; None: it is not known which key that is.
     """
-    found = []
+    findings = []
     datasets = {**train, **test}
     lists: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name, table in datasets.items():
@@ -48,7 +48,7 @@ def check_classes(
         if num_classes not in (None, len(classes)):
             message = f"{len(classes)} classes, but {counted_by} is {num_classes}"
             fixes = [Fix(f"the classes of {names[0]}", counted_by, len(classes))]
-            found.append(Finding("class-count", message, ", ".join(names), len(classes), fixes=fixes))
+            findings.append(Finding("class-count", message, ", ".join(names), len(classes), fixes=fixes))
     (first, _), *others = lists.items() or [((), [])]
     for classes, names in others:
         at = next((k for k, (a, b) in enumerate(zip(first, classes, strict=False)) if a != b), None)
@@ -59,12 +59,12 @@ def check_classes(
             else f'class {at} is "{classes[at]}", in {first_of} it is "{first[at]}"'
         )
         fixes = [Fix(f"DATASETS.FOCAL, entries {of} and {first_of}: the same CLASSES, in the same order")]
-        found.append(Finding("class-names", message, of, len(names), fixes=fixes))
-    found += _check_names(datasets)
+        findings.append(Finding("class-names", message, of, len(names), fixes=fixes))
+    findings += _check_names(datasets)
     if train:
         annotated = any(table.annotated for table in test.values())
-        found += _check_counts(class_counts(train), class_counts(test), with_test=annotated)
-    return found
+        findings += _check_counts(class_counts(train), class_counts(test), with_test=annotated)
+    return findings
 
 
 def _check_names(datasets: Mapping[str, Table]) -> list[Finding]:
@@ -80,7 +80,7 @@ def _check_names(datasets: Mapping[str, Table]) -> list[Finding]:
 
 
 def _check_counts(train: Counter[str], test: Counter[str], *, with_test: bool) -> list[Finding]:
-    found = []
+    findings = []
     known = {**train, **test}
     missing = [k for k in train if train[k] and not test[k]] if with_test else []
     for code, names, what in (
@@ -96,5 +96,5 @@ def _check_counts(train: Counter[str], test: Counter[str], *, with_test: bool) -
         if names:
             counted = [f"{name} ({train[name]})" if code == "class-rare" else name for name in names]
             message = f"{share(len(names), len(known))} classes {what}: {first_few(counted, 10)}"
-            found.append(Finding(code, message, count=len(names)))
-    return found
+            findings.append(Finding(code, message, count=len(names)))
+    return findings

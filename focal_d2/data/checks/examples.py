@@ -10,19 +10,19 @@ from focal_d2.data.checks.findings import Example
 MOST_EXAMPLES = 5
 
 
-def places(
+def box_examples(
     table: Table,
     mask: np.ndarray,
     text: object = None,
     *,
     worst: np.ndarray | None = None,
 ) -> list[Example]:
-    """Name a few boxes.
+    """Return a few boxes as examples of a finding.
 
     Args:
         table: of the boxes.
         mask: (B,) bool, which boxes to choose from.
-        text: place of a box -> what to say of it; None: nothing.
+        text: function from the position of a box to a text about it; None: no text.
         worst: (B,) the larger, the worse; None: the first ones are named.
     """
     chosen = np.flatnonzero(mask)

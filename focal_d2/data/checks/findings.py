@@ -11,7 +11,7 @@ from focal_d2.data.checks.kinds import KINDS
 
 
 class Example(NamedTuple):
-    """A place in a dataset."""
+    """An image, and maybe a box in it, that a finding is about."""
 
     file_name: str
     text: str = ""

@@ -18,13 +18,15 @@ class Kind(NamedTuple):
 # Error: training or evaluation fails, or learns or measures the wrong thing. Warning: probably a mistake.
 KINDS = {
     # Datasets as a whole.
-    "dataset-unreadable": Kind(ERROR, "the annotations cannot be read", "mend the file or the entry"),
-    "item-unreadable": Kind(ERROR, "an item of the annotations cannot be read", "mend or remove the item"),
+    "dataset-unreadable": Kind(ERROR, "the annotations cannot be read", "correct the file or the entry"),
+    "item-unreadable": Kind(ERROR, "an item of the annotations cannot be read", "correct or remove the item"),
     "dataset-empty": Kind(ERROR, "no image, or none with a box, is there to train on", "check the paths"),
     "dataset-in-both": Kind(ERROR, "DATASETS.TRAIN and DATASETS.TEST share a dataset", "split it"),
-    "dataset-repeated": Kind(WARNING, "DATASETS.TRAIN names a dataset twice", "name it once, or mean it"),
+    "dataset-repeated": Kind(
+        WARNING, "DATASETS.TRAIN names a dataset twice", "name it once, unless it is meant"
+    ),
     "image-id-repeated": Kind(
-        ERROR, "images share an id, which evaluation mixes up", "number the images anew"
+        ERROR, "images share an id, which evaluation mixes up", "give every image another id"
     ),
     # Images.
     "image-missing": Kind(ERROR, "the image file is not there", "check IMAGES, or remove the entry"),
@@ -39,7 +41,7 @@ KINDS = {
         "an image is annotated with more pixels than INPUT.FOCAL.MAX_PIXELS: reading it is refused",
         "raise the key if memory is enough, or cut the image into smaller ones",
     ),
-    "image-repeated": Kind(WARNING, "a file stands in the list more than once", "merge the entries"),
+    "image-repeated": Kind(WARNING, "a file is in the list more than once", "merge the entries"),
     "image-duplicate": Kind(WARNING, "different files of one side have the same pixels", "keep one of them"),
     "image-leak": Kind(
         ERROR,
@@ -91,8 +93,12 @@ KINDS = {
     ),
     "class-alike": Kind(WARNING, "class names differ only in case or spaces", "merge the classes"),
     "class-unused": Kind(WARNING, "a class has no box at all", "remove it, or check the labels"),
-    "class-not-in-test": Kind(WARNING, "a class to train has no box to test on: it has no AP", "split anew"),
-    "class-not-in-train": Kind(WARNING, "a class to test has no box to train on: its AP is 0", "split anew"),
+    "class-not-in-test": Kind(
+        WARNING, "a class to train has no box to test on: it has no AP", "split the data in another way"
+    ),
+    "class-not-in-train": Kind(
+        WARNING, "a class to test has no box to train on: its AP is 0", "split the data in another way"
+    ),
     "class-rare": Kind(WARNING, "a class has very few boxes to train on", "check the labels, or add boxes"),
     # What training makes of it.
     "negatives-dropped": Kind(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from focal_d2.annotations import Table
-from focal_d2.data.checks.examples import MOST_EXAMPLES, places
+from focal_d2.data.checks.examples import MOST_EXAMPLES, box_examples
 from focal_d2.data.checks.findings import Example, Finding, Fix, share
 
 # Of the boxes that are larger than every crop.
@@ -21,14 +21,14 @@ _BEFORE_NMS = "TOPK_CANDIDATES_TEST"
 
 
 def check_limits(tables: Mapping[str, Table], limits: Mapping[str, int]) -> list[Finding]:
-    """Find images with more boxes than a model returns.
+    """Find images that have more boxes than the model returns detections.
 
     Args:
         tables: datasets of whole images, by name.
         limits: the most detections of an image, or candidates of a level, by key. What is not above 0 is no
             limit.
     """
-    found = []
+    findings = []
     for key, limit in limits.items():
         if limit < 1:
             continue
@@ -48,22 +48,24 @@ def check_limits(tables: Mapping[str, Table], limits: Mapping[str, int]) -> list
         fix = Fix(why, key, most)
         if key.endswith(_BEFORE_NMS):
             fix = Fix(
-                f"{key}: several times {most}; {why}, and most of the candidates of a level are others' "
-                "repetitions, which NMS removes"
+                f"{key}: several times {most}; {why}, and most of the candidates of a level "
+                "repeat others, which NMS removes"
             )
         fixes = [fix]
-        found.append(Finding("boxes-above-limit", message, ", ".join(names), len(crowded), examples, fixes))
-    return found
+        findings.append(
+            Finding("boxes-above-limit", message, ", ".join(names), len(crowded), examples, fixes)
+        )
+    return findings
 
 
 def check_pixels(tables: Mapping[str, Table], limit: int) -> list[Finding]:
-    """Find images that are annotated with more pixels than are read.
+    """Find images whose annotated size has more pixels than `INPUT.FOCAL.MAX_PIXELS`.
 
     Args:
         tables: datasets to train or test on, by name.
         limit: `INPUT.FOCAL.MAX_PIXELS`.
     """
-    found = []
+    findings = []
     for name, table in tables.items():
         pixels = table.sizes.prod(axis=1)  # (N,)
         large = np.flatnonzero(pixels > limit)
@@ -77,12 +79,12 @@ def check_pixels(tables: Mapping[str, Table], limit: int) -> list[Finding]:
             fixes = [
                 Fix(f"an image of {name} has {sizes[0]} pixels", "INPUT.FOCAL.MAX_PIXELS", int(pixels.max()))
             ]
-            found.append(Finding("image-too-large", message, name, large.size, examples, fixes))
-    return found
+            findings.append(Finding("image-too-large", message, name, large.size, examples, fixes))
+    return findings
 
 
 def check_crops(name: str, table: Table, windows: np.ndarray) -> list[Finding]:
-    """Find that many boxes are larger than the crops that training takes, so that few show them whole.
+    """Find boxes that are larger than the crops of training, if they are many: few samples show them whole.
 
     Args:
         name: the dataset's.
@@ -106,5 +108,5 @@ def check_crops(name: str, table: Table, windows: np.ndarray) -> list[Finding]:
         return f"{width:.0f} × {height:.0f} pixels, nine in ten crops are at most {most}"
 
     message = f"nine in ten crops of training are too small for {share(int(cut.sum()), objects)} boxes"
-    examples = places(table, cut, text, worst=excess)
+    examples = box_examples(table, cut, text, worst=excess)
     return [Finding("box-cropped", message, name, int(cut.sum()), examples)]

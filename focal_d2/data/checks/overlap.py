@@ -12,7 +12,7 @@ from focal_d2.data.checks.findings import Example, Finding, share
 
 
 def check_sides(train: Mapping[str, Table], test: Mapping[str, Table]) -> list[Finding]:
-    """Find datasets that are trained and tested on.
+    """Find datasets that are both in `DATASETS.TRAIN` and in `DATASETS.TEST`.
 
     Args:
         train: the datasets to train on, by name.
@@ -26,7 +26,7 @@ def check_sides(train: Mapping[str, Table], test: Mapping[str, Table]) -> list[F
 def check_repeats(
     train: Mapping[str, Table], test: Mapping[str, Table], digests: Mapping[str, bytes]
 ) -> list[Finding]:
-    """Find images met again: within a side as other files, or on both sides.
+    """Find images that occur twice: as different files of one side, or in training and in test.
 
     Args:
         train: the datasets to train on, by name.
@@ -34,7 +34,7 @@ def check_repeats(
         digests: of the pixels of each file that was read; of the others the paths are compared.
     """
     test = {name: table for name, table in test.items() if name not in train}
-    found = []
+    findings = []
     # Datasets to test on are measured one by one, so an image may be in two of them.
     units = [train, *({name: table} for name, table in test.items())]
     to_train, *to_test = contents = [_by_content(unit, digests) for unit in units]
@@ -42,12 +42,12 @@ def check_repeats(
         again = [files for files in content.values() if len(files) > 1]
         if again:
             involved = dict.fromkeys(name for files in again for name, _ in files)
-            examples = [Example(own, f"same as {files[0][1]}") for files in again for _, own in files[1:]]
+            examples = [Example(path, f"same as {files[0][1]}") for files in again for _, path in files[1:]]
             among = sum(len(dict.fromkeys(table.file_names)) for table in unit.values())
             message = (
                 f"{share(len(examples), among)} images are there again, as another file or of another dataset"
             )
-            found.append(
+            findings.append(
                 Finding(
                     "image-duplicate", message, ", ".join(involved), len(examples), examples[:MOST_EXAMPLES]
                 )
@@ -56,20 +56,20 @@ def check_repeats(
         examples = []
         for key, files in content.items():
             if key in to_train:
-                of, path = to_train[key][0]
-                for _, own in files:
-                    same = "the same file is in" if own == path else f"same as {path} of"
-                    examples.append(Example(own, f"{same} {of}"))
+                dataset, trained = to_train[key][0]
+                for _, path in files:
+                    same = "the same file is in" if path == trained else f"same as {trained} of"
+                    examples.append(Example(path, f"{same} {dataset}"))
         if examples:
             message = f"{share(len(examples), len(table))} images to test on are also to train on"
-            found.append(Finding("image-leak", message, name, len(examples), examples[:MOST_EXAMPLES]))
-    return found
+            findings.append(Finding("image-leak", message, name, len(examples), examples[:MOST_EXAMPLES]))
+    return findings
 
 
 def _by_content(
     tables: Mapping[str, Table], digests: Mapping[str, bytes]
 ) -> dict[bytes | str, list[tuple[str, str]]]:
-    """Group (dataset, path) by what the file holds; a file that was not read, by its path."""
+    """Group (dataset, path) by the pixels of the file; files that were not read, by their path."""
     files: dict[bytes | str, list[tuple[str, str]]] = defaultdict(list)
     for name, table in tables.items():
         for path in dict.fromkeys(table.file_names):

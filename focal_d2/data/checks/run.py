@@ -46,12 +46,12 @@ def annotation_warnings(cfg: CfgNode, *, training: bool) -> list[str]:
     sides = (cfg.DATASETS.TRAIN if training else ()), cfg.DATASETS.TEST
     tables = load_known_tables([name for names in sides for name in names])
     train, test = ({name: tables[name] for name in names if name in tables} for names in sides)
-    found = [finding for name, table in tables.items() for finding in check_dataset(name, table)]
-    found += check_against_config(cfg, train, test)
+    findings = [finding for name, table in tables.items() for finding in check_dataset(name, table)]
+    findings += check_against_config(cfg, train, test)
     if all(name in tables for names in sides for name in names):
-        found += check_together(cfg, train, test)
+        findings += check_together(cfg, train, test)
     of_kind: dict[str, list[Finding]] = defaultdict(list)
-    for finding in found:
+    for finding in findings:
         if finding.severity != NOTE and finding.code not in _ANNOUNCED:
             of_kind[finding.code].append(finding)
     lines = [_line(code, findings) for code, findings in of_kind.items()]
@@ -99,11 +99,11 @@ def check_against_config(
         limits["MODEL.RETINANET.TOPK_CANDIDATES_TEST"] = cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST
     # A training image that is cropped is never seen with all of its boxes.
     whole = {} if cfg.INPUT.CROP.ENABLED or cfg.INPUT.FOCAL.BOX_CROP.SIZE else train
-    found = check_limits({**whole, **test}, limits)
-    found += check_pixels({**train, **test}, cfg.INPUT.FOCAL.MAX_PIXELS)
+    findings = check_limits({**whole, **test}, limits)
+    findings += check_pixels({**train, **test}, cfg.INPUT.FOCAL.MAX_PIXELS)
     for name, table in train.items():
-        found += check_crops(name, table, large_windows(cfg, table.sizes))
-    return found
+        findings += check_crops(name, table, large_windows(cfg, table.sizes))
+    return findings
 
 
 def check_together(

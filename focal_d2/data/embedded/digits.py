@@ -81,7 +81,7 @@ def _write_split(
 ) -> None:
     rng = np.random.default_rng([recipe.seed, SPLITS.index(split)])
     training = split == "train"
-    own = slice(None, recipe.train_digits) if training else slice(recipe.train_digits, None)
+    own_digits = slice(None, recipe.train_digits) if training else slice(recipe.train_digits, None)
     backgrounds = []
     for photograph in photographs:
         width = photograph.shape[1]
@@ -94,7 +94,7 @@ def _write_split(
     (folder / split).mkdir()
     scenes = []
     for i in range(recipe.train_scenes if training else recipe.test_scenes):
-        pixels, boxes, labels = draw_scene(rng, digits[own], classes[own], backgrounds, recipe)
+        pixels, boxes, labels = draw_scene(rng, digits[own_digits], classes[own_digits], backgrounds, recipe)
         write_image(folder / split / f"{i:04d}.png", pixels)
         scenes.append((f"{i:04d}.png", pixels.shape[:2], boxes, labels))
     description = f"scikit-learn's digits in its sample photographs ({split})"

@@ -167,9 +167,7 @@ def _classes(
     ids: dict[str, int] = {}
     for category in sorted(categories, key=lambda c: c.id):
         if not category.name.strip() or category.name in ids:
-            raise UserError(
-                f"{path}: categories: the name {short(category.name)} is empty or stands there twice"
-            )
+            raise UserError(f"{path}: categories: the name {short(category.name)} is empty or there twice")
         ids[category.name] = category.id
     names = tuple(ids) if chosen is None else tuple(chosen)
     if not set(names) & set(ids):

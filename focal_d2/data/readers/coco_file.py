@@ -163,8 +163,8 @@ def _load(path: str, data: bytes) -> Any:
         members = dict(pairs)
         if len(members) < len(pairs):
             key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            place = f" (id {short(members['id'])})" if key != "id" and "id" in members else ""
-            raise UserError(f"{path}: the key {short(key)} stands twice in an object{place}; remove one")
+            known = f" (id {short(members['id'])})" if key != "id" and "id" in members else ""
+            raise UserError(f"{path}: the key {short(key)} is twice in an object{known}; remove one")
         return members
 
     text = decode_text(path, data)
@@ -183,7 +183,7 @@ def _decode_slowly(path: str, data: bytes, problems: list[str]) -> tuple[_Coco, 
         UserError: if it is no JSON, or a section is missing.
     """
     content = _load(path, data)
-    coco, places = _Coco([], []), dict[str, Sequence[int]]()
+    coco, positions = _Coco([], []), dict[str, Sequence[int]]()
     if isinstance(content, dict) and content.get("annotations") is not None:
         coco.annotations = []
     for section, kind in _SECTIONS.items():
@@ -193,14 +193,14 @@ def _decode_slowly(path: str, data: bytes, problems: list[str]) -> tuple[_Coco, 
         if not isinstance(items, list):
             raise UserError(f'{path}: no list "{section}"; a COCO file has {", ".join(_SECTIONS)}')
         kept: list[int] = []
-        places[section] = kept
+        positions[section] = kept
         for i, item in enumerate(items):
             try:
                 getattr(coco, section).append(msgspec.convert(_usual(item), kind))
                 kept.append(i)
             except msgspec.ValidationError as error:
                 problems.append(f"{path}: {section}[{i}] {_what_is_wrong(item, kind, str(error))}")
-    return coco, places
+    return coco, positions
 
 
 def _usual(item: Any) -> Any:
@@ -231,6 +231,6 @@ def _what_is_wrong(item: Any, kind: type[Struct], message: str) -> str:
     if missing:
         wrong_mask = ", and its segmentation is neither polygons nor RLE" if "segmentation" in item else ""
         return f"{known}has no {', '.join(missing)}{wrong_mask if 'bbox' in missing else ''}"
-    place = re.search(r"`\$\.(\w+)", message)
-    key = place.group(1) if place else "id"
+    member = re.search(r"`\$\.(\w+)", message)
+    key = member.group(1) if member else "id"
     return f"{known}has the {key} {short(item[key])}; it must be {EXPECTED[key]}"

@@ -59,17 +59,19 @@ def read_csv(
     text = read_text(annotations)
     separator = _separator(text)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
-    places: dict[str, int] | None = None
+    positions: dict[str, int] | None = None
     try:
         for fields in reader:
             if not any(field.strip() for field in fields):
                 continue
-            if places is None:
-                places, is_header = _places(annotations, fields, columns or {}, separator)
+            if positions is None:
+                positions, is_header = _column_positions(annotations, fields, columns or {}, separator)
                 if is_header:
                     continue
             row = [field.strip() for field in fields]
-            _add(rows, places, row, f"{annotations}: line {reader.line_num}", decimal_comma=separator != ",")
+            _add(
+                rows, positions, row, f"{annotations}: line {reader.line_num}", decimal_comma=separator != ","
+            )
     except csv.Error as error:
         raise UserError(f"{annotations}: line {reader.line_num}: {error}") from error
     return rows.table()
@@ -81,22 +83,22 @@ def _separator(text: str) -> str:
     return max(_SEPARATORS, key=line.count)
 
 
-def _places(
+def _column_positions(
     path: str, first: Sequence[str], renamed: Mapping[str, str], separator: str
 ) -> tuple[dict[str, int], bool]:
-    """Return the place of each column, and whether the first line names them."""
+    """Return the position of each column, and whether the first line names them."""
     corners = [x.strip().replace(",", ".") for x in first[1:5]]
     if not renamed and len(first) >= len(_NEEDED) and all(is_number(x) or not x for x in corners):
         return dict(zip(_NEEDED, range(len(_NEEDED)), strict=True)), False
     names = [name.strip().lower() for name in first]
     aliases = {column: (renamed[column],) if column in renamed else COLUMNS[column] for column in COLUMNS}
-    places = {
+    positions = {
         column: names.index(alias.strip().lower())
         for column in COLUMNS
         for alias in reversed(aliases[column])
         if alias.strip().lower() in names
     }
-    missing = [column for column in COLUMNS if column not in places and column in (*_NEEDED, *renamed)]
+    missing = [column for column in COLUMNS if column not in positions and column in (*_NEEDED, *renamed)]
     if missing:
         accepted = "; ".join(" or ".join(aliases[column]) for column in missing)
         header = first_few([short(x)[1:-1] for x in first])
@@ -110,7 +112,7 @@ def _places(
             f"{', '.join(missing)}, which may be called "
             f"{accepted}, or as COLUMNS of the entry says"
         )
-    return places, True
+    return positions, True
 
 
 def _add(
@@ -119,7 +121,7 @@ def _add(
     if len(fields) <= max(columns.values()):
         rows.problem(item, f"{len(fields)} fields; at least {max(columns.values()) + 1} are needed")
         return
-    row = {column: fields[place] for column, place in columns.items()}
+    row = {column: fields[position] for column, position in columns.items()}
     size = None
     if row.get("height") and row.get("width"):
         try:

@@ -125,25 +125,25 @@ class Rows:
         if not paths:
             reason = f": {self.problems[0]}" if self.problems else ""
             raise UserError(f"{self.source}: no images in it{reason}")
-        found = [(i, box) for i, path in enumerate(paths) for box in self._boxes[path]]
+        rows = [(i, box) for i, path in enumerate(paths) for box in self._boxes[path]]
         classes = self.classes
         if classes is None:
             classes = sorted(self.names(), key=_number_first)
         if not classes:
             reason = f": {self.problems[0]}" if self.problems else ": name them with CLASSES"
             raise UserError(f"{self.source}: no boxes, so no class names{reason}")
-        places = {name: k for k, name in enumerate(classes)}
-        boxes = np.array([box.corners for _, box in found], dtype=np.float64).reshape(-1, 4)
+        label_of = {name: k for k, name in enumerate(classes)}
+        boxes = np.array([box.corners for _, box in rows], dtype=np.float64).reshape(-1, 4)
         return Table(
             classes=tuple(classes),
             category_ids=tuple(range(1, len(classes) + 1)),
             file_names=paths,
             image_ids=np.arange(1, len(paths) + 1),
             sizes=np.array([self._images[path] for path in paths], dtype=np.int64).reshape(-1, 2),
-            image=np.array([i for i, _ in found], dtype=np.int64),
+            image=np.array([i for i, _ in rows], dtype=np.int64),
             boxes=boxes,
-            labels=np.array([places[box.name] for _, box in found], dtype=np.int64),
-            ignored=np.array([box.ignored for _, box in found], dtype=bool),
+            labels=np.array([label_of[box.name] for _, box in rows], dtype=np.int64),
+            ignored=np.array([box.ignored for _, box in rows], dtype=bool),
             areas=boxes[:, 2] * boxes[:, 3],
             problems=self.problems,
         )

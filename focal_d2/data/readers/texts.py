@@ -91,7 +91,7 @@ def class_names(classes: Sequence[object] | str, key: str = "CLASSES") -> tuple[
     names = tuple(str(name) for name in classes)
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
-        raise UserError(f'{source}: the class name "{twice[0]}" stands there twice')
+        raise UserError(f'{source}: the class name "{twice[0]}" is there twice')
     return names
 
 

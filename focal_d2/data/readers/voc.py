@@ -126,23 +126,24 @@ def _image_name(
         UserError: naming the file, if it names no image or the stem means several.
     """
     given = root.findtext("filename", "").strip()
-    own = images.with_stem(stem)
-    named = [os.path.join(os.path.dirname(stem), given), given]
-    named = [os.path.normpath(name) for name in named if images.holds(name)]
-    both = [name for name in own if name in named]
-    if len(both or own) > 1:
+    by_stem = images.with_stem(stem)
+    by_filename = [os.path.join(os.path.dirname(stem), given), given]
+    by_filename = [os.path.normpath(name) for name in by_filename if images.holds(name)]
+    both = [name for name in by_stem if name in by_filename]
+    if len(both or by_stem) > 1:
         raise UserError(
-            f"{path}: <filename> is {short(given)}, and {len(own)} images have the name of this file: "
-            f"{first_few(own)}"
+            f"{path}: <filename> is {short(given)}, and {len(by_stem)} images have the name of this file: "
+            f"{first_few(by_stem)}"
         )
-    if not (own or given):
+    if not (by_stem or given):
         raise UserError(
             f"{path}: no <filename> in <{root.tag}> and no image {stem}.* in {images.root}: not a VOC file"
         )
-    differs = bool(named and own and not both)
-    if differs and size and _has_size(images, named[0], size) and not _has_size(images, own[0], size):
-        return named[0], differs
-    return [*both, *own, *named, given][0], differs
+    differs = bool(by_filename and by_stem and not both)
+    fits = [_has_size(images, x[0], size) for x in (by_filename, by_stem)] if differs and size else []
+    if fits == [True, False]:
+        return by_filename[0], differs
+    return [*both, *by_stem, *by_filename, given][0], differs
 
 
 def _has_size(images: ImageFolder, name: str, size: tuple[int, int]) -> bool:

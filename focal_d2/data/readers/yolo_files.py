@@ -89,14 +89,14 @@ def files_of_folder(annotations: str, images: ImageFolder, chosen: Sequence[str]
         UserError: if two different names in `chosen` mean one image.
     """
     stems = {os.path.splitext(x)[0]: x for x in list_files(annotations, (".txt",))}
-    there = list_files(images.root, IMAGE_SUFFIXES)
-    names = there if chosen is None else _chosen_images(chosen, images)
+    present = list_files(images.root, IMAGE_SUFFIXES)
+    names = present if chosen is None else _chosen_images(chosen, images)
 
     def label_file(name: str) -> str:
         stem = os.path.splitext(name)[0]
         return os.path.join(annotations, stems.get(stem, f"{stem}.txt"))
 
-    known = {os.path.splitext(name)[0] for name in (*there, *names)}
+    known = {os.path.splitext(name)[0] for name in (*present, *names)}
     without_image = [os.path.join(annotations, x) for stem, x in stems.items() if stem not in known]
     labels = {name: label_file(name) for name in names}
     return YoloFiles(images, labels, any(stem in stems for stem in known), without_image)
@@ -106,11 +106,11 @@ def _chosen_images(chosen: Sequence[str], images: ImageFolder) -> list[str]:
     """Return listed names relative to the images' folder, each once."""
     lines: dict[str, str] = {}
     for line in chosen:
-        found = images.shortened(line)
-        path, _ = images.path(found)
-        name = found if path is None else os.path.relpath(path, images.root)
+        shortened = images.shortened(line)
+        path, _ = images.path(shortened)
+        name = shortened if path is None else os.path.relpath(path, images.root)
         earlier = lines.setdefault(name, line)
-        if earlier != line and found != line:
+        if earlier != line and shortened != line:
             raise UserError(f"LIST: {short(earlier)} and {short(line)} both mean the image {path}")
     return list(lines)
 
@@ -135,16 +135,16 @@ def files_of_split(path: str, split: str | None, options: ImageFolder) -> YoloFi
         )
     beside = os.path.dirname(os.path.abspath(path))
     base = _paths(path, "path", content.get("path") or "")[0]
-    places = _paths(path, split or "", content[split])
+    sources = _paths(path, split or "", content[split])
     # Relative to the file, else to the working directory; else the file was moved together with its images.
     roots = [x for x in (os.path.join(beside, base), os.path.abspath(base), beside) if os.path.isdir(x)]
     images: list[str] = []
     label_files: list[str] = []
-    for place in places:
-        source = _first_there(place, roots)
+    for named in sources:
+        source = _first_present(named, roots)
         if source is None:
             tried = ", ".join(dict.fromkeys(map(os.path.normpath, roots)))
-            raise UserError(f"{path}: {split}: {short(place)} is not there; it was looked for in {tried}")
+            raise UserError(f"{path}: {split}: {short(named)} is not there; it was looked for in {tried}")
         if os.path.isdir(source):
             images += [os.path.join(source, name) for name in list_files(source, IMAGE_SUFFIXES)]
             folder = os.path.dirname(_label_stem(os.path.join(source, "x")))
@@ -152,7 +152,7 @@ def files_of_split(path: str, split: str | None, options: ImageFolder) -> YoloFi
                 label_files += [os.path.join(folder, x) for x in list_files(folder, (".txt",))]
         elif source.lower().endswith(IMAGE_SUFFIXES):
             raise UserError(
-                f"{path}: {split}: {short(place)} is an image; it must be a folder of images, or a text file "
+                f"{path}: {split}: {short(named)} is an image; it must be a folder of images, or a text file "
                 "that lists images"
             )
         else:
@@ -163,7 +163,7 @@ def files_of_split(path: str, split: str | None, options: ImageFolder) -> YoloFi
             images += [_listed_image(line, folders, source) for line in read_list(source)]
     images = list(dict.fromkeys(images))
     if not images:
-        raise UserError(f"{path}: {split}: no images in {first_few(places)}")
+        raise UserError(f"{path}: {split}: no images in {first_few(sources)}")
     stems = {os.path.splitext(x)[0]: x for x in label_files}
     labels = {x: stems.get(_label_stem(x), f"{_label_stem(x)}.txt") for x in images}
     root = os.path.commonpath(map(os.path.dirname, images))
@@ -186,7 +186,7 @@ def _paths(source: str, key: str, value: object) -> list[str]:
     return paths
 
 
-def _first_there(name: str, roots: Sequence[str]) -> str | None:
+def _first_present(name: str, roots: Sequence[str]) -> str | None:
     """Return the first path that exists; Roboflow writes `../train/images` for a folder beside the file."""
     names = dict.fromkeys((name, re.sub(r"^(\.\./)+", "", name)))
     paths = (os.path.normpath(os.path.join(root, x)) for x in names for root in roots)

@@ -245,7 +245,7 @@ def test_key_that_stands_twice_is_refused(coco_dataset, old, new, key):
     assert old in text
     start, _, end = text.rpartition(old)
     data.annotations.write_text(f"{start}{new}{end}")
-    with pytest.raises(UserError, match=rf"the key \'{key}\' stands twice in an object.*; remove one"):
+    with pytest.raises(UserError, match=rf"the key \'{key}\' is twice in an object.*; remove one"):
         read_coco(str(data.annotations), str(data.images))
 
 
