@@ -30,6 +30,10 @@ def run_command(name: str, arguments: Sequence[str] | None = None, *, program: s
     parser = command_parser(name, program=program)
     with command_line(parser.prog):
         args = parser.parse_args(arguments)
+        if getattr(args, "imports", None):
+            from focal_d2.engine.user_modules import import_modules  # takes seconds
+
+            import_modules(args.imports)
         return _module(name).run(args) or 0
 
 
@@ -99,7 +103,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_config_options(parser: argparse.ArgumentParser, help: str = "a YAML file", **options: Any) -> None:
-    """Add `--config-file` and the KEY VALUE pairs after all options, which override it.
+    """Add `--config-file`, `--import` and the KEY VALUE pairs after all options, which override the config.
 
     Args:
         parser: of a command.
@@ -107,7 +111,20 @@ def add_config_options(parser: argparse.ArgumentParser, help: str = "a YAML file
         options: of `--config-file` for argparse; without any, it is required.
     """
     parser.add_argument("--config-file", metavar="CFG", help=help, **(options or {"required": True}))
+    add_import_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE …")
+
+
+def add_import_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that imports a user's modules; see `focal_d2.engine.user_modules`."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import your own module, which registers a loss, backbone, dataset …; may be given again",
+    )
 
 
 def add_trust_flag(parser: argparse.ArgumentParser) -> None:

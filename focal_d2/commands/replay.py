@@ -10,13 +10,14 @@ import json
 import logging
 from pathlib import Path
 
-from focal_d2.commands.cli import Parser
+from focal_d2.commands.cli import Parser, add_import_flag
 
 
 def add_options(parser: Parser) -> None:
     """Add the options."""
     parser.add_argument("folder", type=Path, help="OUTPUT_DIR/nonfinite_NNNNNNN")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    add_import_flag(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: as in training, if it is here")
 
 

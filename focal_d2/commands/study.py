@@ -66,4 +66,5 @@ def run(args: argparse.Namespace) -> None:
 
 def _training_command(args: argparse.Namespace) -> list[str]:
     command = [sys.executable, "-m", "focal_d2", "train", "--config-file", args.config_file, "--resume"]
+    command += [f"--import={module}" for module in args.imports]
     return [*command, "--num-gpus", str(args.num_gpus), *args.opts]

@@ -22,6 +22,7 @@ from focal_d2.engine.load_config import load_config
 from focal_d2.engine.output_lock import output_lock, was_trained_in
 from focal_d2.engine.setup import restored_config, set_up_job
 from focal_d2.engine.trainer import FocalTrainer
+from focal_d2.engine.user_modules import import_modules
 from focal_d2.errors import UserError
 from focal_d2.modeling.build import building
 from focal_d2.storage.checkpoint import FocalCheckpointer
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: for anything the user can mend.
     """
+    import_modules(args.imports)  # a process that was spawned starts without them
     args.config_file = os.path.expanduser(args.config_file)
     cfg = load_config(
         args.config_file, args.opts, trust_files=args.trust_files, allow_download=args.allow_download

@@ -23,6 +23,7 @@ from focal_d2.data.image_files import allow_pixels
 from focal_d2.errors import UNLESS_TRUSTED, UserError, did_you_mean, one_line
 from focal_d2.evaluation import check_backend
 from focal_d2.modeling.build import resolve_device
+from focal_d2.modeling.losses import LOSSES, parameter_names
 from focal_d2.storage.configs import find_config
 from focal_d2.storage.downloads import is_address
 
@@ -78,6 +79,7 @@ def load_config(
                 merge_file(cfg, config_file, allow_download=allow_download)
     _check_pairs(overrides)
     with _config_errors(cfg, _COMMAND_LINE), _other_types(cfg):
+        _add_loss_parameters(cfg, overrides)
         cfg.merge_from_list(_with_lists(cfg, overrides))
     _refuse_nulls(cfg)
     cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = map(os.path.expanduser, (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS))
@@ -132,7 +134,7 @@ def _config_errors(cfg: CfgNode, source: str) -> Iterator[None]:
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         reason = one_line(text)
         if unknown := re.search(r"[Nn]on-existent (?:config )?key: (\S+)", reason):
-            key, known = unknown.group(1), leaves(cfg)
+            key, known = unknown.group(1), {*leaves(cfg), *_loss_parameter_keys()}
             sections = {name.rpartition(".")[0] for name in known} - {""}
             reason = f"unknown key {key}{did_you_mean(key, [*known, *sections])}"
         elif mismatch := _MISMATCH.search(text):
@@ -178,6 +180,19 @@ def _check_pairs(overrides: Sequence[str]) -> None:
             raise UserError(f"{text}: write {text.replace('=', ' ', 1)}, without =")
     if len(overrides) % 2:
         raise UserError(f"overrides must be KEY VALUE pairs; {overrides[-1]} has no value")
+
+
+def _add_loss_parameters(cfg: CfgNode, overrides: Sequence[str]) -> None:
+    """Add a key for each parameter of a registered loss that overrides set: yacs sets no unknown key.
+
+    In a file they need no such keys. Whether the chosen loss reads them is checked when it is built.
+    """
+    for key in _loss_parameter_keys().intersection(overrides[::2]):
+        cfg.MODEL.FOCAL.LOSS.setdefault(key.rpartition(".")[2], None)
+
+
+def _loss_parameter_keys() -> set[str]:
+    return {f"MODEL.FOCAL.LOSS.{name}" for loss in LOSSES.values() for name in parameter_names(loss)}
 
 
 def _with_lists(cfg: CfgNode, overrides: Sequence[str]) -> list[Any]:

@@ -21,7 +21,7 @@ def options(parser: argparse.ArgumentParser) -> dict[str, object]:
 def test_options_are_detectron2s_and_ours():
     ours, theirs = options(command_parser("train")), options(default_argument_parser())
     assert ours.items() >= theirs.items()
-    assert ours.keys() - theirs.keys() == {"--trust-files", "--allow-download"}
+    assert ours.keys() - theirs.keys() == {"--trust-files", "--allow-download", "--import"}
     assert options(command_parser("eval")).keys() == ours.keys() - {"--eval-only"}
 
 

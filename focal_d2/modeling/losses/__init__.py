@@ -9,6 +9,7 @@ from focal_d2.modeling.losses.base import (
     gather_deltas,
     level_deltas,
     level_ranges,
+    parameter_names,
     register_loss,
 )
 from focal_d2.modeling.losses.box import BOX_LOSSES, BoxLoss, LossNormalizer
@@ -24,5 +25,6 @@ __all__ = [
     "gather_deltas",
     "level_deltas",
     "level_ranges",
+    "parameter_names",
     "register_loss",
 ]

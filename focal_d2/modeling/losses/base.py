@@ -236,6 +236,12 @@ def register_loss(name: str) -> Callable[[_Loss], _Loss]:
     return register
 
 
+def parameter_names(loss: type[ClassificationLoss]) -> list[str]:
+    """Return the names that YAML uses for the parameters of a loss, sorted."""
+    names = [name.upper() for name in inspect.signature(loss.__init__).parameters]
+    return sorted(set(names) - {"SELF", "NUM_CLASSES"})
+
+
 IMPLEMENTATIONS = ("auto", "reference", "fused")
 
 
@@ -256,8 +262,7 @@ def build_loss(
             it has not.
     """
     check_choice("MODEL.FOCAL.LOSS.NAME", name, sorted(LOSSES))
-    reads = sorted(p.upper() for p in inspect.signature(LOSSES[name].__init__).parameters)
-    reads = [p for p in reads if p not in ("SELF", "NUM_CLASSES")]
+    reads = parameter_names(LOSSES[name])
     for parameter in sorted(set(parameters) - set(reads)):
         raise UserError(
             f"MODEL.FOCAL.LOSS.{parameter} is set, but the loss {name} does not read it; "

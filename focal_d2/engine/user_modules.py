@@ -1,0 +1,39 @@
+"""Modules of a user that register losses, backbones, datasets and other parts: `--import MODULE`.
+
+A flag and not a config key: configs run no code. Checkpoints do not remember the modules either.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from focal_d2.errors import UserError
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import modules for what they register. What an imported module raises is passed on.
+
+    Args:
+        names: such as "my_losses" or "my_package.backbones". Python looks for them where it looks for all
+            modules, and last in the working folder.
+
+    Raises:
+        UserError: if there is no such module.
+    """
+    folder = os.getcwd()
+    if names and folder not in sys.path:
+        sys.path.append(folder)
+    for name in names:
+        if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
+            raise UserError(f"--import {name}: it must be the name of a module, such as my_losses")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise  # the module is there; one that it imports is not
+            raise UserError(
+                f"--import {name}: no module {error.name} in {folder}, PYTHONPATH or the installed packages"
+            ) from None
