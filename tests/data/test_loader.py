@@ -3,7 +3,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,12 +16,7 @@ from focal_d2 import UserError
 from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.data.loader import Content, TrainingBatches, build_training_loader, content_of
 from focal_d2.data.sampling import (
-    ClassBalancedSampler,
     build_sampler,
-    check_sampler,
-    class_balanced_weights,
-    describe_shares,
-    image_classes,
     repeat_factors,
     training_records,
 )
@@ -30,100 +24,6 @@ from focal_d2.data.seeding import random_state
 from focal_d2.engine import FocalTrainer
 from focal_d2.ops.common import ANY_CLASS
 from tests.conftest import make_cfg
-
-# 8 images: class 0 in five, class 2 in two, class 5 in one; two have none.
-CLASSES = [np.array(x, dtype=np.int64) for x in ([0], [0], [0], [0, 2], [0, 5], [2], [], [])]
-
-
-def draw(classes: list[np.ndarray], count: int, seed: int = 0) -> list[int]:
-    return list(itertools.islice(ClassBalancedSampler(classes, seed=seed), count))
-
-
-def test_every_class_has_its_turn_equally_often():
-    classes = [np.array([c]) for c in [0] * 7 + [1] * 3 + [2]]
-    drawn = draw(classes, 300)
-    for start in range(0, 300, 3):
-        assert {classes[i][0] for i in drawn[start : start + 3]} == {0, 1, 2}
-    # The 100 turns of class 0 are 14 rounds of its 7 images and 2 more.
-    counts = Counter(drawn)
-    assert all(counts[i] in (14, 15) for i in range(7))
-    assert all(counts[i] in (33, 34) for i in range(7, 10))
-    assert counts[10] == 100
-
-
-def test_shares_by_hand():
-    # A quarter has no box: 1/8 each. Of the other 3/4 each class has 1/4, shared by its images.
-    rare, middle, common = 1 / 4, 1 / 4 / 2, 1 / 4 / 5
-    expected = [common, common, common, common + middle, common + rare, middle, 1 / 8, 1 / 8]
-    np.testing.assert_allclose(class_balanced_weights(CLASSES), expected, rtol=1e-12)
-    counts = np.bincount(draw(CLASSES, 20_000), minlength=8)
-    np.testing.assert_allclose(counts / 20_000, expected, atol=0.01)
-
-
-@pytest.mark.parametrize("classes", [[[], []], [[3]], [[1], []]], ids=str)
-def test_few_images_are_drawn(classes):
-    classes = [np.array(x, dtype=np.int64) for x in classes]
-    assert set(draw(classes, 100)) == set(range(len(classes)))
-    np.testing.assert_allclose(class_balanced_weights(classes), 1 / len(classes))
-
-
-def test_ranks_share_one_stream(monkeypatch):
-    whole = draw(CLASSES, 60)
-    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
-    parts = []
-    for rank in (0, 1):
-        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda r=rank: r)
-        parts.append(draw(CLASSES, 30))
-    assert [x for pair in zip(*parts, strict=True) for x in pair] == whole
-
-
-def test_stream_is_its_seeds():
-    assert draw(CLASSES, 50, seed=1) == draw(CLASSES, 50, seed=1) != draw(CLASSES, 50, seed=2)
-
-
-def test_crowds_show_no_class():
-    annotations = [{"category_id": 4}, {"category_id": 2, "iscrowd": 0}, {"category_id": 7, "iscrowd": 1}]
-    assert image_classes({"annotations": [*annotations, annotations[0]]}).tolist() == [2, 4]
-    assert image_classes({}).tolist() == []
-
-
-def test_describe_shares_names_the_most_changed():
-    weights = class_balanced_weights(CLASSES)
-    # Class 5: 1 of 8 before, 1/20 + 1/4 after. Class 2: 2 of 8, then 1/20 + 1/8 + 1/8. Class 0: 5 of 8, then
-    # 5/20 + 1/8 + 1/4, the same.
-    assert describe_shares(CLASSES, weights, ["ant", "bee", "cat"]) == (
-        "share of images that show a class, most changed of 3: 5 12.50% to 30.00%, cat 25.00% to 30.00%"
-    )
-
-
-def test_describe_shares_names_five_at_most():
-    classes = [np.array([c]) for c in range(10) for _ in range(c + 1)]
-    line = describe_shares(classes, class_balanced_weights(classes), [])
-    assert line.count(" to ") == 5
-    assert "most changed of 10: 0 1.82% to 10.00%, 1 3.64% to 10.00%" in line
-
-
-def test_describe_shares_without_change():
-    line = "each class is shown as often as without it"
-    assert describe_shares(CLASSES, np.full(8, 1 / 8), []) == line
-    assert describe_shares([CLASSES[-1]], np.ones(1), []) == line
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        (
-            {"SAMPLER_TRAIN": "Balanced"},
-            'DATALOADER.SAMPLER_TRAIN is "Balanced"; legal values: TrainingSampler, '
-            "RepeatFactorTrainingSampler, ClassBalancedSampler$",
-        ),
-        # detectron2 knows it, and lacks the key that it reads.
-        ({"SAMPLER_TRAIN": "RandomSubsetTrainingSampler"}, 'SAMPLER_TRAIN is "RandomSubsetTrainingSampler"'),
-    ],
-)
-def test_check_sampler_refuses(settings, message):
-    with pytest.raises(UserError, match=message):
-        check_sampler(make_cfg(**{f"DATALOADER__{key}": value for key, value in settings.items()}))
 
 
 @pytest.fixture

@@ -87,8 +87,7 @@ def read_yolo(
         files = files_of_folder(annotations, images, chosen)
         if not files.labels:
             raise UserError(f"{annotations}: no images in {images.root}")
-    table = Rows(files.images, names.classes, annotations)
-    _add_files(table, files, rows, names)
+    table = _rows_of_files(annotations, files, rows, names)
     # Labels in a wrong place would look like images without objects.
     for path in files.without_image:
         if _has_labels(path, table):
@@ -133,8 +132,9 @@ def _names(annotations: str, classes: Sequence[str] | None) -> _Names:
     return names._replace(classes=classes)
 
 
-def _add_files(table: Rows, files: YoloFiles, rows: str | None, names: _Names) -> None:
-    """Add the images and the boxes of their label files to the table; see `read_yolo`."""
+def _rows_of_files(source: str, files: YoloFiles, rows: str | None, names: _Names) -> Rows:
+    """Return the images and the boxes of their label files; see `read_yolo`."""
+    table = Rows(files.images, names.classes, source)
     lines: list[_Row] = []
     sizes: dict[str, tuple[int, int]] = {}
     for name, label_file in files.labels.items():
@@ -147,6 +147,7 @@ def _add_files(table: Rows, files: YoloFiles, rows: str | None, names: _Names) -
             except UserError as error:
                 table.problems.append(str(error))
     _add_boxes(table, lines, sizes, rows, names.keypoint_shape, names.notes)
+    return table
 
 
 def _has_labels(path: str, table: Rows) -> bool:
