@@ -26,6 +26,7 @@ from focal_d2.engine.user_modules import import_modules
 from focal_d2.errors import UserError
 from focal_d2.modeling.build import building
 from focal_d2.storage.checkpoint import FocalCheckpointer
+from focal_d2.storage.configs import find_config
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: for anything the user can mend.
     """
     import_modules(args.imports)  # a process that was spawned starts without them
-    args.config_file = os.path.expanduser(args.config_file)
+    args.config_file = find_config(os.path.expanduser(args.config_file))  # detectron2 logs the file
     cfg = load_config(
         args.config_file, args.opts, trust_files=args.trust_files, allow_download=args.allow_download
     )

@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from detectron2.engine import default_argument_parser
 
 from focal_d2.commands.cli import command_parser
+from focal_d2.config import leaves
 from tests.engine.runs import metrics, run_command
 
 
@@ -35,6 +37,17 @@ def test_eval_gives_the_figures_of_the_training(job, tmp_path, monkeypatch, caps
     assert (tmp_path / "eval" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     assert metrics(tmp_path / "out")[-1]["bbox/AR@100"] >= 0
     assert not (tmp_path / "eval/model_final.pth").exists()
+
+
+def test_a_config_of_the_package_trains_in_any_folder(job, tmp_path, monkeypatch):
+    config = yaml.safe_load(job[0].read_text())
+    del config["_BASE_"]
+    overrides = [x for pair in leaves(config).items() for x in pair]
+    monkeypatch.chdir(tmp_path)
+    name = "focal_retinanet_R_50_FPN_1x.yaml"
+    given = ["--config-file", name, *overrides, "SOLVER.STEPS", "()", "MODEL.WEIGHTS", ""]
+    assert run_command(monkeypatch, "train", *given, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()") == 0
+    assert (tmp_path / "out/model_final.pth").is_file()
 
 
 def test_a_mistake_names_the_command(monkeypatch, capsys):
