@@ -6,6 +6,7 @@ detectron2's records are made of a table once, for its loaders. Everything else 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -80,6 +81,18 @@ class Table:
     def objects(self) -> np.ndarray:
         """(B,) bool: boxes that are trained on and counted in AP; they are usable and not ignored."""
         return self.usable & ~self.ignored
+
+    def image_classes(self, *, with_ignored: bool = False) -> list[np.ndarray]:
+        """Return the different labels of each image's objects: N arrays, int64 ascending.
+
+        Args:
+            with_ignored: ignored regions count, too, unless they are of any class.
+        """
+        rows = self.usable & (self.labels != ANY_CLASS) if with_ignored else self.objects
+        above = len(self.classes) + 1
+        image, label = np.divmod(np.unique(self.image[rows] * above + self.labels[rows]), above)
+        ends = np.searchsorted(image, np.arange(len(self) + 1)).tolist()
+        return [label[start:end] for start, end in itertools.pairwise(ends)]
 
     def whole(self) -> Table:
         """Return the table itself.

@@ -150,8 +150,14 @@ def _named_classes(name: str, records: list[dict[str, Any]]) -> list[str]:
 def ground_truth(name: str) -> dict[Path, np.ndarray]:
     """Return the boxes of each image file of a registered dataset, (M, 4) float64, XYXY absolute pixels.
 
-    Ignored regions are not among them.
+    Ignored regions are not among them, nor are boxes without area of a dataset that has a table.
     """
+    table = registered_table(name)
+    if table is not None:
+        corners = table.boxes[table.whole().objects]
+        corners[:, 2:] += corners[:, :2]
+        ends = np.searchsorted(table.image[table.objects], np.arange(1, len(table)))
+        return dict(zip(map(Path, table.file_names), np.split(corners, ends), strict=True))
     return {
         Path(record["file_name"]): np.array(
             [

@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 
 from focal_d2.annotations import Table, has_table
 from focal_d2.config import check_choice
+from focal_d2.data.datasets import load_table
 from focal_d2.detectron2_compat import SamplerHooks
 from focal_d2.errors import UserError
 from focal_d2.ops.common import ANY_CLASS
@@ -103,10 +104,27 @@ def class_balanced_weights(classes: Sequence[np.ndarray]) -> np.ndarray:
     return np.where(empty, 1 / len(classes), (1 - empty.mean()) * turns)
 
 
-def image_classes(record: dict[str, Any]) -> np.ndarray:
-    """Return an image's different classes, int64 ascending; crowds do not count."""
-    shown = {x["category_id"] for x in record.get("annotations", ()) if not x.get("iscrowd", 0)}
-    return np.array(sorted(shown), dtype=np.int64)
+def image_classes(cfg: CfgNode, records: Any = None, *, with_crowds: bool = False) -> list[np.ndarray]:
+    """Return the different classes that each image of `DATASETS.TRAIN` shows, N arrays int64 ascending.
+
+    Args:
+        cfg: full config.
+        records: those of `training_records`, where they are at hand. The tables of the datasets are read
+            instead, if all have one.
+        with_crowds: ignored regions count, too, unless they are of any class.
+    """
+    if all(map(has_table, cfg.DATASETS.TRAIN)):
+        table = training_table(cfg, [(name, load_table(name).whole()) for name in cfg.DATASETS.TRAIN])
+        return table.image_classes(with_ignored=with_crowds)
+    shown = [
+        {
+            a["category_id"]
+            for a in record.get("annotations", ())
+            if (a["category_id"] != ANY_CLASS if with_crowds else not a.get("iscrowd", 0))
+        }
+        for record in (training_records(cfg) if records is None else records)
+    ]
+    return [np.array(sorted(classes), dtype=np.int64) for classes in shown]
 
 
 def training_records(cfg: CfgNode) -> Any:
@@ -156,9 +174,10 @@ def training_table(cfg: CfgNode, tables: Iterable[tuple[str, Table]]) -> Table:
         if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
             # Records that a program or detectron2 registered keep their boxes without area.
             counts = table.objects if has_table(name) else ~table.ignored
-            table = table.of_images(np.unique(table.image[counts]).tolist())
+            kept = np.unique(table.image[counts])
+            table = table if len(kept) == len(table) else table.of_images(kept.tolist())
         parts.append(table)
-    return Table.joined(parts)
+    return parts[0] if len(parts) == 1 else Table.joined(parts)
 
 
 def check_sampler(cfg: CfgNode) -> str:
@@ -186,7 +205,7 @@ def build_sampler(cfg: CfgNode, records: Any, *, seed: int) -> Sampler[int]:
     if name == "RandomSubsetTrainingSampler":
         share = cfg.DATALOADER.RANDOM_SUBSET_RATIO
         return RandomSubsetTrainingSampler(len(records), share, seed_shuffle=seed, seed_subset=seed)
-    classes = [image_classes(x) for x in records]
+    classes = image_classes(cfg, records)
     sampler: Sampler[int]
     if name == _CLASS_BALANCED:
         weights = class_balanced_weights(classes)
@@ -203,17 +222,14 @@ def build_sampler(cfg: CfgNode, records: Any, *, seed: int) -> Sampler[int]:
 def repeat_factors(cfg: CfgNode, records: Any, name: str) -> torch.Tensor:
     """Return how often detectron2's sampler of that name repeats each record: (N,) float32."""
 
-    def by_class(records: Any) -> torch.Tensor:
-        # detectron2 would take regions of any class for a class of their own.
-        of_classes = [
-            {"annotations": [a for a in x["annotations"] if a["category_id"] != ANY_CLASS]} for x in records
-        ]
+    def by_class(classes: Sequence[np.ndarray]) -> torch.Tensor:
+        shown = [{"annotations": [{"category_id": k} for k in image.tolist()]} for image in classes]
         return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            of_classes, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+            shown, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
 
     if name == _REPEAT_FACTOR:
-        return by_class(records)
+        return by_class(image_classes(cfg, records, with_crowds=True))
     of_dataset = dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR)
     unknown = sorted(of_dataset.keys() - set(cfg.DATASETS.TRAIN))
     if unknown:
@@ -223,9 +239,10 @@ def repeat_factors(cfg: CfgNode, records: Any, name: str) -> torch.Tensor:
         one = cfg.clone()
         one.defrost()
         one.DATASETS.TRAIN = (dataset,)
-        records_of_dataset = training_records(one)
-        part = torch.full((len(records_of_dataset),), float(of_dataset.get(dataset, 1.0)))
-        parts.append(part if name == "WeightedTrainingSampler" else part * by_class(records_of_dataset))
+        # detectron2 counts the classes of crowds.
+        classes = image_classes(one, with_crowds=True)
+        part = torch.full((len(classes),), float(of_dataset.get(dataset, 1.0)))
+        parts.append(part if name == "WeightedTrainingSampler" else part * by_class(classes))
     factors = torch.cat(parts)
     return factors if name == "WeightedTrainingSampler" else factors / factors.min()
 

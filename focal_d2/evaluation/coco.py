@@ -108,7 +108,7 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
     ) -> None:
         """Write the predictions, and compute the metrics if the dataset has annotations."""
         ids, labels, truth = self._ground_truth
-        instances = list(itertools.chain(*(p["instances"] for p in predictions)))
+        instances = [box for prediction in predictions for box in prediction["instances"]]
         detections = self._detections(instances, ids, len(labels))
         if self.output_dir:
             numbers = {label: number for number, label in labels.items()}

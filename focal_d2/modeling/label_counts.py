@@ -12,7 +12,7 @@ import torch
 from detectron2.modeling.matcher import Matcher
 
 from focal_d2.modeling.anchors import AnchorCache, AnchorLayout
-from focal_d2.modeling.targets import match_boxes
+from focal_d2.modeling.targets import matching
 
 # Counting the anchors of more images changes the third digit and costs minutes.
 _MOST_IMAGES = 1000
@@ -62,7 +62,7 @@ def count_labels(
         in_image = torch.from_numpy(boxes[ends[i] : ends[i + 1]]).float()
         outcome = np.zeros(len(anchors.boxes), dtype=np.int8)
         if len(in_image):
-            matches = match_boxes(in_image, anchors, matcher, use_kernels=False)
+            matches = matching(anchors, matcher, use_kernels=False)(in_image)
             outcome = matches.outcome.numpy()
             if classes is not None:
                 matched = classes[ends[i] + matches.matched.numpy()[outcome == 1]]

@@ -7,6 +7,7 @@ ignored.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -95,14 +96,16 @@ def label_anchors(
     labels = torch.full(shape, num_classes, dtype=torch.int64, device=device)
     positive = torch.zeros(shape, dtype=torch.bool, device=device)
     matched = torch.zeros(shape, dtype=torch.int64, device=device)
-    boxes = torch.cat([x.gt_boxes.tensor for x in gt_instances]).to(device, non_blocking=True)
-    classes = torch.cat([x.gt_classes for x in gt_instances])
+    corners, labels_of = zip(*[(x.gt_boxes.tensor, x.gt_classes) for x in gt_instances], strict=True)
+    boxes = torch.cat(corners).to(device, non_blocking=True)
+    classes = torch.cat(labels_of)
     if not classes.is_cuda and len(classes) and not 0 <= classes.min() <= classes.max() < num_classes:
         raise UserError(
             f"a box has class {int(classes.min())} or {int(classes.max())}; "
             f"MODEL.RETINANET.NUM_CLASSES {num_classes} means classes 0 to {num_classes - 1}"
         )
     classes = classes.to(device, non_blocking=True)
+    match = matching(anchors, matcher, use_kernels=use_kernels)
     first = 0
     for i, (count, ignored) in enumerate(zip(map(len, gt_instances), regions, strict=True)):
         if ignored is not None and len(ignored):
@@ -110,7 +113,7 @@ def label_anchors(
             labels[i].masked_fill_(inside, IGNORE_LABEL)
         if count == 0:
             continue
-        box, outcome = match_boxes(boxes[first : first + count], anchors, matcher, use_kernels=use_kernels)
+        box, outcome = match(boxes[first : first + count])
         torch.add(box, first, out=matched[i])
         torch.eq(outcome, 1, out=positive[i])
         labels[i].masked_fill_(outcome == -1, IGNORE_LABEL)
@@ -119,12 +122,12 @@ def label_anchors(
     return AnchorTargets(labels, positive, matched, boxes, _count(positive))
 
 
-def match_boxes(boxes: Tensor, anchors: Anchors, matcher: Matcher, *, use_kernels: bool) -> Matches:
-    """Match an image's anchors with its boxes (M, 4), M > 0, as the matcher is set; see `match_anchors`."""
-    return match_anchors(
-        boxes,
-        anchors.boxes,
-        anchors.grid,
+def matching(anchors: Anchors, matcher: Matcher, *, use_kernels: bool) -> Callable[[Tensor], Matches]:
+    """Return `match_anchors` for these anchors, as the matcher is set: a function of boxes (M, 4), M > 0."""
+    return functools.partial(
+        match_anchors,
+        anchors=anchors.boxes,
+        grid=anchors.grid,
         thresholds=matcher.thresholds[1:-1],  # without the infinities around them
         labels=matcher.labels,
         low_quality_matches=matcher.allow_low_quality_matches,

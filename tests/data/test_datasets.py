@@ -114,9 +114,17 @@ def test_ground_truth_has_no_crowds(coco_dataset):
     data = coco_dataset(images=1, classes=2)
     content = json.loads(data.annotations.read_text())
     content["annotations"][0]["iscrowd"] = 1
+    content["images"].insert(0, {"id": 7, "file_name": "none.png", "width": 9, "height": 9})
     data.annotations.write_text(json.dumps(content))
     register_datasets([data.entry])
-    assert [len(boxes) for boxes in ground_truth(data.name).values()] == [1]
+    truth = ground_truth(data.name)
+    records = DatasetCatalog.get(data.name)
+    DatasetCatalog.register("records", lambda: records)
+    for name in (data.name, "records"):
+        assert [len(boxes) for boxes in ground_truth(name).values()] == [1, 0]
+    x, y, width, height = content["annotations"][1]["bbox"]
+    assert truth[data.images / "0.png"].tolist() == [[x, y, x + width, y + height]]
+    assert list(ground_truth("records")) == list(truth)
 
 
 def test_classes_are_counted_in_the_training_set_first(coco_dataset):

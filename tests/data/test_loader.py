@@ -38,15 +38,15 @@ def crowded(annotations: list[dict]) -> list[dict]:
 
 
 @pytest.fixture
-def mixed(cfg, monkeypatch):
+def mixed(coco_dataset):
     """Six images; the first has no box, the second crowds only, the last two lack class 2."""
-    records = training_records(cfg)
-    records[0]["annotations"] = []
-    records[1]["annotations"] = crowded(records[1]["annotations"])
-    for record in records[4:]:
-        record["annotations"] = record["annotations"][:2]
-    monkeypatch.setattr("detectron2.data.DatasetCatalog.get", lambda name: [dict(x) for x in records])
-    return cfg
+    data = coco_dataset(images=6)
+    content = json.loads(data.annotations.read_text())
+    boxes = content["annotations"]  # three of each image
+    content["annotations"] = [*crowded(boxes[3:6]), *boxes[6:14], *boxes[15:17]]
+    data.annotations.write_text(json.dumps(content))
+    register_datasets([data.entry])
+    return make_cfg(DATASETS__TRAIN=(data.name,))
 
 
 @pytest.mark.parametrize("left_out, kept, words", [(True, 4, "left out"), (False, 6, "trained on")])
@@ -273,7 +273,7 @@ def test_a_region_of_any_class_is_no_class_to_repeat():
     """One region in 100 images would repeat its image 10 times, at a threshold of 1."""
     records = [{"annotations": [{"category_id": 0, "iscrowd": 0}]} for _ in range(100)]
     records[7]["annotations"].append({"category_id": ANY_CLASS, "iscrowd": 1})
-    cfg = make_cfg(DATALOADER__REPEAT_THRESHOLD=1.0)
+    cfg = make_cfg(DATASETS__TRAIN=("program",), DATALOADER__REPEAT_THRESHOLD=1.0)
     assert repeat_factors(cfg, records, "RepeatFactorTrainingSampler").tolist() == [1.0] * 100
 
 

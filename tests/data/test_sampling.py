@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from focal_d2 import UserError
+from focal_d2.annotations import Table
+from focal_d2.data import register_datasets
 from focal_d2.data.sampling import (
     ClassBalancedSampler,
     check_sampler,
     class_balanced_weights,
     describe_shares,
     image_classes,
+    repeat_factors,
+    training_records,
 )
+from focal_d2.ops.common import ANY_CLASS
 from tests.conftest import make_cfg
 
 # 8 images: class 0 in five, class 2 in two, class 5 in one; two have none.
@@ -68,8 +74,45 @@ def test_stream_is_its_seeds():
 
 def test_crowds_show_no_class():
     annotations = [{"category_id": 4}, {"category_id": 2, "iscrowd": 0}, {"category_id": 7, "iscrowd": 1}]
-    assert image_classes({"annotations": [*annotations, annotations[0]]}).tolist() == [2, 4]
-    assert image_classes({}).tolist() == []
+    annotations += [annotations[0], {"category_id": ANY_CLASS, "iscrowd": 1}]
+    records, cfg = [{"annotations": annotations}, {}], make_cfg(DATASETS__TRAIN=("program",))
+    assert [x.tolist() for x in image_classes(cfg, records)] == [[2, 4], []]
+    assert [x.tolist() for x in image_classes(cfg, records, with_crowds=True)] == [[2, 4, 7], []]
+
+
+@pytest.mark.parametrize("drop_empty", [True, False])
+@pytest.mark.parametrize("with_crowds", [True, False])
+def test_a_table_shows_the_classes_that_its_records_show(coco_dataset, drop_empty, with_crowds, monkeypatch):
+    """The first image has no box, the second crowds only, the third a box without area."""
+    names = []
+    for folder in ("one", "two"):
+        data = coco_dataset(folder, images=5)
+        content = json.loads(data.annotations.read_text())
+        content["annotations"] = content["annotations"][3:]
+        for annotation in content["annotations"][:3]:
+            annotation["iscrowd"] = 1
+        content["annotations"][3]["bbox"][2] = 0
+        data.annotations.write_text(json.dumps(content))
+        register_datasets([{**data.entry, "KEEP": ["class2", "class0"], "OTHERS": "ignored"}])
+        names.append(data.name)
+    settings = {"DATALOADER__FILTER_EMPTY_ANNOTATIONS": drop_empty}
+    records = training_records(make_cfg(DATASETS__TRAIN=tuple(names), **settings))
+    expected = image_classes(make_cfg(DATASETS__TRAIN=("program",)), records, with_crowds=with_crowds)
+    monkeypatch.setattr(Table, "records", None)
+    shown = image_classes(make_cfg(DATASETS__TRAIN=tuple(names), **settings), with_crowds=with_crowds)
+    assert [x.tolist() for x in shown] == [x.tolist() for x in expected]
+    assert len(shown) == (6 if drop_empty else 10)
+
+
+def test_weighted_samplers_make_no_records(coco_dataset, monkeypatch):
+    data = coco_dataset(images=6)
+    register_datasets([data.entry])
+    cfg = make_cfg(DATASETS__TRAIN=(data.name,))
+    records = training_records(cfg)
+    monkeypatch.setattr(Table, "records", None)
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = [(cfg.DATASETS.TRAIN[0], 2.5)]
+    for name, factor in (("WeightedTrainingSampler", 2.5), ("WeightedCategoryTrainingSampler", 1.0)):
+        assert repeat_factors(cfg, records, name).tolist() == [factor] * 6
 
 
 def test_describe_shares_names_the_most_changed():

@@ -194,6 +194,8 @@ def _by_size(side: np.ndarray, matched: np.ndarray) -> list[Share]:
 
 
 def _by_class(names: Sequence[str], label: np.ndarray, matched: np.ndarray) -> list[Share]:
+    # A label that is no class is another check's business.
+    label = np.where((label >= 0) & (label < len(names)), label, len(names))
     boxes = np.bincount(label, minlength=len(names))
     hits = np.bincount(label[matched], minlength=len(names))
     shares = [Share(name, int(b), int(h)) for name, b, h in zip(names, boxes, hits, strict=False) if b]
