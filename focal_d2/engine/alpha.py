@@ -97,20 +97,20 @@ def per_class_alphas(positives: np.ndarray, negatives: int, *, mean_alpha: float
     """Balance each class by its own frequency: α_k / (1 - α_k) = c · n_k / m_k, within `ALPHA_RANGE`.
 
     m_k anchors are positive for class k, n_k all others that count. A class without positive anchors gets the
-    α of the mean class: one with as many positives as the classes that have any have on average.
+    α of the mean class, whose positives are the average over the classes that have any.
 
     Args:
         positives: (K,) int, m_k; at least one is above 0.
         negatives: anchors of the background.
-        mean_alpha: the α that the mean class shall have, which sets c; None: c is 1.
+        mean_alpha: the wanted α of the mean class, which sets c; None: c is 1.
 
     Returns:
         (K,) float64.
     """
     counted = positives.sum() + negatives
     mean = positives[positives > 0].mean()
-    found = np.where(positives > 0, positives, mean)
-    odds = (counted - found) / found
+    filled = np.where(positives > 0, positives, mean)
+    odds = (counted - filled) / filled
     if mean_alpha is not None:
         odds *= mean_alpha / (1 - mean_alpha) / ((counted - mean) / mean)
     return (odds / (1 + odds)).clip(*ALPHA_RANGE)

@@ -23,13 +23,14 @@ _held: set[str] = set()  # folders of this process
 
 @contextmanager
 def output_lock(folder: str) -> Iterator[None]:
-    """Hold the folder while the block runs; a block inside another one for the same folder changes nothing.
+    """Lock the folder while the block runs. Inside another block for the same folder it does nothing.
 
-    All of a job's processes call it, the main one holds the lock. The kernel releases it when that process
-    ends, in whatever way. The file stays: removing it could part two processes that open it.
+    All processes of a job call it, and the main one holds the lock. The kernel releases the lock when that
+    process ends, also when it is killed. The file stays: if it were removed, two processes could lock two
+    files of the same name.
 
     Args:
-        folder: OUTPUT_DIR; it is made if it is not there.
+        folder: OUTPUT_DIR; it is made if it does not exist.
 
     Raises:
         UserError: in all processes, if another training holds the lock, or the file can't be written.

@@ -19,9 +19,9 @@ from focal_d2.storage.files import write_aside
 
 
 def set_up_job(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Do what detectron2's `default_setup` does, but keep its pages of config off the console.
+    """Call detectron2's `default_setup`, without printing the config on the console.
 
-    They are in OUTPUT_DIR/log.txt; the config is in OUTPUT_DIR/config.yaml.
+    The config is in OUTPUT_DIR/config.yaml and in OUTPUT_DIR/log.txt.
 
     Raises:
         UserError: if OUTPUT_DIR cannot be written.
@@ -40,11 +40,13 @@ def set_up_job(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 @contextmanager
 def restored_config(folder: str, *, always: bool) -> Iterator[None]:
-    """Put back the config.yaml of an earlier job if the block, which replaces it, fails.
+    """Restore the config.yaml of an earlier job if the block, which replaces the file, fails.
+
+    detectron2's `default_setup` writes the file before the model and data are built.
 
     Args:
         folder: OUTPUT_DIR.
-        always: put it back where the block succeeds as well.
+        always: restore it also if the block succeeds.
     """
     path, before, done = os.path.join(folder, "config.yaml"), b"", False
     if comm.is_main_process() and os.path.isfile(path):

@@ -1,7 +1,7 @@
-"""One iteration: detectron2's `SimpleTrainer`, with more.
+"""One iteration of training, on top of detectron2's `SimpleTrainer`.
 
-Batches in parts, loss scaling, an average of the weights, and a watch over what is not finite and over what
-goes wrong in other processes.
+It adds batches in parts, loss scaling, an average of the weights, and checks for losses and gradients that
+are not finite and for failures in other processes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from focal_d2.errors import UserError, describe_error
 from focal_d2.modeling.losses import LossNormalizer
 from focal_d2.storage.checkpoint import check_finite, check_types
 
-_HISTORY = 20  # iterations whose figures a report of a loss that is not finite shows
+_HISTORY = 20  # iterations that a report on a loss that is not finite shows
 _SKIPS = 10  # skipped steps in a row after which skipping is given up
 
 
@@ -47,8 +47,8 @@ class Stopped(UserError):
 class FocalLoop(LoopParts, SimpleTrainer):
     """The training step.
 
-    Up to the optimizer's step it changes nothing but the model's buffers, and those it can put back: if
-    anything fails before, `undo` leaves the state of the iteration before.
+    Before the optimizer's step it changes only the model's buffers, of which it keeps a copy. If anything
+    fails until then, `undo` restores the state after the iteration before.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class FocalLoop(LoopParts, SimpleTrainer):
 
         Args:
             model: images -> dict of losses, perhaps in `DistributedDataParallel`.
-            data_loader: batches without end.
-            optimizer: of its parameters.
-            parts: in how many a batch is computed.
+            data_loader: an endless iterable of batches.
+            optimizer: of the model's parameters.
+            parts: the number of parts in which a batch is computed.
             precision: makes the autocast context of the model's forward pass.
-            scale_loss: keep gradients of float16 from underflowing.
+            scale_loss: whether to scale the loss, so that gradients in float16 do not underflow.
             average: of the model, updated after each step; None: there is none.
             stopping: whether this process was asked to stop.
             on_not_finite: called in all processes if the loss or gradient of any process is not finite, with
@@ -88,11 +88,11 @@ class FocalLoop(LoopParts, SimpleTrainer):
         self.on_not_finite = on_not_finite
         self.steps: deque[Step] = deque(maxlen=_HISTORY)
         self.steps_skipped = 0  # in a row
-        self.stepping = False  # whether the state is between two iterations' and can't be kept
+        self.stepping = False  # while this is True the state is incomplete and can't be saved
         self._buffers: list[Tensor] = []
-        self._kept: list[Tensor] = []  # their values, before the iteration's batch
-        self._random: dict[str, Any] = {}  # and the generators'
-        self._begun = False  # whether the model has seen the iteration's batch
+        self._kept: list[Tensor] = []  # copies of the buffers from before the iteration's batch
+        self._random: dict[str, Any] = {}  # the generators' states from then
+        self._begun = False  # whether the copies are of this iteration
 
     def run_step(self) -> None:
         """Make one step.
@@ -154,7 +154,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
 
     @property
     def normalizer(self) -> LossNormalizer | None:
-        """What the model divides its losses by, if it is ours."""
+        """The model's loss normalizer; None for a model that is not ours."""
         normalizer = getattr(self.bare, "loss_normalizer", None)
         return normalizer if isinstance(normalizer, LossNormalizer) else None
 
@@ -170,7 +170,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
         total: dict[str, Tensor] = {}
         with held:
             for i, part in enumerate(parts):
-                with self._alone(until_last=i < len(parts) - 1):
+                with self._exchange(is_last=i == len(parts) - 1):
                     with self.precision():
                         losses = self.model(part)
                     self.scaler.scale(sum(losses.values()) / len(parts)).backward()
@@ -181,9 +181,9 @@ class FocalLoop(LoopParts, SimpleTrainer):
     def _in_parts(self, data: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         return [data[i :: self.parts] for i in range(min(self.parts, len(data)))]
 
-    def _alone(self, *, until_last: bool) -> AbstractContextManager[Any]:
-        """Exchange gradients with the other processes after the last part only."""
-        if until_last and isinstance(self.model, DistributedDataParallel):
+    def _exchange(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Let the processes exchange gradients after the last part only."""
+        if not is_last and isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
         return nullcontext()
 
@@ -219,7 +219,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
         self._begun = True
 
     def undo(self) -> None:
-        """Put buffers and generators back to where they were before this iteration's batch."""
+        """Restore buffers and generators to their values before this iteration's batch."""
         self.optimizer.zero_grad()
         if self._begun:
             set_random_state(self._random)
@@ -228,24 +228,24 @@ class FocalLoop(LoopParts, SimpleTrainer):
                     buffer.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next step depends on, but for the model and the position in the data."""
+        """Return all that the next step depends on, except for the model and the position in the data."""
         state = super().state_dict()
         state["skipped"] = self.steps_skipped
         state["grad_scaler"] = self.scaler.state_dict()
         if self.average is not None:
-            # The model that the checkpoint offers is the average.
+            # The checkpoint's model is the average.
             state["model"] = self.bare.state_dict()
             state["averaged"] = int(self.average.n_averaged)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; of detectron2's own trainer, what that keeps."""
+        """Load the state of `state_dict`, or what detectron2's own trainer saves."""
         _fit(state["optimizer"], self.optimizer)
         super().load_state_dict(state)
         self.steps_skipped = state.get("skipped", 0)
         if state.get("grad_scaler"):
             self.scaler.load_state_dict(state["grad_scaler"])
-        if "model" in state:  # else what the checkpoint offers is what was trained
+        if "model" in state:  # otherwise there was no average, and the checkpoint's model was trained
             check_types(state["model"], self.bare)
             self.bare.load_state_dict(state["model"])
             check_finite(self.bare)
@@ -256,10 +256,10 @@ class FocalLoop(LoopParts, SimpleTrainer):
 
 
 def _fit(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Bring an optimizer's state into its parameters' shapes, which PyTorch's fused steps take on trust.
+    """Lay out an optimizer's state like its parameters. PyTorch's fused steps do not check shapes.
 
     Raises:
-        ValueError: if it is of other parameters.
+        ValueError: if the state is of other parameters.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [i for group in state["param_groups"] for i in group["params"]]
@@ -276,8 +276,8 @@ def _fit(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
 class MovingAverage(AveragedModel):
     """An exponential moving average of a model's parameters, with the model's buffers.
 
-    After n steps it keeps min(decay, (1 + n) / (10 + n)) of itself, so that it forgets the start soon (as
-    TensorFlow's `ExponentialMovingAverage` does with a number of updates).
+    Step n keeps the share min(decay, (1 + n) / (10 + n)) of the average, so that the first weights are soon
+    forgotten (TensorFlow's `ExponentialMovingAverage` does the same when it gets the number of updates).
     """
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:

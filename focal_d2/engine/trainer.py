@@ -262,10 +262,11 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
     def train(self) -> Any:
         """Train; see `DefaultTrainer.train`.
 
-        SIGTERM and Ctrl-C end it after a step and a checkpoint, `TEST.FOCAL.PATIENCE` as if it had been over.
+        SIGTERM and Ctrl-C end it after the current step, with a checkpoint. `TEST.FOCAL.PATIENCE` ends it as
+        if `SOLVER.MAX_ITER` were reached.
 
         Raises:
-            UserError: if another training runs in OUTPUT_DIR, or for what stops this one from outside.
+            UserError: if another training runs in OUTPUT_DIR, or for a failure of data, disk or memory.
         """
         with output_lock(self.cfg.OUTPUT_DIR), self._stop:
             try:
@@ -282,27 +283,27 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
                 rest = f"; --resume goes on from {good}" if good else ""
                 raise UserError(f"in OUTPUT_DIR {self.cfg.OUTPUT_DIR}: {message}{rest}") from error
             except Stopped as stopped:
-                # The launcher ends those that are left when the first one ends: let the main one save.
+                # The launcher ends all processes when the first one ends. The main one must save before.
                 comm.synchronize()
                 logger.info(str(stopped))
                 raise SystemExit(128 + (self._stop.number or signal.SIGTERM)) from None
 
     def before_step(self) -> None:
-        """Mark the state as complete: all of the last iteration is done."""
+        """Mark the state as complete, because all hooks of the last iteration have run."""
         self.loop.stepping = False
         super().before_step()
 
     def after_step(self) -> None:
-        """See `TrainerBase.after_step`; if it fails, nothing is evaluated any more."""
+        """See `TrainerBase.after_step`; after a failure here nothing is evaluated."""
         failed, self.failed = self.failed, True
         super().after_step()
         self.failed = failed
 
     def run_step(self) -> None:
-        """Make a step, or keep what is done.
+        """Make a step. If it fails, save the state after the iteration before.
 
         Raises:
-            UserError: naming what went wrong outside, and the checkpoint.
+            UserError: for a failure of data, disk or memory; it names the checkpoint.
         """
         try:
             super().run_step()
@@ -319,7 +320,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         message, kept = failure_message(error), ""
         self.failed = True
         if last >= self.start_iter and not self.loop.stepping and comm.is_main_process():
-            self.iter = last  # hooks take it for the last complete one
+            self.iter = last  # hooks read the last complete iteration from it
             name = f"model_{last:07d}"
             try:
                 self.checkpointer.save(name, iteration=last)
@@ -333,9 +334,9 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         raise UserError(f"{message}{kept}") from error
 
     def _evaluate(self) -> dict[str, Any]:
-        """Evaluate without a trace in training."""
+        """Evaluate the model that is offered, and leave the state of training as it is."""
         if comm.get_world_size() > 1:
-            for buffer in self.offered.buffers():  # batch norm's differ
+            for buffer in self.offered.buffers():  # those of batch norm differ between processes
                 distributed.broadcast(buffer, 0)
         try:
             with kept_random_state(), stopping_between_batches(self.offered, self._stop):

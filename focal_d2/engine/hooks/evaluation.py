@@ -1,4 +1,4 @@
-"""Evaluation during training: keeping the best model, and ending training when nothing gets better."""
+"""Evaluation during training: it saves the best model, and ends a training that no longer improves."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class TrainingEnded(BaseException):
 
 
 class Evaluation(EvaluationHooks, EvalHook):
-    """detectron2's evaluation hook, which also saves the best model and ends a training that stands still.
+    """detectron2's evaluation hook. It also saves the best model, and ends a training without improvement.
 
-    detectron2's `BestCheckpointer` can't do this: it forgets the best when training resumes, tags
-    model_best.pth as the checkpoint to resume from, and counts nothing.
+    detectron2's `BestCheckpointer` is not enough: it forgets the best when training resumes, marks
+    model_best.pth as the checkpoint to resume from, and does not count evaluations.
 
-    Every process keeps the same state, from the main process's results. A checkpoint of the same iteration
-    is written before the evaluation where one is due, and after an evaluation that failed; who resumes from
-    it evaluates first.
+    Every process keeps the same state, from the main process's results. A checkpoint of the same iteration is
+    written before the evaluation if it is due, and after an evaluation that failed. A training that resumes
+    from it evaluates first.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Evaluation(EvaluationHooks, EvalHook):
         self._since = 0  # evaluations without improvement
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the metric and what is known of it, as plain numbers."""
+        """Return the metric, its best value and the counts, as plain numbers."""
         return {
             "metric": self._metric,
             "best": self._best,
@@ -77,7 +77,7 @@ class Evaluation(EvaluationHooks, EvalHook):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume; what is known of another metric is of no use."""
+        """Load a state; the best value of another metric is dropped."""
         self._evaluated = state_dict["evaluated"]
         if state_dict["metric"] != self._metric:
             if state_dict["metric"]:
@@ -91,7 +91,7 @@ class Evaluation(EvaluationHooks, EvalHook):
         self._since = state_dict["since"]
 
     def before_train(self) -> None:
-        """Make up for the evaluation that was due when the checkpoint was written."""
+        """Run the evaluation that was due when the checkpoint was written."""
         done = self.trainer.start_iter
         due = self._every > 0 and done > 0 and done % self._every == 0
         if due and self._evaluated < done < self.trainer.max_iter:
@@ -99,7 +99,7 @@ class Evaluation(EvaluationHooks, EvalHook):
                 self.evaluate()
 
     def before_step(self) -> None:
-        """End training, as if this had been its length, where patience is exhausted.
+        """End training here if there were too many evaluations without improvement.
 
         Raises:
             TrainingEnded: with model_final.pth saved.
@@ -117,15 +117,15 @@ class Evaluation(EvaluationHooks, EvalHook):
         raise TrainingEnded
 
     def after_train(self) -> None:
-        """Evaluate, unless this model has been, or training failed."""
-        # detectron2 counts one iteration too many where there was none left to do.
+        """Evaluate, unless this model was evaluated already or training failed."""
+        # detectron2 counts one iteration too many if none was left to do.
         self.trainer.iter = self.trainer.storage.iter = min(self.trainer.iter, self.trainer.max_iter)
         if self._evaluated < self.trainer.iter and not self.trainer.failed:
             super().after_train()
 
     @contextmanager
     def _after(self, done: int) -> Iterator[None]:
-        """Put the trainer where so many iterations ended: checkpoints and metrics name the last one."""
+        """Set the trainer to the last of `done` iterations, after which checkpoints and metrics are named."""
         self.trainer.iter = self.trainer.storage.iter = done - 1
         yield
         self.trainer.iter = self.trainer.storage.iter = done
@@ -142,7 +142,7 @@ class Evaluation(EvaluationHooks, EvalHook):
         if self._metric not in results:
             raise _unknown(self._metric, list(results))
         value = results[self._metric]
-        # NaN, no such boxes in the dataset or with detectron2's evaluators no detections, improves nothing.
+        # NaN is no improvement: the dataset has no such boxes, or detectron2's evaluator no detections.
         if value > self._best:
             self._best, self._best_iteration, self._since = value, done, 0
             logger.info(f"{self._metric} {value:.2f} after {done} iterations is the best: model_best.pth")

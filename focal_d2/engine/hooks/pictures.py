@@ -1,4 +1,4 @@
-"""Pictures of what a model finds while it is trained."""
+"""Pictures of a model's detections during training."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from focal_d2.data.pixels import to_rgb
 
 logger = logging.getLogger(__name__)
 
-# The best detections are drawn, as many as there are boxes, and so many at least: at first all are noise.
+# As many of the best detections are drawn as there are boxes, but at least these: early ones are noise.
 _FEWEST = 20
 
 
 class TrainingPictures(HookBase):
     """Puts ground truth beside detections of a training image into the event storage, for TensorBoard.
 
-    detectron2's models draw theirs in forward with colors from NumPy's global generator, which training also
-    draws from, and with batch statistics in the place of the learned ones. This one leaves training as it is.
+    detectron2's models draw in their forward pass, with colors from NumPy's global generator, from which
+    training draws too, and with batch statistics instead of the learned ones. This hook changes nothing in
+    training.
     """
 
     def __init__(self, model: nn.Module, *, period: int, input_format: str) -> None:
@@ -42,7 +43,7 @@ class TrainingPictures(HookBase):
         self._handle: Any = None
 
     def before_train(self) -> None:
-        """Look at what the model is given."""
+        """Start to keep images that the model gets."""
         self._handle = self._model.register_forward_pre_hook(self._keep)
 
     def _keep(self, model: nn.Module, arguments: tuple[list[dict[str, Any]]]) -> None:
@@ -62,8 +63,8 @@ class TrainingPictures(HookBase):
             self.trainer.storage.put_image("ground_truth_and_detections", picture)
 
     def after_train(self) -> None:
-        """Let go of the model."""
-        if self._handle is not None:  # else an earlier hook failed before training began
+        """Remove the hook from the model."""
+        if self._handle is not None:  # None if an earlier hook failed before training began
             self._handle.remove()
 
 
@@ -84,7 +85,7 @@ def draw_example(model: nn.Module, example: dict[str, Any], input_format: str) -
     if "instances" not in output:
         return None
     truth = example["instances"].gt_boxes.tensor.cpu().numpy()
-    found = output["instances"].pred_boxes.tensor[: max(_FEWEST, len(truth))].cpu().numpy()
+    detected = output["instances"].pred_boxes.tensor[: max(_FEWEST, len(truth))].cpu().numpy()
     rgb = to_rgb(example["image"].permute(1, 2, 0).cpu().numpy(), input_format)
-    bgr = draw_detections(rgb[:, :, ::-1], found, truth)
+    bgr = draw_detections(rgb[:, :, ::-1], detected, truth)
     return np.ascontiguousarray(bgr[:, :, ::-1].transpose(2, 0, 1))

@@ -1,4 +1,4 @@
-"""Figures and pictures to Weights & Biases, for who asks for it; the package is imported only then."""
+"""Metrics and pictures for Weights & Biases, if the config asks for it. Only then is the package imported."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _ID_FILE = "wandb_id.txt"
 
 
 class WeightsAndBiases(HookBase):
-    """Sends what detectron2's writers write; to be placed before them, as TensorBoard's clears the pictures.
+    """Sends what detectron2's writers write. It must run before them: TensorBoard's clears the pictures.
 
-    A hook instead of an `EventWriter`, as those are not told whether training resumes. Once a run has begun,
-    wandb sends from a process of its own that waits for a lost network: training goes on.
+    It is a hook and no `EventWriter`, because a writer does not know whether training resumes. Once a run has
+    begun, wandb sends from its own process, which waits if the network is lost; training continues.
     """
 
     def __init__(self, cfg: CfgNode, *, project: str) -> None:
@@ -42,20 +42,20 @@ class WeightsAndBiases(HookBase):
         self._sent = -1
 
     def before_train(self) -> None:
-        """Begin a run, or go on with that of the training which resumes.
+        """Begin a run, or continue the run of the training that resumes.
 
         Raises:
-            UserError: if wandb can't, for want of a login or a network, say.
+            UserError: if wandb can't, because there is no login or network for instance.
         """
         known = Path(self._cfg.OUTPUT_DIR, _ID_FILE)
-        own = known.read_text().strip() if self.trainer.start_iter > 0 and known.is_file() else None
+        resumed = known.read_text().strip() if self.trainer.start_iter > 0 and known.is_file() else None
         try:
             self._run = self._wandb.init(
                 project=self._project,
                 dir=self._cfg.OUTPUT_DIR,
                 config=yaml.safe_load(self._cfg.dump()),
-                id=own,
-                resume="allow" if own else None,
+                id=resumed,
+                resume="allow" if resumed else None,
                 allow_val_change=True,
             )
         except self._wandb.Error as error:

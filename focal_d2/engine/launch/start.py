@@ -58,10 +58,10 @@ def check_devices(num_gpus: int, num_machines: int) -> None:
         raise UserError(f"--num-gpus {num_gpus} --num-machines {num_machines}: both must be at least 1")
     devices, cores = torch.cuda.device_count(), os.cpu_count() or 1
     if num_gpus * num_machines > 1 and num_gpus > (devices or cores):
-        found = f"{devices} CUDA devices here, and several processes need one each"
+        available = f"{devices} CUDA devices here, and several processes need one each"
         if not devices:
-            found = f"no CUDA device here, and {cores} cores for as many processes at most"
-        raise UserError(f"--num-gpus {num_gpus} --num-machines {num_machines}: PyTorch finds {found}")
+            available = f"no CUDA device here, and {cores} cores for as many processes at most"
+        raise UserError(f"--num-gpus {num_gpus} --num-machines {num_machines}: PyTorch finds {available}")
 
 
 def _launch(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
 """Why a training step was not finite: what is examined, the report, and the step saved for a replay."""
 
 from focal_d2.engine.nonfinite.examination import examine
+from focal_d2.engine.nonfinite.facts import Step
 from focal_d2.engine.nonfinite.policy import BadStep, NonfinitePolicy
-from focal_d2.engine.nonfinite.report import Report, Step
+from focal_d2.engine.nonfinite.report import Report
 from focal_d2.engine.nonfinite.saved_step import load_step, replay, save_step
 
 __all__ = [

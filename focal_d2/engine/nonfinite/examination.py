@@ -14,8 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from focal_d2.engine.nonfinite.places import find_gradient_places, find_loss_places
-from focal_d2.engine.nonfinite.report import (
+from focal_d2.engine.nonfinite.facts import (
     BadBox,
     BadGradient,
     BadModule,
@@ -23,9 +22,10 @@ from focal_d2.engine.nonfinite.report import (
     BadTensor,
     ImageName,
     LargestWeight,
-    Report,
     Step,
 )
+from focal_d2.engine.nonfinite.places import find_gradient_places, find_loss_places
+from focal_d2.engine.nonfinite.report import Report
 from focal_d2.modeling import FocalRetinaNet
 from focal_d2.modeling.all_reduce import alone
 from focal_d2.modeling.losses import DenseBatch
@@ -175,21 +175,21 @@ def _look_at_inputs(name: str, trace: _Trace, clean: dict[str, bool]) -> Any:
 
 def _look_at_outputs(name: str, trace: _Trace, clean: dict[str, bool]) -> Any:
     def look(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
-        found = list(_tensors(outputs))
-        bad = sum(int(x.numel() - x.isfinite().sum()) for x in found)
+        tensors = list(_tensors(outputs))
+        bad = sum(int(x.numel() - x.isfinite().sum()) for x in tensors)
         if bad and clean.get(name) and trace.module is None:
             inputs = list(_tensors((args, kwargs)))
-            half = any(x.dtype in _HALF for x in found)
+            half = any(x.dtype in _HALF for x in tensors)
             trace.module = BadModule(
                 name=name,
                 type=type(module).__name__,
-                precision=str(found[0].dtype).removeprefix("torch."),
+                precision=str(tensors[0].dtype).removeprefix("torch."),
                 largest_input=max((_largest(x) for x in inputs), default=0.0),
                 values=bad,
-                size=sum(x.numel() for x in found),
+                size=sum(x.numel() for x in tensors),
                 in_float32=_in_float32(module, args, kwargs) if half else None,
             )
-        for x in found:
+        for x in tensors:
             if x.requires_grad:
                 x.register_hook(note)
 
@@ -303,13 +303,13 @@ def _bad_pixels(name: ImageName, sample: dict[str, Any]) -> Iterator[BadPixels]:
 
 
 def _bad_tensors(model: nn.Module) -> list[BadTensor]:
-    found = []
+    bad_tensors = []
     for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, x in named:
             bad = int((~x.isfinite()).sum())
             if bad:
-                found.append(BadTensor(name, kind, bad, x.numel()))
-    return found
+                bad_tensors.append(BadTensor(name, kind, bad, x.numel()))
+    return bad_tensors
 
 
 def _largest_weight(model: nn.Module) -> LargestWeight:

@@ -1,7 +1,7 @@
 """Which anchors make a loss, or its gradient, not finite.
 
-Losses are sums over anchors, whichever YAML names; so the sum over half of them is asked for, and in a half
-that is not finite over its halves again.
+Every loss is a sum over anchors. So the loss of half of the anchors is computed, and if that is not finite,
+the loss of each half of these, until single anchors are left.
 
 Shapes: R anchors an image, C logits an anchor, E anchors that are not ignored, P positive ones. Boxes are
 XYXY.
@@ -16,16 +16,16 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor
 
-from focal_d2.engine.nonfinite.report import ImageName, Place
+from focal_d2.engine.nonfinite.facts import ImageName, Place
 from focal_d2.modeling import FocalRetinaNet
 from focal_d2.modeling.losses import DenseBatch, gather_deltas, level_ranges
 from focal_d2.ops import IGNORE_LABEL
 
-# Sums that are asked for, of each term: finds the first anchor and some hundred more in about a second.
+# Sums that are computed for each term. They find the first anchor and some hundred others in about a second.
 _MOST_SUMS = 500
 
 
-class _Found(NamedTuple):
+class _Anchors(NamedTuple):
     """Anchors of the batch, in the order of images and levels."""
 
     image: list[int]
@@ -36,24 +36,24 @@ class _Found(NamedTuple):
 def find_loss_places(
     model: FocalRetinaNet, dense: DenseBatch, names: Sequence[ImageName], instances: Sequence[Instances]
 ) -> list[Place]:
-    """Return the first anchor of each loss that is not finite by itself, in no order of importance.
+    """Return, for each loss, the first anchor whose own loss is not finite.
 
-    A term has none if it is finite, or if only the sum of finite losses is not.
+    A loss has none if it is finite, or if only the sum of finite values is not.
 
     Args:
-        model: whose losses may change their buffers meanwhile.
+        model: the detector. Its losses may change their buffers here.
         dense: what the classification loss got in the step.
         names: of the N images.
         instances: N, the images' objects.
     """
     places = []
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-        for term, found, value_of in (
+        for term, anchors, value_of in (
             ("loss_cls", *_search_classification(model, dense)),
             ("loss_box_reg", *_search_boxes(model, dense)),
         ):
-            if found.anchor:
-                places.append(_place(model, dense, names, instances, term, found, value_of(0)))
+            if anchors.anchor:
+                places.append(_place(model, dense, names, instances, term, anchors, value_of(0)))
     return places
 
 
@@ -75,39 +75,41 @@ def find_gradient_places(
     """
     places = []
     levels = len(dense.logits)
-    for term, outputs, own, per_anchor in (
+    for term, outputs, of_outputs, per_anchor in (
         ("the gradient of the logits", dense.logits, gradients[:levels], dense.num_logits),
         ("the gradient of the deltas", dense.deltas, gradients[levels:], 4),
     ):
-        filled = [torch.zeros_like(x) if g is None else g for x, g in zip(outputs, own, strict=True)]
+        filled = [torch.zeros_like(x) if g is None else g for x, g in zip(outputs, of_outputs, strict=True)]
         values = dense._replace(logits=filled, num_logits=per_anchor).all_logits()  # (N, R, per_anchor)
         image, anchor = (~values.isfinite()).any(2).nonzero(as_tuple=True)
         if len(anchor):
             row = values[image[0], anchor[0]]
-            found = _Found(image.tolist(), anchor.tolist(), complete=True)
+            anchors = _Anchors(image.tolist(), anchor.tolist(), complete=True)
             value = float(row[~row.isfinite()][0])
-            places.append(_place(model, dense, names, instances, term, found, value))
+            places.append(_place(model, dense, names, instances, term, anchors, value))
     return places
 
 
-def _search_classification(model: FocalRetinaNet, dense: DenseBatch) -> tuple[_Found, Callable[[int], float]]:
+def _search_classification(
+    model: FocalRetinaNet, dense: DenseBatch
+) -> tuple[_Anchors, Callable[[int], float]]:
     images: list[int] = []
     anchors: list[int] = []
     complete = True
-    # Image by image, as the copy of all logits may not fit beside the model.
+    # Image by image: a copy of all logits may not fit into memory beside the model.
     for i in range(len(dense.labels)):
         counted = (dense.labels[i] != IGNORE_LABEL).nonzero().squeeze(1)
         sums = max(50, _MOST_SUMS // len(dense.labels))
-        found, all_found = _bisect(len(counted), _is_bad_part(model, dense, i, counted), sums)
-        complete &= all_found
-        images += [i] * len(found)
-        anchors += counted[found].tolist()
+        bad, is_all = _bisect(len(counted), _is_bad_part(model, dense, i, counted), sums)
+        complete &= is_all
+        images += [i] * len(bad)
+        anchors += counted[bad].tolist()
 
     def value_of(n: int) -> float:
         chosen = torch.tensor([anchors[n]], device=dense.labels.device)
         return float(model.cls_loss(_part(dense, images[n], chosen)))
 
-    return _Found(images, anchors, complete), value_of
+    return _Anchors(images, anchors, complete), value_of
 
 
 def _is_bad_part(
@@ -122,16 +124,16 @@ def _is_bad_part(
 
 
 def _part(dense: DenseBatch, image: int, chosen: Tensor) -> DenseBatch:
-    """Return some anchors (E,) of an image as a batch of one image with one level of one row."""
+    """Return the chosen anchors (E,) of an image as a batch of one image, with one level of one row."""
     logits = torch.cat(
         [
             x[image].unflatten(0, (-1, dense.num_logits)).permute(2, 3, 0, 1).flatten(0, 2)
             for x, _, _ in level_ranges(dense.logits, dense.num_logits)
         ]
     )  # (R, C)
-    own = dense.image == image
+    of_image = dense.image == image
     gt_boxes = dense.gt_boxes.new_zeros(len(dense.anchors), 4)
-    gt_boxes[dense.anchor[own]] = dense.gt_boxes[own]
+    gt_boxes[dense.anchor[of_image]] = dense.gt_boxes[of_image]
     deltas = gather_deltas(dense.deltas, torch.full_like(chosen, image), chosen)
     return _as_batch(
         dense,
@@ -145,14 +147,14 @@ def _part(dense: DenseBatch, image: int, chosen: Tensor) -> DenseBatch:
 
 
 def _slice(whole: DenseBatch, start: int, stop: int) -> DenseBatch:
-    own = (whole.anchor >= start) & (whole.anchor < stop)
+    positive = (whole.anchor >= start) & (whole.anchor < stop)  # positives of the slice
     return whole._replace(
         logits=[whole.logits[0][..., start:stop].contiguous()],
         labels=whole.labels[:, start:stop],
         positive=whole.positive[:, start:stop],
-        image=whole.image[own],
-        anchor=whole.anchor[own] - start,
-        gt_boxes=whole.gt_boxes[own],
+        image=whole.image[positive],
+        anchor=whole.anchor[positive] - start,
+        gt_boxes=whole.gt_boxes[positive],
         deltas=[whole.deltas[0][..., start:stop].contiguous()],
         anchors=whole.anchors[start:stop],
     )
@@ -181,29 +183,29 @@ def _as_batch(
     )
 
 
-def _search_boxes(model: FocalRetinaNet, dense: DenseBatch) -> tuple[_Found, Callable[[int], float]]:
+def _search_boxes(model: FocalRetinaNet, dense: DenseBatch) -> tuple[_Anchors, Callable[[int], float]]:
     deltas = gather_deltas(dense.deltas, dense.image, dense.anchor)
     anchors = dense.anchors[dense.anchor]
 
     def loss(start: int, stop: int) -> Tensor:
         return model.box_loss(deltas[start:stop], anchors[start:stop], dense.gt_boxes[start:stop])
 
-    found, complete = _bisect(
+    bad, complete = _bisect(
         len(deltas), lambda start, stop: not bool(loss(start, stop).isfinite()), _MOST_SUMS
     )
-    where = _Found(dense.image[found].tolist(), dense.anchor[found].tolist(), complete)
-    return where, lambda n: float(loss(found[n], found[n] + 1))
+    where = _Anchors(dense.image[bad].tolist(), dense.anchor[bad].tolist(), complete)
+    return where, lambda n: float(loss(bad[n], bad[n] + 1))
 
 
 def _bisect(count: int, is_bad: Callable[[int, int], bool], sums: int) -> tuple[list[int], bool]:
-    """Return what is bad by itself, ascending, and whether that is all of it.
+    """Return the elements that are bad by themselves, in ascending order, and whether these are all.
 
     Args:
-        count: of elements.
-        is_bad: whether the sum over [start, stop) is not finite.
-        sums: at most so many are asked for.
+        count: number of elements.
+        is_bad: computes whether the sum over [start, stop) is not finite.
+        sums: how often `is_bad` is called at most.
     """
-    found: list[int] = []
+    bad: list[int] = []
     todo = [(0, count)] if count else []
     for _ in range(sums):
         if not todo:
@@ -212,11 +214,11 @@ def _bisect(count: int, is_bad: Callable[[int, int], bool], sums: int) -> tuple[
         if not is_bad(start, stop):
             continue
         if stop - start == 1:
-            found.append(start)
+            bad.append(start)
             continue
         middle = (start + stop) // 2
         todo += [(middle, stop), (start, middle)]
-    return found, not todo
+    return bad, not todo
 
 
 def _place(
@@ -225,11 +227,11 @@ def _place(
     names: Sequence[ImageName],
     instances: Sequence[Instances],
     term: str,
-    found: _Found,
+    anchors: _Anchors,
     value: float,
 ) -> Place:
-    """Describe the first of the anchors found."""
-    image, anchor = found.image[0], found.anchor[0]
+    """Describe the first of the bad anchors."""
+    image, anchor = anchors.image[0], anchors.anchor[0]
     shapes = model.backbone.output_shape()
     ranges = list(level_ranges(dense.logits, dense.num_logits))
     level = next(n for n, (_, start, stop) in enumerate(ranges) if start <= anchor < stop)
@@ -253,8 +255,8 @@ def _place(
         logits=part.logits[0].flatten().tolist(),
         deltas=part.deltas[0].flatten().tolist(),
         value=value,
-        alike=len(found.anchor),
-        complete=found.complete,
+        alike=len(anchors.anchor),
+        complete=anchors.complete,
     )
 
 

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from focal_d2.engine.nonfinite.examination import examine
-from focal_d2.engine.nonfinite.report import Step
+from focal_d2.engine.nonfinite.facts import Step
 from focal_d2.engine.nonfinite.saved_step import save_step
 from focal_d2.errors import UserError, describe_error
 

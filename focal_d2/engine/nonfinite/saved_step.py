@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from focal_d2.config import add_focal_config
 from focal_d2.engine.nonfinite.examination import examine
-from focal_d2.engine.nonfinite.report import Report, Step
+from focal_d2.engine.nonfinite.facts import Step
+from focal_d2.engine.nonfinite.report import Report
 from focal_d2.errors import UserError, describe_error, one_line
 from focal_d2.modeling.build import building, resolve_device
 from focal_d2.modeling.retinanet import precision_around
@@ -103,12 +104,12 @@ def save_step(
         "cuda_random": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
     write_aside(str(target / f"step_rank{rank}.pth"), lambda file: torch.save(content, file))
-    own = f"_rank{rank}" if rank else ""
+    suffix = f"_rank{rank}" if rank else ""
     facts = json.dumps(report.as_dict(), indent=1, allow_nan=False).encode()
-    write_aside(str(target / f"report{own}.json"), lambda file: file.write(facts))
+    write_aside(str(target / f"report{suffix}.json"), lambda file: file.write(facts))
     heading = f"Iteration {iteration} was not finite (rank {rank}).\n\n"
     page = (heading + report.text()).encode()
-    write_aside(str(target / f"report{own}.txt"), lambda file: file.write(page))
+    write_aside(str(target / f"report{suffix}.txt"), lambda file: file.write(page))
     return target
 
 

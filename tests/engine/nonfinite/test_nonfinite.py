@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from focal_d2.engine.nonfinite import Report, Step, examine, load_step, save_step
-from focal_d2.engine.nonfinite.report import LargestWeight
+from focal_d2.engine.nonfinite.facts import LargestWeight
 from tests.conftest import make_cfg, runs_bfloat16
 
 INF, NAN = float("inf"), float("nan")
