@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -26,11 +26,10 @@ from focal_d2.data.seeding import kept_random_state
 from focal_d2.detectron2_compat import TrainerParts
 from focal_d2.engine.checks import run_checks
 from focal_d2.engine.failures import end_hung_workers, failure_message
+from focal_d2.engine.hooks.arrangement import arrange_hooks
 from focal_d2.engine.hooks.evaluation import Evaluation, TrainingEnded
-from focal_d2.engine.hooks.pictures import TrainingPictures
-from focal_d2.engine.hooks.progress import ProgressBar, on_terminal
-from focal_d2.engine.hooks.random_state import CollectRandomStates, RandomStates
-from focal_d2.engine.hooks.wandb import WeightsAndBiases
+from focal_d2.engine.hooks.progress import on_terminal
+from focal_d2.engine.hooks.random_state import RandomStates
 from focal_d2.engine.launch.signals import StopRequest, announce_stop
 from focal_d2.engine.nonfinite import NonfinitePolicy
 from focal_d2.engine.optimizer import build_optimizer
@@ -173,33 +172,22 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         return results
 
     def build_hooks(self) -> list[Any]:
-        """Build detectron2's hooks, with our evaluation, and ours: random states, pictures, progress bar."""
-        built = super().build_hooks()
+        """Build detectron2's hooks and ours; see `arrange_hooks`."""
         test = self.cfg.TEST
-        evaluation = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
-        built[evaluation] = Evaluation(
+        evaluation = Evaluation(
             test.EVAL_PERIOD,
             self._evaluate,
             self.checkpointer,
             metric=test.FOCAL.BEST_METRIC,
             patience=test.FOCAL.PATIENCE,
         )
-        # Before the main process writes a checkpoint.
-        saving = next(
-            (i for i, x in enumerate(built) if isinstance(x, hooks.PeriodicCheckpointer)), evaluation
+        return arrange_hooks(
+            super().build_hooks(),
+            self.cfg,
+            model=self.loop.bare,
+            evaluation=evaluation,
+            random_states=self._random_states,
         )
-        collect = CollectRandomStates(self._random_states, period=self.cfg.SOLVER.CHECKPOINT_PERIOD)
-        built.insert(saving, collect)
-        if comm.is_main_process():
-            # Before the writers. detectron2's own models draw pictures themselves.
-            period, model = self.cfg.VIS_PERIOD, self.loop.bare
-            if period > 0 and not hasattr(model, "vis_period"):
-                built.insert(-1, TrainingPictures(model, period=period, input_format=self.cfg.INPUT.FORMAT))
-            if self.cfg.SOLVER.FOCAL.WANDB_PROJECT:
-                built.insert(-1, WeightsAndBiases(self.cfg, project=self.cfg.SOLVER.FOCAL.WANDB_PROJECT))
-        if on_terminal():
-            built.insert(-1, ProgressBar())
-        return built
 
     def build_writers(self) -> list[EventWriter]:
         """Build detectron2's writers; on a terminal the progress bar replaces the printed lines."""
