@@ -17,7 +17,8 @@ from focal_d2.config.ranges import check_value
 from focal_d2.errors import UserError
 from focal_d2.modeling.losses import ClassificationLoss
 from focal_d2.modeling.losses.elementwise import AUTO, AUTO_PER_CLASS, best_alpha
-from focal_d2.modeling.retinanet import FocalRetinaNet, build_focal_parts
+from focal_d2.modeling.parts import build_focal_parts
+from focal_d2.modeling.retinanet import FocalRetinaNet
 
 # Keys of MODEL.FOCAL that say how to build a part which a LazyConfig hands over as it is.
 _KEYS_OF_PARTS = {

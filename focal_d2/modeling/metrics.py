@@ -1,4 +1,4 @@
-"""What training shows of itself beside its losses; docs/monitoring.md explains each figure.
+"""The metrics of training beside its losses; docs/monitoring.md explains each.
 
 Shapes: N images, L levels, r anchors of an image on a level, E examples an anchor: K classes with a sigmoid,
 1 with a softmax.
@@ -17,23 +17,23 @@ from torch import Tensor
 from focal_d2.modeling.losses import ClassificationLoss, DenseBatch
 from focal_d2.ops import IGNORE_LABEL
 
-# detectron2's writers look every 20 iterations; between that nothing is computed.
+# Metrics are computed only when detectron2's writers read them: every 20 iterations.
 PERIOD = 20
 # An example is easy above, hard below this p_t. From 0.9 on focal loss (γ = 2) is 100 times below cross
 # entropy; the paper calls examples above 0.5 well classified (section 3.2).
 EASY, HARD = 0.9, 0.5
 
 
-def put_figures(
+def put_metrics(
     loss: ClassificationLoss, batch: DenseBatch, loss_cls: Tensor, *, levels: Sequence[str]
 ) -> None:
-    """Put an iteration's figures into detectron2's event storage, if there is one and it is time.
+    """Put an iteration's metrics into detectron2's event storage, if there is one and they are due.
 
-    It draws no random numbers and changes nothing; several processes share their figures.
+    This draws no random numbers and changes no state. The metrics are those of all processes.
 
     Args:
-        loss: what made the losses of this batch.
-        batch: what it looked at.
+        loss: the loss that was computed on this batch.
+        batch: its input.
         loss_cls: the classification loss as it is minimised, a scalar.
         levels: L names.
     """
@@ -41,7 +41,7 @@ def put_figures(
         return
     storage = get_event_storage()
     for name, value in measure(loss, batch, loss_cls, levels=levels).items():
-        # What is not defined, such as shares of no positives, is left out: JSON has no NaN.
+        # Undefined metrics, such as shares of no positives, are left out: JSON has no NaN.
         if math.isfinite(value):
             storage.put_scalar(name, value, smoothing_hint=False)
 
@@ -50,30 +50,32 @@ def put_figures(
 def measure(
     loss: ClassificationLoss, batch: DenseBatch, loss_cls: Tensor, *, levels: Sequence[str]
 ) -> dict[str, float]:
-    """Compute the figures of all processes' batches; see `put_figures`. What is not defined is NaN."""
+    """Compute the metrics of all processes' batches; see `put_metrics`. Undefined metrics are NaN."""
     by_level, sides = _sums(loss, batch)
     # The examples' parts may lack a factor that they share, such as the normaliser.
     total = by_level.sum()
     scale = torch.where(total == 0, 0.0, loss_cls.double() / total)
     sides[:, 3:] *= scale
-    counts = torch.stack([(batch.labels == IGNORE_LABEL).sum(), total.new_tensor(len(batch.labels))])
-    sums = torch.cat([counts, by_level * scale, sides.flatten()])
+    ignored_and_images = torch.stack(
+        [(batch.labels == IGNORE_LABEL).sum(), total.new_tensor(len(batch.labels))]
+    )
+    sums = torch.cat([ignored_and_images, by_level * scale, sides.flatten()])
     processes = comm.get_world_size()
     if processes > 1:
         torch.distributed.all_reduce(sums)
     ignored, images, *parts = sums.tolist()
-    figures = {"num_ignored_anchors": _share(ignored, images)}
+    metrics = {"num_ignored_anchors": _share(ignored, images)}
     for name, part in zip(levels, parts, strict=False):
-        figures[f"level/{name}"] = part / processes
+        metrics[f"level/{name}"] = part / processes
     weights = []
     for name, start in (("positive", len(levels)), ("negative", len(levels) + 5)):
         count, easy, hard, weight, weight_of_hard = parts[start : start + 5]
-        figures[f"examples/{name}_easy"] = _share(easy, count)
-        figures[f"examples/{name}_hard"] = _share(hard, count)
-        figures[f"weight/{name}_hard"] = _share(weight_of_hard, weight)
+        metrics[f"examples/{name}_easy"] = _share(easy, count)
+        metrics[f"examples/{name}_hard"] = _share(hard, count)
+        metrics[f"weight/{name}_hard"] = _share(weight_of_hard, weight)
         weights.append(weight)
-    figures["weight/positive"] = _share(weights[0], sum(weights))
-    return figures
+    metrics["weight/positive"] = _share(weights[0], sum(weights))
+    return metrics
 
 
 def _share(part: float, whole: float) -> float:
@@ -81,7 +83,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def _sums(loss: ClassificationLoss, batch: DenseBatch) -> tuple[Tensor, Tensor]:
-    """Sum over examples, an image at a time: all pairs of a large batch would not fit beside its graph.
+    """Sum over examples, one image at a time: all pairs of a large batch take too much memory.
 
     Returns:
         The loss of each level (L,) float64, NaN if the loss can't say. Of positives and negatives (2, 5)
@@ -93,25 +95,27 @@ def _sums(loss: ClassificationLoss, batch: DenseBatch) -> tuple[Tensor, Tensor]:
         image = batch.of_image(i)
         labels = image.split(image.labels)
         losses = loss.example_losses(image) or [by_level.new_tensor(math.nan)] * len(labels)
-        for j, (p_t, own, part) in enumerate(zip(loss.correctness(image), labels, losses, strict=True)):
+        for j, (p_t, level_labels, part) in enumerate(
+            zip(loss.correctness(image), labels, losses, strict=True)
+        ):
             by_level[j] += part.sum()
             part = part.expand_as(p_t)
-            positive = (own >= 0) & (own < loss.num_classes)
-            index, label = positive.nonzero(as_tuple=True), own[positive]
+            positive = (level_labels >= 0) & (level_labels < loss.num_classes)
+            index, label = positive.nonzero(as_tuple=True), level_labels[positive]
             place = (*index, label if p_t.shape[-1] > 1 else torch.zeros_like(label))
             sides[0] += _side(p_t[place].unsqueeze(-1), part[place].unsqueeze(-1), label)
             # NaN is neither easy nor hard. Masks of all negative pairs would take as long as the loss.
             p_t = p_t.index_put(place, p_t.new_tensor(math.nan))
             part = part.index_put(place, part.new_zeros(()))
-            sides[1] += _side(p_t, part, own)
+            sides[1] += _side(p_t, part, level_labels)
             sides[1, 0] -= len(label)
     return by_level, sides
 
 
 def _side(p_t: Tensor, loss: Tensor, labels: Tensor) -> Tensor:
     """Sum as in `_sums` (5,) over examples (..., E) of anchors with labels (...)."""
-    counts = labels >= 0
+    valid = labels >= 0
     easy, hard = p_t > EASY, p_t < HARD
-    numbers = (counts.sum() * p_t.shape[-1], *(x.sum(-1)[counts].sum() for x in (easy, hard)))
+    numbers = (valid.sum() * p_t.shape[-1], *(x.sum(-1)[valid].sum() for x in (easy, hard)))
     weights = (x.sum() for x in (loss, torch.where(hard, loss, 0.0)))  # those of ignored anchors are 0
     return torch.stack([x.double() for x in (*numbers, *weights)])

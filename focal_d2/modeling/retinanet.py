@@ -27,8 +27,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from focal_d2.config import check_choice, focal_config, loss_parameters
-from focal_d2.config.legal_values import check_values
+from focal_d2.config import check_choice
 from focal_d2.detectron2_compat import DetectorHooks
 from focal_d2.errors import UserError
 from focal_d2.modeling import traced
@@ -37,18 +36,16 @@ from focal_d2.modeling.candidates import find_candidates
 from focal_d2.modeling.folding import fold_norms
 from focal_d2.modeling.head import FocalRetinaNetHead
 from focal_d2.modeling.losses import (
-    BOX_LOSSES,
     BoxLoss,
     ClassificationLoss,
     DenseBatch,
     LossNormalizer,
-    build_loss,
     gather_deltas,
 )
-from focal_d2.modeling.metrics import put_figures
+from focal_d2.modeling.metrics import put_metrics
+from focal_d2.modeling.parts import build_focal_parts
 from focal_d2.modeling.precision import check_channels_last, configured_type, is_narrow
 from focal_d2.modeling.targets import AnchorTargets, build_matcher, label_anchors
-from focal_d2.ops.common import LOSS_KERNELS, MATCHING_KERNELS, import_kernels
 from focal_d2.ops.detect import best_boxes
 
 logger = logging.getLogger(__name__)
@@ -308,7 +305,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
                 losses["loss_cls"] = losses["loss_cls"] / normalizer
             if self.box_loss.divided_by_positives:
                 losses["loss_box_reg"] = losses["loss_box_reg"] / normalizer
-            put_figures(self.cls_loss, batch, losses["loss_cls"], levels=self.level_names)
+            put_metrics(self.cls_loss, batch, losses["loss_cls"], levels=self.level_names)
             return losses
 
     def label_anchors(
@@ -369,45 +366,6 @@ def _seed_of(sample: dict[str, Any]) -> int:
     return sample["sampling_seed"] if "sampling_seed" in sample else int(torch.randint(2**62, ()))
 
 
-def build_focal_parts(cfg: CfgNode, box2box_transform: Box2BoxTransform) -> dict[str, Any]:
-    """Build what detectron2's RetinaNet does not have: the arguments of `FocalRetinaNet` from `MODEL.FOCAL`.
-
-    Args:
-        cfg: full config; of `MODEL.RETINANET` the class count and the losses' keys are read.
-        box2box_transform: the model's.
-
-    Raises:
-        UserError: for a value outside a key's choices.
-    """
-    retinanet, focal = cfg.MODEL.RETINANET, focal_config(cfg)
-    check_values(cfg, "MODEL.RETINANET.", "MODEL.FOCAL.")
-    use_kernels = _use_kernels(cfg)
-    return {
-        "region_share": focal.IGNORE_OVERLAP,
-        "cls_loss": build_loss(
-            focal.LOSS.NAME,
-            num_classes=retinanet.NUM_CLASSES,
-            parameters=loss_parameters(cfg),
-            implementation=focal.LOSS.IMPLEMENTATION,
-            use_kernels=use_kernels,
-        ),
-        "box_loss": BoxLoss(
-            kind=check_choice("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", retinanet.BBOX_REG_LOSS_TYPE, BOX_LOSSES),
-            transform=box2box_transform,
-            smooth_l1_beta=retinanet.SMOOTH_L1_LOSS_BETA,
-            ghm_mu=focal.GHM_R.MU,
-            ghm_bins=focal.GHM_R.BINS,
-            ghm_momentum=focal.GHM_R.MOMENTUM,
-        ),
-        "loss_normalizer": LossNormalizer(kind=focal.LOSS.NORMALIZER),
-        "amp": configured_type(cfg),
-        "channels_last": focal.CHANNELS_LAST,
-        "fold_frozen_norms": focal.FOLD_FROZEN_NORMS,
-        "use_kernels": use_kernels,
-        "compile_network": focal.COMPILE,
-    }
-
-
 def precision_around(cfg: CfgNode, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
     """Return what makes the autocast context in which another model than `FocalRetinaNet` is trained.
 
@@ -420,27 +378,3 @@ def precision_around(cfg: CfgNode, model: nn.Module) -> Callable[[], AbstractCon
     if dtype is None:
         return nullcontext
     return partial(torch.autocast, torch.device(cfg.MODEL.DEVICE).type, dtype=dtype)
-
-
-def _use_kernels(cfg: CfgNode) -> bool:
-    """Whether `MODEL.FOCAL.KERNELS` asks for Triton kernels; "auto" does not until they have run on a GPU."""
-    value = focal_config(cfg).KERNELS
-    if value != "on":
-        return False
-    if torch.device(cfg.MODEL.DEVICE).type != "cuda":
-        logger.warning(
-            f"MODEL.FOCAL.KERNELS is on, but MODEL.DEVICE is {cfg.MODEL.DEVICE}: kernels need a GPU"
-        )
-        return True
-    try:
-        modules = [import_kernels(name) for name in (LOSS_KERNELS, MATCHING_KERNELS)]
-    except ImportError as error:
-        raise UserError(
-            f"MODEL.FOCAL.KERNELS is on, but the kernels can't be imported ({error}): install another "
-            "version of triton, or set it off"
-        ) from error
-    if None in modules:
-        raise UserError(
-            "MODEL.FOCAL.KERNELS is on, but Triton is not installed: install triton, or set it off"
-        )
-    return True

@@ -1,4 +1,4 @@
-"""What the losses share: checks, precision, and integer labels as masks."""
+"""Helpers of the losses: checks of arguments, precision, and labels as masks."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def import_kernels(name: str) -> ModuleType | None:
 
 
 class Targets(NamedTuple):
-    """Labels beside logits (..., C)."""
+    """Logits, and their labels as masks."""
 
-    logits: Tensor  # (..., C) float32, or float64 if they came so
+    logits: Tensor  # (..., C) float32, or float64 for float64 logits
     is_class: Tensor  # (..., C) bool: the anchor has that class
-    counts: Tensor  # (..., 1) bool: the anchor is not ignored
+    valid: Tensor  # (..., 1) bool: the anchor is not ignored
 
 
-def compare(logits: Tensor, labels: Tensor, *, num_classes: int, num_logits: int) -> Targets:
+def prepare_targets(logits: Tensor, labels: Tensor, *, num_classes: int, num_logits: int) -> Targets:
     """Check shapes, upcast half precision and spread labels over the classes.
 
     Args:
@@ -78,13 +78,13 @@ def compare(logits: Tensor, labels: Tensor, *, num_classes: int, num_logits: int
     return Targets(logits, labels == torch.arange(num_logits, device=labels.device), labels >= 0)
 
 
-def reduce(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
-    """Silence ignored anchors, then sum ("sum") or leave as it is ("none").
+def reduce(loss: Tensor, valid: Tensor, reduction: str) -> Tensor:
+    """Set the loss of ignored anchors to 0, then sum it ("sum") or return it as it is ("none").
 
     Raises:
         ValueError: for another reduction.
     """
-    loss = torch.where(counts, loss, 0.0)
+    loss = torch.where(valid, loss, 0.0)
     if reduction == "sum":
         return loss.sum()
     if reduction == "none":
@@ -93,21 +93,21 @@ def reduce(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
 
 
 def check_weight(name: str, value: float | Tensor) -> None:
-    """Refuse weights above 1; negative ones mean no weighting.
+    """Refuse weights above 1; a negative weight means no weighting.
 
-    Weights on a GPU are not looked at, which would wait for it: check them before they go there.
+    Weights on a GPU are not checked, because reading them waits for the GPU: check them before the copy.
 
     Raises:
         ValueError: naming the value.
     """
     if isinstance(value, Tensor) and value.is_cuda:
         return
-    if not (value.max().item() if isinstance(value, Tensor) else value) <= 1:  # NaN neither
+    if not (value.max().item() if isinstance(value, Tensor) else value) <= 1:  # refuses NaN, too
         raise ValueError(f"{name} is {value}; it must be in [0, 1], or negative for no weighting")
 
 
 def check_in_0_1(name: str, value: float) -> None:
-    """Refuse anything but a weight.
+    """Refuse a number outside [0, 1].
 
     Raises:
         ValueError: naming the value.
@@ -117,7 +117,7 @@ def check_in_0_1(name: str, value: float) -> None:
 
 
 def check_at_least_0(name: str, value: float) -> None:
-    """Refuse negative values, and what is no finite number.
+    """Refuse negative values, and all that is not a finite number.
 
     Raises:
         ValueError: naming the value.
@@ -129,7 +129,7 @@ def check_at_least_0(name: str, value: float) -> None:
 
 
 def check_quality_beta(beta: float) -> None:
-    """Refuse what quality focal loss has no gradient for.
+    """Refuse values between 0 and 1, for which the quality focal loss has an infinite gradient.
 
     Raises:
         ValueError: naming the value.
@@ -138,7 +138,7 @@ def check_quality_beta(beta: float) -> None:
         raise ValueError(f"beta is {beta}; it must be 0, or at least 1")
 
 
-def balance(loss: Tensor, positive: Tensor, alpha: float | Tensor) -> Tensor:
+def apply_alpha(loss: Tensor, positive: Tensor, alpha: float | Tensor) -> Tensor:
     """Multiply by α_t: alpha where `positive`, 1 - alpha elsewhere; a negative float changes nothing.
 
     Args:
@@ -157,10 +157,10 @@ def is_dense(x: Tensor) -> bool:
 
 
 def in_memory_order(x: Tensor) -> Tensor:
-    """All elements (n,) of (N, C, H, W), as a view if it is dense: NCHW order if contiguous, else NHWC."""
+    """Return all elements (n,) of (N, C, H, W), as a view if x is dense: NCHW if contiguous, else NHWC."""
     return (x if x.is_contiguous() else x.permute(0, 2, 3, 1)).reshape(-1)
 
 
 def divide(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
-    """Whole quotient and remainder."""
+    """Return the integer quotient and the remainder."""
     return x.div(by, rounding_mode="floor"), x.remainder(by)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
-# Values of which only the maximum is looked at first. The groups of a block lie side by side, so that their
-# maxima need no more than passes over a piece of memory that stays in the cache.
+# Values of a group, of which only the maximum is computed first. The groups of a block are next to each
+# other, so that the maxima are computed in memory that stays in the cache.
 _GROUP = 64
 _BLOCK = 64 * _GROUP
 # Up to here torchvision's batched NMS takes all classes at once on a CPU, beyond it goes class by class.
@@ -36,8 +36,8 @@ def indices_of_best(values: Tensor, cut: float, most: int) -> Tensor:
     if len(places) <= most:
         return places
     best = []
-    counts = (places // values.shape[1]).bincount().tolist()
-    for row in places.split(counts):
+    row_lengths = (places // values.shape[1]).bincount().tolist()
+    for row in places.split(row_lengths):
         if len(row) > most:
             row = row[_largest(flat[row], most)]
         best.append(row)
@@ -45,17 +45,17 @@ def indices_of_best(values: Tensor, cut: float, most: int) -> Tensor:
 
 
 def _likely(values: Tensor, cut: float, most: int) -> Tensor:
-    """Return indices (E,), rising, into the flattened values (N, n): all that are asked for, and some others.
+    """Return rising indices (E,) into the flattened values (N, n), which include all that are wanted.
 
-    A maximum of a group of values is found far faster than indices. The k-th largest maximum of a row is at
-    most its k-th largest value: groups below it are left out.
+    Finding the maximum of a group of values is far faster than finding indices. The k-th largest maximum of
+    a row is at most the row's k-th largest value, so groups whose maximum is lower are left out.
     """
     length = values.shape[1]
     whole = length // _BLOCK * _BLOCK
     blocks = values[:, :whole].unflatten(1, (-1, _GROUP, _BLOCK // _GROUP))  # (N, blocks, _GROUP, groups)
     maxima = blocks.amax(dim=2)
     least = values.new_full((len(values), 1), cut)
-    # The maximum of a group that has a NaN is NaN: such a group is looked at.
+    # The maximum of a group that contains NaN is NaN: the condition keeps such groups.
     row, block, group = (~(maxima <= cut)).nonzero(as_tuple=True)
     known = maxima.flatten(1)
     if len(row) > most <= known.shape[1]:
@@ -84,16 +84,17 @@ def _largest(values: Tensor, most: int) -> Tensor:
 
 
 def best_boxes(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, most: int) -> Tensor:
-    """Suppress, class by class, what overlaps a better box; return the indices of at most `most`, best first.
+    """Suppress boxes that overlap a better box of their class; return at most `most` indices, best first.
 
-    The first `most` of detectron2's `batched_nms`, ties aside. What it keeps among the best boxes does not
-    depend on the others: so these are looked at first, and more only if too few are left.
+    These are the first `most` indices of detectron2's `batched_nms`, except for the order of equal scores.
+    Which of the best boxes are kept does not depend on the others. So the best boxes are suppressed first,
+    and more only if too few remain.
 
     Args:
         boxes: (n, 4) XYXY.
         scores: (n,).
         labels: (n,) int64, at least 0.
-        threshold: IoU above which the lower score goes.
+        threshold: IoU above which the box of the lower score is suppressed.
         most: at least 0.
     """
     if len(boxes) <= _MOST_AT_ONCE or boxes.device.type != "cpu":
@@ -102,7 +103,7 @@ def best_boxes(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, 
     count = min(len(order), 4 * most)
     while True:
         first = order[:count]
-        # In float64 classes can stand apart without rounding.
+        # float64 has room to move the classes apart without rounding.
         apart = boxes[first].double()
         reach = torch.where(apart.isfinite(), apart, 0.0).abs().max() * 2 + 1 if count else 1.0
         apart = apart + (labels[first] * reach).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Choosing the examples that a loss is taken over."""
+"""Choosing the examples that a loss is summed over."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def top_negatives(score: Tensor, negative: Tensor, *, count: int) -> Tensor:
     Args:
         score: (R,) of each example: its loss, or a random number.
         negative: (R,) bool.
-        count: how many; all, if there are fewer.
+        count: how many to mark; all, if there are fewer.
 
     Returns:
         (R,) bool.
@@ -27,7 +27,7 @@ def top_negatives(score: Tensor, negative: Tensor, *, count: int) -> Tensor:
 
 
 def random_numbers(seed: int, positions: Tensor) -> Tensor:
-    """Return a random number for each position: the same one on any device, whatever the other positions are.
+    """Return a random number for each position, the same on any device and for any other positions.
 
     The numbers are those of SplitMix64's mixing function (Steele, Lea, Flood, "Fast Splittable Pseudorandom
     Number Generators", OOPSLA 2014), which maps different positions to different numbers.
@@ -61,11 +61,11 @@ def suppress(
 ) -> Tensor:
     """Keep the `count` examples of the highest loss that survive non-maximum suppression by loss.
 
-    Greedy suppression looks at examples in falling order, so what it keeps of the first n does not depend
-    on the rest: n doubles until enough are kept, and most boxes are never decoded.
+    Greedy suppression goes through the examples in falling order, so which of the first n it keeps does not
+    depend on the rest. n is doubled until enough are kept; most boxes are never decoded.
 
     Args:
-        loss: (R,) of each example; -inf for those that take no part. NaN is kept first.
+        loss: (R,) of each example; -inf for examples that must not be chosen. NaN is kept first.
         boxes_of: indices (E,) -> boxes (E, 4).
         nms: boxes (E, 4), scores (E,) -> kept indices in falling order of score.
         count: how many to keep.

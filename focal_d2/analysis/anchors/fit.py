@@ -64,7 +64,7 @@ class AnchorSettings:
 
 @dataclass(frozen=True)
 class Fit:
-    """How well anchors fit some boxes."""
+    """How well anchors fit a set of boxes."""
 
     boxes: int
     recall: list[float]  # share of boxes whose best anchor reaches an IoU, for each of THRESHOLDS
@@ -76,7 +76,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Anchors of a config beside proposed ones."""
+    """A config's anchors and the proposed ones, compared."""
 
     current: AnchorSettings
     proposed: AnchorSettings
@@ -103,9 +103,9 @@ class Comparison:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all figures, for JSON."""
-        more = {"thresholds": list(THRESHOLDS), "chosen": asdict(self.chosen), "losses": self.losses()}
-        return {**asdict(self), **more}
+        """Return all numbers, for JSON."""
+        extra = {"thresholds": list(THRESHOLDS), "chosen": asdict(self.chosen), "losses": self.losses()}
+        return {**asdict(self), **extra}
 
     def as_text(self) -> str:
         """Write it for a terminal: before and after of each set of boxes, a line each, and the YAML."""
@@ -114,10 +114,10 @@ class Comparison:
         for name in self.before:
             lines.append(f"{name}, {self.before[name].boxes} boxes")
             for when, fit in (("now", self.before[name]), ("proposed", self.after[name])):
-                figures = [f"{100 * x:.1f} %" for x in fit.recall] + [f"{fit.mean_iou:.3f}", str(fit.missed)]
+                columns = [f"{100 * x:.1f} %" for x in fit.recall] + [f"{fit.mean_iou:.3f}", str(fit.missed)]
                 ratio = fit.negatives_per_positive
-                figures += [f"{fit.positives_per_box:.2f}", "-" if ratio is None else f"{ratio:.0f}"]
-                lines.append(f"  {when:<30}" + "".join(f"{x:>11}" for x in figures))
+                columns += [f"{fit.positives_per_box:.2f}", "-" if ratio is None else f"{ratio:.0f}"]
+                lines.append(f"  {when:<30}" + "".join(f"{x:>11}" for x in columns))
         lines += [
             f"missed: boxes below IoU {self.threshold:g}. positives: a box. negatives: a positive.",
             f"anchors a cell: now {self.current}, proposed {self.proposed}",
@@ -138,37 +138,29 @@ def compare_anchors(
     num_ratios: int | None,
     seed: int,
 ) -> Comparison:
-    """Search anchors on half of the training images, and set them beside the config's on the rest.
+    """Search anchors on half of the training images, and compare them with the config's on the rest.
 
-    All images, also those of test sets, are taken at training resolution and not cropped. Where training
-    turns images by 90 degrees, training boxes count both as they are and turned.
+    All images, also those of test sets, have the training resolution and are not cropped. If training turns
+    images by 90 degrees, training boxes are counted both as they are and turned.
 
     Args:
         cfg: full config.
         layout: `build_layout(cfg)`.
         train: the training sets.
-        tests: other sets to look at, by name.
+        tests: other sets to compare on, by name.
         num_sizes: on each level; None: as many as the config has.
         num_ratios: of each size; None: as many as the config has.
         seed: of the halves, the sample and the search.
 
     Raises:
-        UserError: if the training set has no box that counts, or anchors are not detectron2's default kind.
+        UserError: if the training set has no box to fit, or the anchors are not of detectron2's default kind.
     """
     grids = grids_of(layout)
     current = _settings_of(cfg, levels=len(grids.shapes))
     threshold = cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
-    found = _joined([training_boxes(cfg, table) for table in train])
-    if not len(found.boxes):
-        raise UserError("DATASETS.TRAIN has no box that could be fitted: none, or all ignored or empty")
     rng = np.random.default_rng(seed)
-    images = rng.permutation(np.unique(found.image))
-    half = images[: (len(images) + 1) // 2]
-    if cfg.INPUT.FOCAL.ROTATE_90:
-        half = np.concatenate([half, half + len(found.sizes)])
-        found = _joined([found, _turned(found)])
-    fitted = np.isin(found.image, half)
-    sample = _part(found, rng.permutation(np.flatnonzero(fitted))[:_SAMPLE])
+    boxes, fitted = _split_images(cfg, train, rng)
+    sample = _select(boxes, rng.permutation(np.flatnonzero(fitted))[:_SAMPLE])
     proposed = fit_anchors(
         sample.boxes,
         sample.image,
@@ -179,10 +171,10 @@ def compare_anchors(
         threshold=threshold,
         seed=seed,
     )
-    parts = {"fitted": _part(found, fitted)}
+    parts = {"fitted": _select(boxes, fitted)}
     if not fitted.all():
-        parts["held out"] = _part(found, ~fitted)
-    judge = list(parts)[-1]
+        parts["held out"] = _select(boxes, ~fitted)
+    deciding = list(parts)[-1]
     parts |= {name: training_boxes(cfg, table) for name, table in tests.items()}
     parts = {name: part for name, part in parts.items() if len(part.boxes)}
     matcher = build_matcher(cfg)
@@ -190,11 +182,30 @@ def compare_anchors(
     for settings in (current, proposed):
         grid = lay(settings, grids)
         best = {name: best_anchors(p.boxes, p.image, p.sizes, grid).iou for name, p in parts.items()}
-        scores.append(score(best[judge], threshold))
+        scores.append(score(best[deciding], threshold))
         fits.append(
             {name: _fit(part, best[name], threshold, grid.layout, matcher) for name, part in parts.items()}
         )
     return Comparison(current, proposed, scores[1] > scores[0], threshold, *fits)
+
+
+def _split_images(
+    cfg: CfgNode, train: Sequence[Table], rng: np.random.Generator
+) -> tuple[TrainingBoxes, np.ndarray]:
+    """Return the boxes of all training images, and which of them (B,) bool are in the half to fit on.
+
+    Raises:
+        UserError: if there is no box.
+    """
+    boxes = _joined([training_boxes(cfg, table) for table in train])
+    if not len(boxes.boxes):
+        raise UserError("DATASETS.TRAIN has no box that could be fitted: none, or all ignored or empty")
+    images = rng.permutation(np.unique(boxes.image))
+    half = images[: (len(images) + 1) // 2]
+    if cfg.INPUT.FOCAL.ROTATE_90:
+        half = np.concatenate([half, half + len(boxes.sizes)])
+        boxes = _joined([boxes, _turned(boxes)])
+    return boxes, np.isin(boxes.image, half)
 
 
 def fit_anchors(
@@ -208,13 +219,13 @@ def fit_anchors(
     threshold: float,
     seed: int,
 ) -> AnchorSettings:
-    """Search the anchors with the highest `score` by differential evolution, from where k-means leads.
+    """Search the anchors of the highest `score` by differential evolution, starting from k-means.
 
     Args:
         boxes: (B, 4) XYXY in the pixels of `sizes`, B ≥ 1.
         image: (B,) the image of each.
         sizes: (N, 2) height and width of the images.
-        grids: where anchors stand; their shapes are not looked at.
+        grids: of the anchors; their shapes are not used.
         num_sizes: on each level.
         num_ratios: of each size.
         threshold: from which IoU an anchor is positive.
@@ -236,7 +247,7 @@ def fit_anchors(
 
     low, high = np.array(bounds).T
     start = _start(sides, levels, num_sizes, num_ratios).clip(low, high)
-    found = differential_evolution(
+    optimum = differential_evolution(
         cost,
         np.array(bounds),
         maxiter=_GENERATIONS,
@@ -246,15 +257,17 @@ def fit_anchors(
         x0=start,
         polish=False,  # recall has no gradient
     )
-    return settings(found.x)
+    return settings(optimum.x)
 
 
 def score(iou: np.ndarray, threshold: float) -> float:
-    """What is maximised: 3 · recall at the matcher's threshold + mean IoU, of the best anchors' IoU (B,).
+    """Return what the search maximises, from the IoU (B,) of each box with its best anchor.
+
+    It is 3 · recall at the matcher's threshold + mean IoU.
 
     Recall is what training needs, but it has steps and is often near 1 before anything is done; the mean
-    tells equal recalls apart, pulls missed boxes up to the threshold, and leaves the regression less to do.
-    With the same weight for both, a good mean was bought with boxes that were missed.
+    separates equal recalls, brings missed boxes closer to the threshold, and makes the regression easier.
+    With the same weight for both, the search accepted missed boxes for a better mean.
     """
     return _RECALL_WEIGHT * recall(iou, threshold) + float(iou.mean())
 
@@ -288,7 +301,7 @@ def kmeans_iou(sides: np.ndarray, clusters: int) -> np.ndarray:
 
 
 def _start(sides: np.ndarray, levels: int, num_sizes: int, num_ratios: int) -> np.ndarray:
-    """The search's parameters that are nearest to the centres of k-means with as many clusters as shapes."""
+    """Return the search's parameters nearest to the centres of k-means with as many clusters as shapes."""
     centres = kmeans_iou(sides, levels * num_sizes * num_ratios)
     logs = np.log(centres.prod(axis=1)) / 2
     growth = max((logs[-1] - logs[0]) / max(levels - 1 / num_sizes, 1), np.log(_GROWTHS[0]))
@@ -323,27 +336,27 @@ def _settings_of(cfg: CfgNode, *, levels: int) -> AnchorSettings:
 
 
 def _joined(parts: Sequence[TrainingBoxes]) -> TrainingBoxes:
-    """Put sets of images one after the other."""
+    """Concatenate sets of images."""
     firsts = np.cumsum([0, *(len(part.sizes) for part in parts[:-1])])
     moved = [p._replace(image=p.image + first) for p, first in zip(parts, firsts, strict=True)]
     return TrainingBoxes(*(np.concatenate(column) for column in zip(*moved, strict=True)))
 
 
-def _turned(found: TrainingBoxes) -> TrainingBoxes:
+def _turned(boxes: TrainingBoxes) -> TrainingBoxes:
     """Exchange x and y."""
-    return found._replace(boxes=found.boxes[:, [1, 0, 3, 2]], sizes=found.sizes[:, ::-1])
+    return boxes._replace(boxes=boxes.boxes[:, [1, 0, 3, 2]], sizes=boxes.sizes[:, ::-1])
 
 
-def _part(found: TrainingBoxes, chosen: np.ndarray) -> TrainingBoxes:
-    """Take boxes, by place or (M,) bool, and their images."""
-    images, image = np.unique(found.image[chosen], return_inverse=True)
-    return TrainingBoxes(found.rows[chosen], image, found.boxes[chosen], found.sizes[images])
+def _select(boxes: TrainingBoxes, rows: np.ndarray) -> TrainingBoxes:
+    """Keep some boxes, given as indices or (M,) bool, and their images."""
+    images, image = np.unique(boxes.image[rows], return_inverse=True)
+    return TrainingBoxes(boxes.rows[rows], image, boxes.boxes[rows], boxes.sizes[images])
 
 
 def _fit(
-    found: TrainingBoxes, iou: np.ndarray, threshold: float, layout: AnchorLayout, matcher: Matcher
+    boxes: TrainingBoxes, iou: np.ndarray, threshold: float, layout: AnchorLayout, matcher: Matcher
 ) -> Fit:
-    counts = count_labels(found.boxes, found.image, found.sizes, layout=layout, matcher=matcher)
+    counts = count_labels(boxes.boxes, boxes.image, boxes.sizes, layout=layout, matcher=matcher)
     positives, negatives = sum(counts.positives), sum(counts.negatives)
     return Fit(
         boxes=len(iou),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from focal_d2.analysis.benchmark import timing
-from focal_d2.analysis.benchmark.models import build_pair, empty_images, make_batch, random_outputs
+from focal_d2.analysis.benchmark.models import Pair, build_pair, empty_images, make_batch, random_outputs
 from focal_d2.analysis.benchmark.setting import Setting
 from focal_d2.errors import UserError
 from focal_d2.modeling.losses import DenseBatch
@@ -23,35 +23,20 @@ def time_loss(cfg: CfgNode, setting: Setting) -> list[timing.Row]:
     """Classification loss, forward and backward, from the head's output (both bf16 if asked) to its gradient.
 
     Raises:
-        UserError: for a loss that detectron2 has not.
+        UserError: for a loss that detectron2 does not have.
     """
     if cfg.MODEL.FOCAL.LOSS.NAME != "focal" or isinstance(cfg.MODEL.FOCAL.LOSS.ALPHA, (list, tuple, str)):
         raise UserError("detectron2 has but one loss: MODEL.FOCAL.LOSS.NAME focal, ALPHA a number")
     pair = build_pair(cfg, setting)
-    ours = pair.ours
-    anchors = ours.anchors_for(empty_images(setting))
-    targets = ours.label_anchors(anchors, [x["instances"].to(setting.device) for x in make_batch(setting)])
-    positives = targets.positives()
-    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
-    # As the head gives them in its first iterations.
-    logits = [x.requires_grad_() for x in random_outputs(pair, setting, setting.classes, -4.6, 1.0, dtype)]
-    batch = DenseBatch(
-        logits=logits,
-        num_logits=setting.classes,
-        labels=targets.labels,
-        positive=targets.positive,
-        **positives._asdict(),
-        deltas=random_outputs(pair, setting, 4, 0.0, 0.2, dtype),
-        anchors=anchors.boxes,
-        decode=ours.box2box_transform.apply_deltas,
-    )
+    ours, batch = pair.ours, _make_batch(pair, setting)
+    logits, labels = batch.logits, batch.labels
     alpha, gamma = ours.cls_loss.alpha, ours.cls_loss.gamma
 
     def detectron2_loss() -> tuple[Tensor, ...]:
-        # As RetinaNet.forward_training and RetinaNet.losses have it.
+        # The code of RetinaNet.forward_training and RetinaNet.losses.
         flat = torch.cat([permute_to_N_HWA_K(x, setting.classes) for x in logits], dim=1)
-        valid = targets.labels >= 0
-        one_hot = F.one_hot(targets.labels[valid], num_classes=setting.classes + 1)[:, :-1]
+        valid = labels >= 0
+        one_hot = F.one_hot(labels[valid], num_classes=setting.classes + 1)[:, :-1]
         loss = sigmoid_focal_loss_jit(
             flat[valid], one_hot.to(flat.dtype), alpha=alpha, gamma=gamma, reduction="sum"
         )
@@ -81,3 +66,22 @@ def time_loss(cfg: CfgNode, setting: Setting) -> list[timing.Row]:
             limit_bytes=size,
         )
     ]
+
+
+def _make_batch(pair: Pair, setting: Setting) -> DenseBatch:
+    """Make random outputs of the head, such as in its first iterations, with the targets of a batch."""
+    ours = pair.ours
+    anchors = ours.anchors_for(empty_images(setting))
+    targets = ours.label_anchors(anchors, [x["instances"].to(setting.device) for x in make_batch(setting)])
+    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+    logits = random_outputs(pair, setting, setting.classes, -4.6, 1.0, dtype)
+    return DenseBatch(
+        logits=[x.requires_grad_() for x in logits],
+        num_logits=setting.classes,
+        labels=targets.labels,
+        positive=targets.positive,
+        **targets.positives()._asdict(),
+        deltas=random_outputs(pair, setting, 4, 0.0, 0.2, dtype),
+        anchors=anchors.boxes,
+        decode=ours.box2box_transform.apply_deltas,
+    )

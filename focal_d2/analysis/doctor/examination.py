@@ -1,16 +1,16 @@
-"""The whole examination: a config, its datasets, and what is wrong with them."""
+"""The whole examination of a config and its datasets."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from detectron2.config import CfgNode
 from torch import nn
 
-from focal_d2.analysis.doctor.images import check_images, decode_all
+from focal_d2.analysis.doctor.images import Decoded, check_images, decode_all
 from focal_d2.analysis.doctor.training import (
     AnchorFacts,
     MemoryFacts,
@@ -36,7 +36,7 @@ from focal_d2.modeling import FocalRetinaNet
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What there is of a dataset."""
+    """The contents of a dataset in numbers."""
 
     name: str
     use: str  # "train", "test" or "train, test"
@@ -49,13 +49,13 @@ class DatasetFacts:
 
 @dataclass(frozen=True)
 class Report:
-    """What an examination found.
+    """The result of an examination.
 
     Attributes:
         findings: errors first, notes last.
-        datasets: those that could be read.
-        anchors: None without a box to train on, or for another model than a RetinaNet.
-        memory: None without an image to train on, or for another model than `FocalRetinaNet`.
+        datasets: the datasets that could be read.
+        anchors: None if there is no box to train on, or if the model is not a RetinaNet.
+        memory: None if there is no image to train on, or if the model is not a `FocalRetinaNet`.
     """
 
     findings: Sequence[Finding]
@@ -73,7 +73,7 @@ class Report:
         return not self.count(ERROR)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the report for JSON."""
         anchors = self.anchors and {k: v for k, v in asdict(self.anchors).items() if k != "extents"}
         if anchors:
             for key in ("by_size", "by_class", "levels"):
@@ -88,69 +88,82 @@ class Report:
 
 
 def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
-    """Examine the datasets of a config, and what training would make of them. Nothing is changed.
+    """Examine the datasets of a config, and how training would use them. Nothing is changed.
 
     Args:
         cfg: full config.
         model: of `build_without_memory`.
-        decode: whether to open every image; with many, that takes most of the time.
+        decode: whether to open every image, which takes most of the time if there are many.
 
     Raises:
         UserError: for a mistake in the config.
     """
     # Mistakes that stop a job, except for those in the data, which become findings.
     run_checks(cfg, "config", "input")
-    found: list[Finding] = []
-    for name, times in Counter(cfg.DATASETS.TRAIN).items():
-        if times > 1:
-            found.append(Finding("dataset-repeated", f"each image is trained {times} times as often", name))
-    tables: dict[str, Table] = {}
-    # A dataset of both is read once.
-    keys = dict.fromkeys(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-    for name in cfg.DATASETS.TEST:
-        keys.setdefault(name, "DATASETS.TEST")
-    for name, key in keys.items():
-        try:
-            check_annotations(key, name)
-            tables[name] = load_table(name)
-        except UserError as error:
-            found.append(Finding("dataset-unreadable", str(error), name))
-    if len(tables) == len(keys):
+    tables, findings = _read_tables(cfg)
+    if len(tables) == len({*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}):
         run_checks(cfg, "metrics")
     train = {name: tables[name] for name in cfg.DATASETS.TRAIN if name in tables}
     test = {name: tables[name] for name in cfg.DATASETS.TEST if name in tables}
-
     for name, table in tables.items():
-        found += check_dataset(name, table)
-    known = {}
-    if decode:
-        names = [file_name for table in tables.values() for file_name in table.file_names]
-        known = decode_all(names, build_reader(cfg).read)
-        for name, table in tables.items():
-            found += check_images(name, table, known)
-    else:
-        found.append(Finding("images-unchecked", "no image was opened; leave out --no-images to check them"))
-    found += check_against_config(cfg, train, test)
-    digests = {file_name: image.digest for file_name, image in known.items() if image.size}
-    found += check_together(cfg, train, test, digests)
-    # Boxes that were read wrongly would say nothing of anchors.
-    misread = {x.dataset for x in found if x.code in ("box-format", "item-unreadable")}
-    anchors, wrong = anchor_facts(cfg, {name: table for name, table in train.items() if name not in misread})
-    found += wrong
-    found += _check_architecture(cfg, model)
-    found += check_learning_rate(
+        findings += check_dataset(name, table)
+    images, image_findings = _check_images(cfg, tables, decode=decode)
+    findings += image_findings
+    findings += check_against_config(cfg, train, test)
+    digests = {file_name: image.digest for file_name, image in images.items() if image.size}
+    findings += check_together(cfg, train, test, digests)
+    # Facts about anchors would be wrong with boxes that were read wrongly.
+    misread = {x.dataset for x in findings if x.code in ("box-format", "item-unreadable")}
+    anchors, anchor_findings = anchor_facts(
+        cfg, {name: table for name, table in train.items() if name not in misread}
+    )
+    findings += anchor_findings
+    findings += _check_architecture(cfg, model)
+    findings += check_learning_rate(
         architecture=known_architecture(cfg),
         optimizer=cfg.SOLVER.FOCAL.OPTIMIZER,
         base_lr=cfg.SOLVER.BASE_LR,
         images=cfg.SOLVER.IMS_PER_BATCH,
     )
-    found += [Finding("key-unread", line) for line in unread_keys(cfg)]
+    findings += [Finding("key-unread", line) for line in unread_keys(cfg)]
     return Report(
-        findings=sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)),
+        findings=sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)),
         datasets=[_facts(name, table, name in train, name in test) for name, table in tables.items()],
         anchors=anchors,
         memory=memory_facts(cfg, model, train),
     )
+
+
+def _read_tables(cfg: CfgNode) -> tuple[dict[str, Table], list[Finding]]:
+    """Read each dataset once, also one that is used for both; return those that can be read, by name."""
+    findings = [
+        Finding("dataset-repeated", f"each image is trained {times} times as often", name)
+        for name, times in Counter(cfg.DATASETS.TRAIN).items()
+        if times > 1
+    ]
+    keys = dict.fromkeys(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+    for name in cfg.DATASETS.TEST:
+        keys.setdefault(name, "DATASETS.TEST")
+    tables: dict[str, Table] = {}
+    for name, key in keys.items():
+        try:
+            check_annotations(key, name)
+            tables[name] = load_table(name)
+        except UserError as error:
+            findings.append(Finding("dataset-unreadable", str(error), name))
+    return tables, findings
+
+
+def _check_images(
+    cfg: CfgNode, tables: Mapping[str, Table], *, decode: bool
+) -> tuple[dict[str, Decoded], list[Finding]]:
+    """Open all images, if asked to; return what was decoded, by file name."""
+    if not decode:
+        message = "no image was opened; leave out --no-images to check them"
+        return {}, [Finding("images-unchecked", message)]
+    names = [file_name for table in tables.values() for file_name in table.file_names]
+    images = decode_all(names, build_reader(cfg).read)
+    return images, [x for name, table in tables.items() for x in check_images(name, table, images)]
 
 
 def _check_architecture(cfg: CfgNode, model: nn.Module) -> list[Finding]:

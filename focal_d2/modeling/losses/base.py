@@ -1,8 +1,8 @@
-"""What a classification loss is, and how YAML names one.
+"""The base class of classification losses, their input, and their registry.
 
-A loss is a module that turns a batch's raw head outputs and labels into one number. It also owns what goes
-with it: how many logits an anchor has, what they mean, and where they start. `docs/losses.md` shows how to
-add one in a file of one's own.
+A loss is a module that turns a batch's raw head outputs and labels into one number. It also defines the
+logits: how many an anchor has, what they mean, and their initial values. `docs/losses.md` shows how to add a
+loss in a separate file.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import Tensor, nn
 from focal_d2.config import check_choice
 from focal_d2.errors import UserError
 from focal_d2.ops import paired_iou
-from focal_d2.ops.common import compare, divide
+from focal_d2.ops.common import divide, prepare_targets
 
 
 class DenseBatch(NamedTuple):
-    """What a classification loss may look at. C logits an anchor: K, or K + 1 with softmax."""
+    """The input of a classification loss. C is the number of logits an anchor: K, or K + 1 with softmax."""
 
-    logits: list[Tensor]  # L × (N, A·C, H, W), as the head gives them
+    logits: list[Tensor]  # L × (N, A·C, H, W), as the head returns them
     num_logits: int  # C
     labels: Tensor  # (N, R) int64: [0, K) a class, K background, -1 ignored
     positive: Tensor  # (N, R) bool
     image: Tensor  # (P,) int64: the image of each positive, in the order of positive.nonzero()
     anchor: Tensor  # (P,) int64: its anchor, over all levels
     gt_boxes: Tensor  # (P, 4) XYXY, the boxes that the positives are matched to
-    deltas: list[Tensor]  # L × (N, A·4, H, W), as the head gives them
+    deltas: list[Tensor]  # L × (N, A·4, H, W), as the head returns them
     anchors: Tensor  # (R, 4) XYXY
     decode: Callable[[Tensor, Tensor], Tensor]  # (deltas (E, 4), anchors (E, 4)) -> boxes (E, 4) XYXY
     seeds: Sequence[int] = ()  # N, of each image, for losses that sample; empty for others
@@ -46,24 +46,24 @@ class DenseBatch(NamedTuple):
 
     def of_image(self, index: int) -> DenseBatch:
         """Return one image as a batch of its own."""
-        own = self.image == index
+        in_image = self.image == index
         image = slice(index, index + 1)
         return self._replace(
             logits=[x[image] for x in self.logits],
             labels=self.labels[image],
             positive=self.positive[image],
-            image=torch.zeros_like(self.image[own]),
-            anchor=self.anchor[own],
-            gt_boxes=self.gt_boxes[own],
+            image=torch.zeros_like(self.image[in_image]),
+            anchor=self.anchor[in_image],
+            gt_boxes=self.gt_boxes[in_image],
             deltas=[x[image] for x in self.deltas],
             seeds=self.seeds[image],
             sizes=self.sizes[image],
         )
 
     def positions(self) -> Tensor:
-        """Return a number (R,) int64 for each anchor's level, row, column and place in its cell.
+        """Return a number (R,) int64 that encodes each anchor's level, row, column and shape.
 
-        Unlike the anchor's index it does not depend on the size that the images are padded to.
+        Unlike the anchor's index, it does not depend on the size that the images are padded to.
         """
         parts = []
         for level, (x, start, stop) in enumerate(level_ranges(self.logits, self.num_logits)):
@@ -74,16 +74,16 @@ class DenseBatch(NamedTuple):
         return torch.cat(parts)
 
     def inside(self, image: int) -> Tensor:
-        """Whether each anchor's centre is in the image, (R,) bool, not in its padding; all, if not known."""
+        """Return which anchors' centres are in the image, not in its padding: (R,) bool; all if unknown."""
         if not self.sizes:
             return torch.ones_like(self.positive[image])
         height, width = self.sizes[image]
         centre = (self.anchors[:, :2] + self.anchors[:, 2:]) / 2
-        # Centres are at multiples of half a pixel, up to rounding; those at the edge belong to the padding.
+        # Centres are at multiples of half a pixel, up to rounding; a centre on the edge is in the padding.
         return (centre[:, 0] < width - 0.25) & (centre[:, 1] < height - 0.25)
 
     def split(self, values: Tensor) -> list[Tensor]:
-        """Cut values of all anchors (N, R, ...) into those of each level, L × (N, H·W·A, ...)."""
+        """Split values of all anchors (N, R, ...) by level: L × (N, H·W·A, ...)."""
         return [values[:, start:stop] for _, start, stop in level_ranges(self.logits, self.num_logits)]
 
     def all_logits(self) -> Tensor:
@@ -105,7 +105,7 @@ class DenseBatch(NamedTuple):
 
 
 def gather_deltas(deltas: list[Tensor], image: Tensor, anchor: Tensor) -> Tensor:
-    """Read the deltas of some anchors where the head put them.
+    """Read the deltas of some anchors from the head's output.
 
     Args:
         deltas: L × (N, A·4, H, W).
@@ -113,17 +113,17 @@ def gather_deltas(deltas: list[Tensor], image: Tensor, anchor: Tensor) -> Tensor
         anchor: (E,) index of the anchor, over all levels.
 
     Returns:
-        (E, 4) float32, or float64 if they came so.
+        (E, 4) float32, or float64 for float64 deltas.
     """
     gathered = None
     for x, start, stop in level_ranges(deltas, 4):
         if stop == start:
             continue
-        # Every level is asked for every anchor, and gives some other one's where it has it not: to pick its
-        # own first would make a GPU wait.
-        found = level_deltas(x, image, (anchor - start).remainder(stop - start))
-        own = ((anchor >= start) & (anchor < stop)).unsqueeze(1)
-        gathered = torch.where(own, found, 0.0 if gathered is None else gathered)
+        # Index every level with every anchor and select the right one afterwards: splitting first needs
+        # counts, which a GPU would have to wait for.
+        level = level_deltas(x, image, (anchor - start).remainder(stop - start))
+        in_level = ((anchor >= start) & (anchor < stop)).unsqueeze(1)
+        gathered = torch.where(in_level, level, 0.0 if gathered is None else gathered)
     if gathered is None:
         gathered = torch.cat([x.flatten() for x in deltas]).view(0, 4)
     return gathered if gathered.dtype == torch.float64 else gathered.float()
@@ -150,12 +150,12 @@ class ClassificationLoss(nn.Module):
     """Base of the classification losses: sigmoid over K classes unless a subclass says otherwise.
 
     `forward(batch: DenseBatch)` returns a scalar. It is divided by the positive anchors' number
-    (`MODEL.FOCAL.LOSS.NORMALIZER`) unless `divided_by_positives` is false. A loss that also has a one-pass
-    implementation says so with `has_fused`, and asks `use_fused`.
+    (`MODEL.FOCAL.LOSS.NORMALIZER`) unless `divided_by_positives` is false. A loss with a one-pass
+    implementation sets `has_fused`, and `use_fused` says when to use it.
     """
 
     divided_by_positives = True
-    samples = False  # whether it draws random numbers, for which the batch has a seed for each image
+    samples = False  # whether it draws random numbers; then the batch has a seed for each image
     has_fused = False
     implementation = "reference"
     use_kernels = False  # of the one-pass implementation, on a GPU
@@ -181,28 +181,30 @@ class ClassificationLoss(nn.Module):
         return logits.sigmoid()
 
     def correctness(self, batch: DenseBatch) -> Iterator[Tensor]:
-        """Yield how right the model is about each example: 1 - |y - p|, level by level, (N, r, E).
+        """Yield how correct the model is on each example: 1 - |y - p|, level by level, (N, r, E).
 
         The examples are pairs of anchor and class, E = K, with target y: 1 for an anchor's class, else 0.
         This is the paper's p_t (eq. 2). A loss with other examples (E = 1: anchors) or targets overrides it.
         """
         for logits, labels in batch.levels():
-            x, is_class, _ = compare(logits, labels, num_classes=self.num_classes, num_logits=self.num_logits)
+            x, is_class, _ = prepare_targets(
+                logits, labels, num_classes=self.num_classes, num_logits=self.num_logits
+            )
             probs = self.probabilities(x)
             yield torch.where(is_class[..., : self.num_classes], probs, 1 - probs)
 
     def example_losses(self, batch: DenseBatch) -> Iterator[Tensor] | None:
-        """Yield what each example of `correctness` adds to the loss, level by level, (N, r, E).
+        """Yield the part of the loss of each example of `correctness`, level by level, (N, r, E).
 
-        Read after `forward` for figures, without gradient: it must not change the loss's buffers. A factor
-        that all examples share may be left out. None: the loss can't say.
+        It is read after `forward`, for metrics and without gradient, and must not change the loss's buffers.
+        A factor that all examples share may be left out. None: the loss is not a sum over examples.
         """
         return None
 
     def least_logit(self, score: float) -> float | None:
-        """Return a logit that every score above `score` (in [0, 1]) exceeds, however it is rounded.
+        """Return a lower bound on the logits of all scores above `score` (in [0, 1]), rounding included.
 
-        None, if it is not known: `probabilities` is not this class's.
+        None if there is no such bound, because a subclass has other `probabilities`.
         """
         if type(self).probabilities is not ClassificationLoss.probabilities:
             return None

@@ -1,4 +1,4 @@
-"""Box losses, and the number that losses are divided by."""
+"""Box losses, and the normaliser: the number that the losses are divided by."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ class BoxLoss(nn.Module):
         difference = deltas - targets
         root = (difference**2 + self.ghm_mu**2).sqrt()
         norms = (difference / root).abs().detach()
-        counts = torch.ones_like(norms, dtype=torch.bool)
-        density = harmonise(norms, counts, self.histogram, self.ghm_momentum, sum_over_ranks)
+        valid = torch.ones_like(norms, dtype=torch.bool)
+        density = harmonise(norms, valid, self.histogram, self.ghm_momentum, sum_over_ranks)
         # The sum over all processes; their gradients are averaged.
         return ((root - self.ghm_mu) / density).sum() * comm.get_world_size()
 
@@ -104,7 +104,7 @@ class BoxLoss(nn.Module):
 def encode(anchors: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
     """Return the (dx, dy, dw, dh) that turn anchors into boxes, as `Box2BoxTransform.get_deltas`, to the bit.
 
-    That one checks its input, for which a GPU has to be waited for; anchors are never empty.
+    `get_deltas` checks its input, which makes the host wait for a GPU; anchors always have an area.
 
     Args:
         anchors: (P, 4) XYXY, of positive width and height.
@@ -130,10 +130,10 @@ class LossNormalizer(nn.Module):
     """The number that both losses are divided by.
 
     "paper": the batch's positive anchors (paper, section 4), at least 1. "ema": their moving average
-    with momentum 0.9, starting at 100, as detectron2 does. There it is a plain attribute and starts anew
-    on resume; here it is a buffer and part of the checkpoint. Checkpoints without it load. There each of
-    several processes also keeps its own; here the batch is that of all processes, so that their gradients,
-    which are averaged, are those of one process with the whole batch.
+    with momentum 0.9, starting at 100, as in detectron2. In detectron2 it is a plain attribute that starts
+    again on resume, and each process has its own. Here it is a buffer and part of the checkpoint, and it
+    counts the batch of all processes, so that their averaged gradients equal those of one process with the
+    whole batch. Checkpoints without the buffer load, too.
     """
 
     MOMENTUM = 0.9
@@ -147,7 +147,7 @@ class LossNormalizer(nn.Module):
         self.register_buffer("ema", torch.tensor(self.INITIAL))
         self.register_load_state_dict_pre_hook(self._keep_if_absent)
         self._held: Tensor | float | None = None
-        self.last: Tensor | float = self.INITIAL  # what it gave last
+        self.last: Tensor | float = self.INITIAL  # the last divisor
 
     @staticmethod
     def _keep_if_absent(module: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
@@ -170,7 +170,10 @@ class LossNormalizer(nn.Module):
 
     @contextmanager
     def held(self, value: Tensor | float) -> Iterator[None]:
-        """Divide by `value`, and count nothing: for a batch in parts, or a step that is made again."""
+        """Use `value` as the divisor in this block and leave the moving average alone.
+
+        This is for a batch that is computed in parts (accumulation), and for a step that is repeated.
+        """
         self._held = value
         try:
             yield

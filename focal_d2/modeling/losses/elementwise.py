@@ -22,7 +22,13 @@ from focal_d2.ops import (
     softmax_focal_loss,
     varifocal_loss,
 )
-from focal_d2.ops.common import check_at_least_0, check_in_0_1, check_quality_beta, check_weight, compare
+from focal_d2.ops.common import (
+    check_at_least_0,
+    check_in_0_1,
+    check_quality_beta,
+    check_weight,
+    prepare_targets,
+)
 
 _NO_WEIGHTING = -1.0
 # ALPHA that `focal_d2.engine.resolve_alpha` turns into numbers.
@@ -254,7 +260,9 @@ class _Quality(ClassificationLoss):
     def correctness(self, batch: DenseBatch) -> Iterator[Tensor]:
         """Yield 1 - |y - p|, the target y of an anchor's class being its box's quality."""
         for (logits, labels), quality in zip(batch.levels(), batch.split(batch.quality()), strict=True):
-            x, is_class, _ = compare(logits, labels, num_classes=self.num_classes, num_logits=self.num_logits)
+            x, is_class, _ = prepare_targets(
+                logits, labels, num_classes=self.num_classes, num_logits=self.num_logits
+            )
             target = torch.where(is_class, quality.unsqueeze(-1), 0.0)
             yield 1 - (target - x.sigmoid()).abs()
 

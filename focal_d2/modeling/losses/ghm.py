@@ -11,7 +11,7 @@ from torch import Tensor
 from focal_d2.modeling.all_reduce import sum_over_ranks
 from focal_d2.modeling.losses.base import ClassificationLoss, DenseBatch, register_loss
 from focal_d2.ops import sigmoid_cross_entropy
-from focal_d2.ops.common import compare
+from focal_d2.ops.common import prepare_targets
 from focal_d2.ops.losses.ghm import gradient_density, harmonise
 
 
@@ -20,8 +20,7 @@ class GradientHarmonisedLoss(ClassificationLoss):
     """Cross entropy divided by the density of gradient norms, of a moving average where momentum is above 0.
 
     The moving average is a buffer, so it is part of the checkpoint; it counts the examples of all processes.
-    The loss is not divided by the positives'
-    number: the density already is a number of examples.
+    The loss is not divided by the positives' number: the density already is a number of examples.
     """
 
     divided_by_positives = False
@@ -38,8 +37,8 @@ class GradientHarmonisedLoss(ClassificationLoss):
         """Return Σ CE / GD(g) over all anchors that are not ignored and all classes (eq. 8)."""
         logits = batch.all_logits()
         with torch.no_grad():
-            norms, counts = self._norms(logits, batch.labels)
-            density = harmonise(norms, counts, self.histogram, self.momentum, sum_over_ranks)
+            norms, valid = self._norms(logits, batch.labels)
+            density = harmonise(norms, valid, self.histogram, self.momentum, sum_over_ranks)
         # The sum over all processes; their gradients are averaged.
         loss = sigmoid_cross_entropy(logits, batch.labels, num_classes=self.num_classes)
         return (loss / density).sum() * comm.get_world_size()
@@ -53,8 +52,8 @@ class GradientHarmonisedLoss(ClassificationLoss):
 
     def _norms(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient norms g = |p - y| (N, r, K), and bool (N, r, K): the pair takes part."""
-        x, is_class, counts = compare(
+        x, is_class, valid = prepare_targets(
             logits, labels, num_classes=self.num_classes, num_logits=self.num_classes
         )
         norms = (x.sigmoid() - is_class.to(x.dtype)).abs()
-        return norms, counts.expand_as(norms)
+        return norms, valid.expand_as(norms)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from focal_d2.ops.common import balance, check_at_least_0, check_weight, compare, reduce
+from focal_d2.ops.common import apply_alpha, check_at_least_0, check_weight, prepare_targets, reduce
 
 
 def sigmoid_focal_loss(
@@ -45,7 +45,7 @@ def sigmoid_focal_loss(
         reduction: "sum", or "none" for (..., K) with 0 for ignored anchors.
 
     Returns:
-        A scalar in float32 (float64 for float64 logits); 0 with a gradient path if no anchor counts.
+        A scalar in float32 (float64 for float64 logits); 0 with a gradient path if all anchors are ignored.
 
     Raises:
         ValueError: if shapes, labels' dtype, alpha, gamma or reduction do not fit.
@@ -58,12 +58,12 @@ def sigmoid_focal_loss(
     """
     check_weight("alpha", alpha)
     check_at_least_0("gamma", gamma)
-    x, is_class, counts = compare(logits, labels, num_classes=num_classes, num_logits=num_classes)
+    x, is_class, valid = prepare_targets(logits, labels, num_classes=num_classes, num_logits=num_classes)
     x_t = torch.where(is_class, x, -x)
     loss = -F.logsigmoid(x_t)
     if gamma > 0:
         loss = torch.exp(gamma * F.logsigmoid(-x_t)) * loss
-    return reduce(balance(loss, is_class, alpha), counts, reduction)
+    return reduce(apply_alpha(loss, is_class, alpha), valid, reduction)
 
 
 def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, *, num_classes: int) -> Tensor:
@@ -111,7 +111,7 @@ def sigmoid_focal_star_loss(
     check_weight("alpha", alpha)
     if gamma <= 0:
         raise ValueError(f"gamma is {gamma}; it must be above 0")
-    x, is_class, counts = compare(logits, labels, num_classes=num_classes, num_logits=num_classes)
+    x, is_class, valid = prepare_targets(logits, labels, num_classes=num_classes, num_logits=num_classes)
     x_t = torch.where(is_class, x, -x)
     loss = -F.logsigmoid(gamma * x_t + beta) / gamma
-    return reduce(balance(loss, is_class, alpha), counts, reduction)
+    return reduce(apply_alpha(loss, is_class, alpha), valid, reduction)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from focal_d2.ops.common import check_at_least_0, check_in_0_1, check_quality_beta, compare, reduce
+from focal_d2.ops.common import check_at_least_0, check_in_0_1, check_quality_beta, prepare_targets, reduce
 
 
 def quality_focal_loss(
@@ -30,17 +30,17 @@ def quality_focal_loss(
         reduction: "sum", or "none" for (..., K) with 0 for ignored anchors.
 
     Returns:
-        A scalar in float32 (float64 for float64 logits); 0 with a gradient path if no anchor counts.
+        A scalar in float32 (float64 for float64 logits); 0 with a gradient path if all anchors are ignored.
 
     Raises:
         ValueError: if shapes, labels' dtype, beta or reduction do not fit.
     """
     check_quality_beta(beta)
-    x, target, counts = _soft_targets(logits, labels, quality, num_classes)
+    x, target, valid = _soft_targets(logits, labels, quality, num_classes)
     loss = F.binary_cross_entropy_with_logits(x, target, reduction="none")
     if beta > 0:
         loss = (target - x.sigmoid()).abs().pow(beta) * loss
-    return reduce(loss, counts, reduction)
+    return reduce(loss, valid, reduction)
 
 
 def varifocal_loss(
@@ -67,27 +67,27 @@ def varifocal_loss(
         reduction: "sum", or "none" for (..., K) with 0 for ignored anchors.
 
     Returns:
-        A scalar in float32 (float64 for float64 logits); 0 with a gradient path if no anchor counts.
+        A scalar in float32 (float64 for float64 logits); 0 with a gradient path if all anchors are ignored.
 
     Raises:
         ValueError: if shapes, labels' dtype, alpha, gamma or reduction do not fit.
     """
     check_in_0_1("alpha", alpha)
     check_at_least_0("gamma", gamma)
-    x, target, counts = _soft_targets(logits, labels, quality, num_classes)
+    x, target, valid = _soft_targets(logits, labels, quality, num_classes)
     loss = F.binary_cross_entropy_with_logits(x, target, reduction="none")
     negative_weight = alpha * torch.exp(gamma * F.logsigmoid(x))
-    return reduce(torch.where(target > 0, target, negative_weight) * loss, counts, reduction)
+    return reduce(torch.where(target > 0, target, negative_weight) * loss, valid, reduction)
 
 
 def _soft_targets(
     logits: Tensor, labels: Tensor, quality: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, is_class, counts = compare(logits, labels, num_classes=num_classes, num_logits=num_classes)
+    x, is_class, valid = prepare_targets(logits, labels, num_classes=num_classes, num_logits=num_classes)
     if quality.shape != labels.shape:
         raise ValueError(f"quality {tuple(quality.shape)} must be labels' {tuple(labels.shape)}")
     target = torch.where(is_class, quality.to(x.dtype).unsqueeze(-1), 0.0)
-    return x, target, counts
+    return x, target, valid
 
 
 def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:

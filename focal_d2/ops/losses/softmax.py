@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from focal_d2.ops.common import balance, check_at_least_0, check_weight, compare, reduce
+from focal_d2.ops.common import apply_alpha, check_at_least_0, check_weight, prepare_targets, reduce
 
 
 def softmax_focal_loss(
@@ -33,19 +33,19 @@ def softmax_focal_loss(
         reduction: "sum", or "none" for (...) with 0 for ignored anchors.
 
     Returns:
-        A scalar in float32 (float64 for float64 logits); 0 with a gradient path if no anchor counts.
+        A scalar in float32 (float64 for float64 logits); 0 with a gradient path if all anchors are ignored.
 
     Raises:
         ValueError: if shapes, labels' dtype, alpha, gamma or reduction do not fit.
     """
     check_weight("alpha", alpha)
     check_at_least_0("gamma", gamma)
-    x, is_class, counts = compare(logits, labels, num_classes=num_classes, num_logits=num_classes + 1)
+    x, is_class, valid = prepare_targets(logits, labels, num_classes=num_classes, num_logits=num_classes + 1)
     log_total = x.logsumexp(-1)  # (...)
-    # An ignored anchor has no class of its own: background stands in, and `reduce` silences it.
+    # An ignored anchor has no class; it is computed as background, and `reduce` sets its loss to 0.
     true = torch.where(labels < 0, num_classes, labels).unsqueeze(-1)  # (..., 1)
     loss = log_total - x.gather(-1, true).squeeze(-1)
     if gamma > 0:
         others = x.masked_fill(is_class, float("-inf")).logsumexp(-1)
         loss = torch.exp(gamma * (others - log_total)) * loss
-    return reduce(balance(loss, labels < num_classes, alpha), counts.squeeze(-1), reduction)
+    return reduce(apply_alpha(loss, labels < num_classes, alpha), valid.squeeze(-1), reduction)

@@ -1,16 +1,16 @@
 """Matching anchors to boxes without the matrix of all their IoUs.
 
-detectron2's `Matcher` looks at every pair of M boxes and R anchors. But anchors stand on regular grids, so a
-box reaches a given IoU only with the anchors of a few shapes in a small window around it, and its best
-anchors stand next to its centre. Here only those pairs are listed, and their IoUs are computed as detectron2
-computes them, operation by operation, so that labels are the same to the bit, ties included.
+detectron2's `Matcher` computes the IoU of every pair of M boxes and R anchors. But anchors are on regular
+grids. A box reaches a given IoU only with the anchors of a few shapes in a small window around it, and its
+best anchors are next to its centre. Here only those pairs are listed. Their IoUs are computed with the same
+operations in the same order as in detectron2, so that labels are the same to the bit, ties included.
 
-Windows are found in float64 and made a little larger than they need be; what lies outside them has a smaller
-IoU than matters however float32 rounds. Where that can't be said (a box that hardly overlaps any anchor, or
-positives below the first threshold) all pairs are looked at, a slice of anchors at a time.
+Windows are computed in float64 and made slightly larger than necessary. Anchors outside a window have too low
+an IoU, however float32 rounds. Where this cannot be guaranteed (a box that hardly overlaps any anchor, or
+positives below the first threshold), all pairs are computed, for a slice of anchors at a time.
 
-On a GPU, lists whose length depends on the boxes wait for it. With `use_kernels`, Triton kernels look at all
-pairs there, if Triton is installed, and keep none. They were never run on a GPU.
+On a GPU, a list whose length depends on the boxes makes the host wait. With `use_kernels`, and if Triton is
+installed, Triton kernels compute all pairs there and store none of them. They have not run on a GPU yet.
 
 Shapes: M boxes, R anchors, S anchor shapes (levels × anchors a cell), T listed pairs. Boxes are XYXY.
 """
@@ -31,14 +31,14 @@ _SLACK = 0.02
 _LEAST_OVERLAP = 0.1
 # Boxes with a coordinate beyond this are compared with all anchors.
 _FARTHEST = 2.0**20
-# Pairs looked at at once where all are looked at: 16 MiB in float32.
+# Pairs computed at once where all pairs are computed: 16 MiB in float32.
 _MOST_PAIRS = 1 << 22
 # Boxes whose windows are listed at once: a table of their overlaps with 45 shapes takes 6 MB in float64.
 _MOST_BOXES = 1 << 14
 
 
 class AnchorGrid(NamedTuple):
-    """Where the anchors of each shape stand. Their order is that of detectron2's generator."""
+    """The grid of each anchor shape. Anchors are in the order of detectron2's generator."""
 
     corners: Tensor  # (S, 4) float64: the anchor of the cell (0, 0)
     stride: Tensor  # (S,) float64: pixels between cells
@@ -49,13 +49,15 @@ class AnchorGrid(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """What `Matcher` gives."""
+    """The result of matching, as detectron2's `Matcher` returns it."""
 
-    matched: Tensor  # (R,) int64: the box with the highest IoU; only where outcome is 1 is it the matcher's
+    matched: Tensor  # (R,) int64: the box with the highest IoU; equal to the matcher's where outcome is 1
     outcome: Tensor  # (R,) int8: the thresholds' label
 
 
 class _Pairs(NamedTuple):
+    """Pairs of a box and an anchor."""
+
     box: Tensor  # (T,) int64
     anchor: Tensor  # (T,) int64
     iou: Tensor  # (T,) float32
@@ -76,7 +78,7 @@ def match_anchors(
     Args:
         boxes: (M, 4), M ≥ 1.
         anchors: (R, 4), the grid's.
-        grid: where the anchors stand; None if they stand on no grid: all pairs are looked at.
+        grid: of the anchors; None if they are on no grid: then all pairs are computed.
         thresholds: T' rising IoUs, above 0.
         labels: T' + 1 of -1, 0 and 1: for IoUs below the first threshold, from it to the second, and so on.
         low_quality_matches: an anchor that is a box's best gets label 1, however low their IoU.
@@ -85,12 +87,12 @@ def match_anchors(
     arguments = (list(thresholds), list(labels), low_quality_matches)
     kernels = find_kernels(MATCHING_KERNELS, boxes) if use_kernels else None
     if kernels is not None and boxes.dtype == anchors.dtype == torch.float32:
-        found = kernels.find_best_boxes(boxes, anchors, with_is_best=low_quality_matches)
-        outcome = _label(found.highest, *arguments[:2])
-        if found.is_best is not None:
-            outcome.masked_fill_(found.is_best, 1)
-        return Matches(found.matched, outcome)
-    # Windows of boxes beyond any image, or of no number, are not worth the care that they need.
+        best = kernels.find_best_boxes(boxes, anchors, with_is_best=low_quality_matches)
+        outcome = _label(best.highest, *arguments[:2])
+        if best.is_best is not None:
+            outcome.masked_fill_(best.is_best, 1)
+        return Matches(best.matched, outcome)
+    # Boxes that are NaN or far outside take the exhaustive path.
     if grid is None or labels[0] == 1 or not bool((boxes.abs() < _FARTHEST).all()):
         return _match_all(boxes, anchors, *arguments)
     matched, highest, chosen = anchors.new_zeros(0), anchors.new_zeros(0), []
@@ -103,29 +105,32 @@ def match_anchors(
         if first == 0:
             matched, highest = box, iou
         else:
-            matched = torch.where(iou > highest, box + first, matched)  # of equals the first box
+            matched = torch.where(iou > highest, box + first, matched)  # of equal IoUs, the first box
             highest = torch.maximum(iou, highest)
         if low_quality_matches:
             chosen.append(near.anchor[near.iou == _best_of(near, len(part))[near.box]])
     outcome = _label(highest, *arguments[:2])
     if low_quality_matches:
-        best = torch.cat(chosen)
-        outcome[best] = 1
-        # Below the first threshold a better box may not be among the pairs.
-        best = best[highest[best] < thresholds[0]].unique()
-        for some in best.split(max(1, _MOST_PAIRS // len(boxes))):
-            matched[some] = _iou(boxes[:, None], anchors[some]).max(dim=0).indices
+        best_anchors = torch.cat(chosen)
+        outcome[best_anchors] = 1
+        # Below the first threshold, the list of pairs may lack the best box of an anchor.
+        unsure = best_anchors[highest[best_anchors] < thresholds[0]].unique()
+        for part in unsure.split(max(1, _MOST_PAIRS // len(boxes))):
+            matched[part] = _iou(boxes[:, None], anchors[part]).max(dim=0).indices
     return Matches(matched, outcome)
 
 
 def _near_pairs(
     boxes: Tensor, anchors: Tensor, grid: AnchorGrid, threshold: float, low_quality_matches: bool
 ) -> _Pairs | None:
-    """All pairs of this IoU or more, and if asked for each box's best; None if that needs all pairs."""
+    """List all pairs of at least this IoU, and, for low-quality matches, the best pairs of each box.
+
+    None if a box needs all pairs to be computed.
+    """
     windows = _overlaps(boxes.double(), grid)
     near = _compare(boxes, anchors, *_pairs_above(windows, grid, threshold))
     if low_quality_matches:
-        # What has an anchor above the first threshold has its best among the pairs already.
+        # If a box has a pair above the threshold, its best pair is in the list already.
         rest = (_best_of(near, len(boxes)) < threshold).nonzero().squeeze(1)
         if len(rest):
             if (windows.least[rest] < _LEAST_OVERLAP).any():
@@ -135,12 +140,12 @@ def _near_pairs(
 
 
 class _Overlaps(NamedTuple):
-    """Of each box with the nearest anchor of each shape; (M, S) float64 unless said."""
+    """The overlap of each box with the nearest anchor of each shape; (M, S) float64 unless stated."""
 
     boxes: Tensor  # (M, 4)
     width: Tensor
     height: Tensor
-    areas: Tensor  # both areas' sum
+    areas: Tensor  # the sum of both areas
     least: Tensor  # (M,) the smaller side of the overlap with the best shape
 
 
@@ -157,20 +162,20 @@ def _overlaps(boxes: Tensor, grid: AnchorGrid) -> _Overlaps:
 
 
 def _longest(low: Tensor, high: Tensor, first: Tensor, last: Tensor, stride: Tensor, cells: Tensor) -> Tensor:
-    """The longest overlap (M, S) of an interval with a shape's, along an axis: that of the nearest cell."""
+    """Return the longest overlap (M, S) along an axis of a box and a shape, which is at the nearest cell."""
     nearest = ((low + high - first - last) / (2 * stride)).round().clamp(min=0)
     shift = torch.minimum(nearest, cells - 1.0) * stride
     return torch.minimum(high, last + shift) - torch.maximum(low, first + shift)
 
 
 def _real_iou(overlaps: _Overlaps, slack: float) -> Tensor:
-    """The IoU (M, S) of the nearest anchors, were the overlap longer by `slack` each way."""
+    """Return the IoU (M, S) of the nearest anchors, with the overlap longer by `slack` on each axis."""
     intersection = (overlaps.width + slack).clamp(min=0) * (overlaps.height + slack).clamp(min=0)
     return intersection / (overlaps.areas - intersection)
 
 
 def _pairs_above(overlaps: _Overlaps, grid: AnchorGrid, threshold: float) -> tuple[Tensor, Tensor]:
-    """Boxes and anchors, both (T,), of a list that has all pairs of this IoU or more."""
+    """Return the boxes and anchors, both (T,), of a list that contains all pairs of at least this IoU."""
     # IoU ≥ t is the same as intersection ≥ t / (1 + t) · (sum of the areas).
     needed = threshold / (1 + threshold) * overlaps.areas * (1 - 1e-4)
     width, height = overlaps.width + _SLACK, overlaps.height + _SLACK
@@ -180,11 +185,11 @@ def _pairs_above(overlaps: _Overlaps, grid: AnchorGrid, threshold: float) -> tup
 
 
 def _best_pairs(overlaps: _Overlaps, grid: AnchorGrid, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes and anchors, both (T,), of a list that has all best anchors of the boxes `rest`."""
+    """Return the boxes and anchors, both (T,), of a list that contains all best pairs of the boxes `rest`."""
     part = _Overlaps(*(x[rest] for x in overlaps))
     lowest = _real_iou(part, -_SLACK).amax(dim=1, keepdim=True) * (1 - 1e-4)
     row, shape = (_real_iou(part, _SLACK) >= lowest).nonzero(as_tuple=True)
-    # Along each axis the overlap of a best anchor is the longest there is, but for rounding.
+    # Apart from rounding, a best anchor has the longest possible overlap along each axis.
     width, height = part.width[row, shape], part.height[row, shape]
     return _window(
         overlaps.boxes, grid, rest[row], shape, width * (1 - 1e-4) - _SLACK, height * (1 - 1e-4) - _SLACK
@@ -194,24 +199,24 @@ def _best_pairs(overlaps: _Overlaps, grid: AnchorGrid, rest: Tensor) -> tuple[Te
 def _window(
     boxes: Tensor, grid: AnchorGrid, box: Tensor, shape: Tensor, width: Tensor, height: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Boxes and anchors, both (T,), of all pairs whose overlap is at least so wide and high.
+    """Return the boxes and anchors, both (T,), of all pairs with at least this overlap.
 
     Args:
         boxes: (M, 4) float64.
-        grid: where the anchors stand.
+        grid: of the anchors.
         box: (W,) index of the box of each window.
         shape: (W,) index of its anchor shape.
-        width: (W,) pixels.
-        height: (W,) pixels.
+        width: (W,) least width of the overlap, pixels.
+        height: (W,) least height of the overlap, pixels.
     """
     x0, y0, x1, y1 = boxes[box].unbind(1)
     a0, b0, a1, b1 = grid.corners[shape].unbind(1)
     stride, columns, rows = grid.stride[shape], grid.width[shape], grid.height[shape]
     left, wide = _cells(x0, x1, a0, a1, stride, columns, width)
     top, high = _cells(y0, y1, b0, b1, stride, rows, height)
-    counts = wide * high
-    window = torch.repeat_interleave(counts)  # (T,)
-    inside = torch.arange(len(window), device=window.device) - (counts.cumsum(0) - counts)[window]
+    cells = wide * high
+    window = torch.repeat_interleave(cells)  # (T,)
+    inside = torch.arange(len(window), device=window.device) - (cells.cumsum(0) - cells)[window]
     row = top[window] + inside // wide[window]
     column = left[window] + inside % wide[window]
     anchor = grid.first[shape][window] + (row * columns[window] + column) * grid.step[shape][window]
@@ -221,7 +226,7 @@ def _window(
 def _cells(
     low: Tensor, high: Tensor, first: Tensor, last: Tensor, stride: Tensor, cells: Tensor, length: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """First cell and number of cells, along an axis, whose anchors overlap an interval by `length`."""
+    """Return the first cell and the number of cells, along an axis, that overlap an interval by `length`."""
     start = ((length + low - last) / stride).ceil().clamp(min=0).long()
     stop = torch.minimum(((high - length - first) / stride).floor().long(), cells - 1)
     return start, (stop - start + 1).clamp(min=0)
@@ -232,7 +237,7 @@ def _compare(boxes: Tensor, anchors: Tensor, box: Tensor, anchor: Tensor) -> _Pa
 
 
 def _iou(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """IoU of boxes (..., 4) and anchors (..., 4), operation by operation as detectron2's `pairwise_iou`."""
+    """Return the IoU of boxes (..., 4) and anchors (..., 4), to the bit as detectron2's `pairwise_iou`."""
     sides = torch.minimum(boxes[..., 2:], anchors[..., 2:]) - torch.maximum(boxes[..., :2], anchors[..., :2])
     width, height = sides.clamp_(min=0).unbind(-1)
     intersection = width * height
@@ -249,12 +254,12 @@ def _join(a: _Pairs, b: _Pairs) -> _Pairs:
 
 
 def _best_of(pairs: _Pairs, boxes: int) -> Tensor:
-    """The highest IoU (M,) of each box's pairs, 0 without any."""
+    """Return the highest IoU (M,) among each box's pairs; 0 if it has none."""
     return pairs.iou.new_zeros(boxes).scatter_reduce_(0, pairs.box, pairs.iou, "amax")
 
 
 def _best_box(pairs: _Pairs, boxes: int, anchors: int) -> tuple[Tensor, Tensor]:
-    """The first box of the highest IoU, and that IoU, both (R,); 0 and 0 for anchors without a pair."""
+    """Return the first box of the highest IoU, and that IoU, both (R,); 0 and 0 without a pair."""
     highest = pairs.iou.new_zeros(anchors).scatter_reduce_(0, pairs.anchor, pairs.iou, "amax")
     tied = pairs.iou == highest[pairs.anchor]
     first = torch.full((anchors,), boxes, device=pairs.box.device)
@@ -272,7 +277,7 @@ def _label(highest: Tensor, thresholds: list[float], labels: list[int]) -> Tenso
 def _match_all(
     boxes: Tensor, anchors: Tensor, thresholds: list[float], labels: list[int], low_quality_matches: bool
 ) -> Matches:
-    """Look at all pairs, some anchors at a time."""
+    """Compute all pairs, for a slice of anchors at a time."""
     slices = anchors.split(max(1, _MOST_PAIRS // len(boxes)))
     highest, matched = (
         torch.cat(part) for part in zip(*(_iou(boxes[:, None], s).max(dim=0) for s in slices), strict=True)
@@ -286,12 +291,12 @@ def _match_all(
 
 
 def inside_regions(anchors: Tensor, regions: Tensor, *, share: float) -> Tensor:
-    """Find the anchors of which some region covers at least a share.
+    """Find the anchors that are covered by a single region to at least this share.
 
     Args:
         anchors: (R, 4) XYXY absolute pixels.
         regions: (G, 4), likewise.
-        share: of an anchor's area.
+        share: of the anchor's area.
 
     Returns:
         (R,) bool.
@@ -299,7 +304,7 @@ def inside_regions(anchors: Tensor, regions: Tensor, *, share: float) -> Tensor:
     low, high = anchors[:, :2], anchors[:, 2:]
     needed = share * (high - low).prod(1)
     inside = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
-    # One at a time: images have few regions, and all at once would take G times the memory.
+    # One region at a time: images have few, and all at once would take G times the memory.
     for region in regions.to(anchors.dtype):
         covered = (torch.minimum(high, region[2:]) - torch.maximum(low, region[:2])).clamp_(min=0).prod(1)
         inside |= (covered >= needed) & (covered > 0)

@@ -30,7 +30,7 @@ def test_training_is_the_same_bit_by_bit_with_figures_and_pictures(job, tmp_path
     options = ("SOLVER.MAX_ITER", "22", "SOLVER.CHECKPOINT_PERIOD", "100")
     watched = train(config, tmp_path / "watched", *options, "VIS_PERIOD", "3")
     numpy_state, torch_state = np.random.get_state()[1], torch.get_rng_state()  # noqa: NPY002
-    monkeypatch.setattr("focal_d2.modeling.retinanet.put_figures", lambda *args, **kwargs: None)
+    monkeypatch.setattr("focal_d2.modeling.retinanet.put_metrics", lambda *args, **kwargs: None)
     plain = train(config, tmp_path / "plain", *options)
     assert np.array_equal(numpy_state, np.random.get_state()[1])  # noqa: NPY002
     assert torch.equal(torch_state, torch.get_rng_state())

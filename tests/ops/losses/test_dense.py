@@ -15,7 +15,7 @@ from focal_d2.ops import (
     sigmoid_focal_loss,
     varifocal_loss,
 )
-from focal_d2.ops.losses import dense
+from focal_d2.ops.losses import dense_chunks
 
 LAYOUTS = {
     "contiguous": torch.contiguous_format,
@@ -104,7 +104,7 @@ def compare_at_random(name, layout, dtype, seed):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_value_and_gradient_are_the_references(name, layout, seed, monkeypatch):
-    monkeypatch.setattr(dense, "_CHUNK", 37)  # several chunks, the last one short
+    monkeypatch.setattr(dense_chunks, "CHUNK", 37)  # several chunks, the last one short
     got, expected = compare_at_random(name, layout, torch.float64, seed)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
