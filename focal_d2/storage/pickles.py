@@ -28,6 +28,9 @@ MOST_OPERATIONS = 500_000  # a tensor takes about 30
 MOST_COPIES = 4  # bytes that are made of the file's, as a multiple of its size
 LONGEST_LINE = 2**26  # bytes
 DEEPEST_TUPLE = 20  # Python hashes tuples in tuples without looking at the stack that is left
+MOST_VALUES = 2_000_000  # with what is referred to several times written out
+DEEPEST = 50  # levels of what is returned: those who get it walk through it
+LARGEST_SIZE = 2**63 - 1  # of a tensor or an array, and PyTorch's own limit
 LARGEST_KEY = 2**60  # above it, whole numbers can be chosen that all have the same hash
 
 _NUMBERS = re.compile(r"[biufc]\d{1,2}")
@@ -123,7 +126,9 @@ def unpickle(
     """
     machine = _Machine(MOST_COPIES * size + 2**20, persistent)
     try:
-        return machine.run(stream)
+        result = machine.run(stream)
+        _check_extent(result)
+        return result
     finally:
         # Its table of methods refers to it, so everything would stay in memory until Python's next search
         # for such cycles.
@@ -147,7 +152,7 @@ class _Dtype:
 
     def __init__(self, code: Any) -> None:
         if not (isinstance(code, str) and _NUMBERS.fullmatch(code)):
-            raise ValueError(f"an array of {str(code)[:20]!r}, not of numbers")
+            raise ValueError(f"an array of {_short(code)}, not of numbers")
         self.value = np.dtype(code)
 
     def build(self, state: Any) -> None:
@@ -277,11 +282,14 @@ class _Machine:
 
     def _find(self, module: Any, name: Any) -> Any:
         """Return what is used in place of a class or function that a pickle names."""
+        if not (isinstance(module, str) and isinstance(name, str)):
+            raise ValueError(f"{_short(module)} and {_short(name)} as a module and a name")
         # NumPy 2 moved numpy.core to numpy._core; Python 2 said __builtin__.
-        module = re.sub(r"^numpy\._?core\.", "numpy.", str(module)).replace("__builtin__", "builtins")
+        module = re.sub(r"^numpy\._?core\.", "numpy.", module).replace("__builtin__", "builtins")
         if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
-        if module == "torch" and isinstance(dtype := getattr(torch, str(name), None), torch.dtype):
+        # Not getattr, for which PyTorch imports modules that it does not have yet.
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
         make = self.names.get((module, name))
         if make is None:
@@ -351,7 +359,7 @@ class _Machine:
     def _encode(self, text: Any, encoding: Any) -> bytes:
         # How Python 3 writes bytes for Python 2.
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-            raise ValueError(f"bytes of a {type(text).__name__} in the encoding {str(encoding)[:20]!r}")
+            raise ValueError(f"bytes of a {type(text).__name__} in the encoding {_short(encoding)}")
         self._spend(len(text))
         return text.encode("latin1")
 
@@ -402,14 +410,53 @@ class _Machine:
         return self._tensor(storage._replace(dtype=dtype), offset, size, stride, requires_grad)
 
 
+def _check_extent(content: Any) -> None:
+    """Refuse what a few bytes make large: lists of one list twice, of that one twice, and so on.
+
+    Those who walk through a checkpoint would never come to an end, and would run out of stack in one that
+    holds itself or is very deep.
+    """
+    extents: dict[int, tuple[int, int]] = {}  # of containers: values, with those inside, and levels
+    waiting = [(content, False)]
+    while waiting:
+        value, is_measured_inside = waiting.pop()
+        children = _children(value)
+        if is_measured_inside:
+            inside = [extents.get(id(x), (1, 1)) for x in children]
+            size, depth = 1 + sum(n for n, _ in inside), 1 + max((d for _, d in inside), default=0)
+            if size > MOST_VALUES or depth > DEEPEST:
+                raise ValueError(
+                    f"more than {MOST_VALUES:,} values or {DEEPEST} levels, "
+                    "with what is referred to several times written out"
+                )
+            extents[id(value)] = size, depth
+        elif id(value) not in extents:
+            extents[id(value)] = 1, DEEPEST  # until it is measured: too deep to be inside itself
+            waiting.append((value, True))
+            waiting += [(x, False) for x in children if isinstance(x, (list, tuple, set, dict))]
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value.values(), *vars(value).values()] if hasattr(value, "_metadata") else [*value.values()]
+    return [*value] if isinstance(value, (list, tuple, set)) else []
+
+
+def _short(value: Any) -> str:
+    """Return a text, or the type of what is none: a list may have any number of levels and values."""
+    return repr(value[:20]) if isinstance(value, str) else f"a {type(value).__name__}"
+
+
 def _whole(number: Any) -> int:
-    if type(number) is not int or number < 0:
-        raise ValueError("a size that is not a whole number")
+    if type(number) is not int or not 0 <= number <= LARGEST_SIZE:
+        raise ValueError("a size that is not a whole number up to 2^63")
     return number
 
 
 def _device(kind: Any, index: Any = None) -> torch.device:
-    return torch.device(str(kind)[:20] if index is None else f"{str(kind)[:20]}:{_whole(index)}")
+    if not isinstance(kind, str):
+        raise ValueError(f"{_short(kind)} as a device")
+    return torch.device(kind[:20] if index is None else f"{kind[:20]}:{_whole(index)}")
 
 
 def _parameter(data: Any, requires_grad: Any, *_: Any) -> torch.nn.Parameter:

@@ -544,6 +544,52 @@ def test_small_files_take_no_memory(tmp_path, name):
         assert peak_memory() - before < 100
 
 
+# A list of a list, twice, of a list, twice, and so on: written out, it has 2^60 items.
+LISTS = b"]q\0" + b"".join(b"0](h%ch%ceq%c" % (i, i, i + 1) for i in range(60))
+NUMBER = b"\x8b" + (2**20).to_bytes(4, "little") + b"\x7f" * 2**20 + b"q\0" + b"0"  # of 8 million bits
+STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"0" + b"X\3\0\0\0cpuK\4tQ"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE
+
+# What takes no memory to read, and no end of time to print, to compare or to walk through.
+ENDLESS = {
+    "a module's name": (LISTS + text(b"a") + b"\x93", "a list and 'a' as a module and a name"),
+    "a name": (text(b"a") + LISTS + b"\x93", "'a' and a list as a module and a name"),
+    "a device": (b"ctorch\ndevice\n" + LISTS + b"\x85R", "a list as a device"),
+    "a type": (b"cnumpy\ndtype\n" + LISTS + b"\x85R", "an array of a list, not of numbers"),
+    "an encoding": (b"c_codecs\nencode\n" + text(b"a") + LISTS + b"\x86R", "in the encoding a list"),
+    "content": (b"}" + text(b"model") + LISTS + b"s", "more than 2,000,000 values or 50 levels"),
+    "a list of itself": (b"]q\0h\0a", "more than 2,000,000 values or 50 levels"),
+    "metadata of themselves": (
+        b"ccollections\nOrderedDict\n)Rq\0}" + text(b"_metadata") + b"h\0sb",
+        "more than 2,000,000 values or 50 levels",
+    ),
+    "lists in lists": (b"]" * 100_000 + b"a" * 99_999, "more than 2,000,000 values or 50 levels"),
+    "a product of sizes": (
+        NUMBER + b"(" + b"h\0" * 400 + b"K\0tq\1" + b"0(" + b"K\1" * 401 + b"tq\2" + b"0" + REBUILD
+        + b"K\0h\1h\2\x89}tR",
+        "a size that is not a whole number up to 2",
+    ),
+    "a module of PyTorch's": (b"ctorch\n_inductor\n", "would import torch._inductor"),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ENDLESS)
+def test_small_files_take_no_time(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} is imported"))
+    content, match = ENDLESS[name]
+    torch_file(content)(tmp_path / "a.pth")
+    with pytest.raises((ValueError, pickle.UnpicklingError), match=match):
+        read_torch(str(tmp_path / "a.pth"), trusted=False)
+
+
+def test_keys_of_the_older_format_are_compared_in_no_time(tmp_path):
+    twice = b"(" + LISTS + LISTS.replace(b"]q\0", b"]K\1aq\0", 1) + b"l"
+    bytes_of(*magic(GOOD, b"\x80\2" + twice + b"."))(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="more than 2,000,000 values or 50 levels"):
+        read_torch(str(tmp_path / "a.pth"), trusted=False)
+
+
 def test_a_directory_of_many_entries_is_refused(tmp_path):
     """Python's zipfile takes a kilobyte for each."""
     path = tmp_path / "a.pth"
