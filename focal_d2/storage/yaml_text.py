@@ -111,8 +111,9 @@ def parse_yaml(text: str, source: str, *, budget: Budget | None = None) -> Any:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         reasons = [one_line(x) for x in (error.context, error.problem) if x]
         raise UserError(f"{source}{line}: {': '.join(reasons)}") from error
-    except (RuntimeError, ValueError, OverflowError, TypeError, AttributeError) as error:
-        # Too many levels, or a date, number or pair that Python can't hold.
+    except (RuntimeError, ValueError, OverflowError, TypeError, AttributeError, LookupError) as error:
+        # Too many levels, or a date, number or pair that Python can't hold; PyYAML looks up what it believes
+        # to be there (`!!bool maybe`, `!!int ''`).
         raise UserError(f"{source}: not readable as YAML: {one_line(error)}") from error
 
 
