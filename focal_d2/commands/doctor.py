@@ -27,9 +27,9 @@ def add_options(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Examine, and print the report."""
-    from focal_d2.analysis.doctor import as_fix_list, as_page, as_text, build_without_memory, examine
+    from focal_d2.analysis.doctor import as_fix_list, as_page, as_text, examine
     from focal_d2.engine import load_config
-    from focal_d2.modeling.build import building
+    from focal_d2.modeling.build import build_without_memory, building
 
     # What detectron2 logs while it reads is no part of the report.
     logging.getLogger("detectron2").addHandler(logging.NullHandler())

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
 
 from focal_d2.config.ranges import one_of
 from focal_d2.errors import UserError, one_line
@@ -46,6 +48,15 @@ def resolve_device(cfg: CfgNode) -> None:
     amp.ENABLED = amp.ENABLED or cfg.SOLVER.AMP.ENABLED
     # detectron2's AMP trainer insists on CUDA and scales the loss, which only float16 needs.
     cfg.SOLVER.AMP.ENABLED = amp.ENABLED and amp.DTYPE == "float16" and device.type == "cuda"
+
+
+def build_without_memory(cfg: CfgNode) -> nn.Module:
+    """Build the model on PyTorch's meta device: shapes without values."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE, cfg.MODEL.FOCAL.COMPILE = "meta", False
+    with torch.device("meta"):
+        return build_model(cfg)
 
 
 @contextmanager

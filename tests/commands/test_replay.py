@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 
 import pytest
 import torch
+import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
+from focal_d2 import UserError
 from focal_d2.engine import FocalTrainer, load_config
 from focal_d2.engine.nonfinite import examine, load_step, replay, save_step
 from tests.conftest import make_cfg
@@ -150,10 +153,92 @@ def test_mistakes_give_one_line_and_status_2(tmp_path, monkeypatch, capsys):
         file.write_bytes(good)
         edit(file, config=text)
         refuses(folder, line=line)
-    for changes in ({"batch": [1]}, {"steps": [[1]]}, {"batch": [{"instances": {}}]}):
+
+
+def sample(**changes):
+    """Change the batch: of the first sample, or of its instances."""
+
+    def change(content):
+        first = content["batch"][0]
+        (first["instances"] if changes.keys() <= first["instances"].keys() else first).update(changes)
+
+    return change
+
+
+# What another's file may hold in place of each field.
+FOREIGN = {
+    "iteration": [2**70, "x", -1, True],
+    "rank": [None],
+    "learning_rate": ["x"],
+    "losses": [None, [1], {"loss_cls": "x"}, {1: 1.0}],
+    "steps": [[[1]], 3, [[1, 2.0, {}, "x"]], [[1, 2.0, [], 3.0]]],
+    "normalizer": ["x", {}, torch.ones(3)],
+    "config": [{}],
+    "model": [torch.zeros(3), {"a": 1}, []],
+    "batch": [[1], [], {}, [{"instances": {}}]],
+    "random": [
+        None,
+        {},
+        torch.zeros(3),
+        torch.zeros(4, dtype=torch.uint8),
+        torch.ones(5056, dtype=torch.uint8),
+    ],
+    "cuda_random": [3, torch.zeros(3)],
+}
+SAMPLES = [
+    {"image": [1]},
+    {"image": torch.zeros(3, 0, 64)},
+    {"image": torch.ones(3, 64, 64, dtype=torch.complex64)},
+    {"height": "x"},
+    {"file_name": 3},
+    {"image_id": [1]},
+    {"ignored_boxes": torch.zeros(3)},
+    {"image_size": [64, 65]},
+    {"boxes": {}},
+    {"boxes": {"gt_boxes": torch.zeros(2, 7)}},
+    {"tensors": {"gt_classes": torch.zeros(2)}},
+    {"tensors": {"gt_classes": torch.zeros(9, dtype=torch.int64)}},
+    {"tensors": {}},
+]
+
+
+def test_each_field_of_a_saved_step_is_checked(tmp_path):
+    file = save(tmp_path) / "step_rank0.pth"
+    good = file.read_bytes()
+    changes = [(name, lambda c, n=name, x=x: c.update({n: x})) for name, bad in FOREIGN.items() for x in bad]
+    changes += [("batch", sample(**bad)) for bad in SAMPLES]
+    for name, change in changes:
         file.write_bytes(good)
-        edit(file, **changes)
-        refuses(folder, line="is no saved step: its batch or steps: ")
+        content = torch.load(file)
+        change(content)
+        torch.save(content, file)
+        with pytest.raises(UserError, match=rf"step_rank0\.pth is no saved step: its {name} must be "):
+            load_step(file.parent)
+
+
+@pytest.mark.parametrize(
+    "key, value, line",
+    [
+        ("MODEL.FPN.OUT_CHANNELS", 8192, "its weights do not fit its config"),  # 20 GB, if it were built
+        (
+            "MODEL.FPN.OUT_CHANNELS",
+            10**9,
+            "MODEL.FPN.OUT_CHANNELS is 1000000000; it must be within 1 and 8192",
+        ),
+        ("MODEL.RETINANET.NUM_CONVS", 10**6, "MODEL.RETINANET.NUM_CONVS is 1000000"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[1e30]], "MODEL.ANCHOR_GENERATOR.SIZES is"),
+    ],
+)
+def test_the_config_of_a_saved_step_takes_no_more_than_its_weights(tmp_path, key, value, line):
+    folder = save(tmp_path)
+    config = yaml.safe_load(load_step(folder).config)
+    section, name = key.removeprefix("MODEL.").split(".")
+    config["MODEL"][section][name] = value
+    edit(folder / "step_rank0.pth", config=yaml.safe_dump(config))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=line):
+        replay(load_step(folder))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 2**10  # KiB
 
 
 def load_step_config(content: bytes, file) -> str:

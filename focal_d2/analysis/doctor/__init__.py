@@ -3,6 +3,5 @@
 from focal_d2.analysis.doctor.examination import Report, examine
 from focal_d2.analysis.doctor.page import as_page
 from focal_d2.analysis.doctor.text import as_fix_list, as_text
-from focal_d2.analysis.doctor.training import build_without_memory
 
-__all__ = ["Report", "as_fix_list", "as_page", "as_text", "build_without_memory", "examine"]
+__all__ = ["Report", "as_fix_list", "as_page", "as_text", "examine"]

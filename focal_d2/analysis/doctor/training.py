@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.structures import ImageList
-from torch import Tensor, nn
+from torch import Tensor
 
 from focal_d2.analysis.anchors.coverage import best_anchors, grids_of
 from focal_d2.annotations import Table
@@ -285,15 +284,6 @@ def check_learning_rate(
     )
     fix = Fix(f"linear rule: {rate} · {images} / {_RATE_IMAGES} images", "SOLVER.BASE_LR", rule)
     return [Finding("learning-rate", message, fixes=[fix])]
-
-
-def build_without_memory(cfg: CfgNode) -> nn.Module:
-    """Build the model on PyTorch's meta device: shapes without values."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE, cfg.MODEL.FOCAL.COMPILE = "meta", False
-    with torch.device("meta"):
-        return build_model(cfg)
 
 
 def memory_facts(cfg: CfgNode, model: Any, train: Mapping[str, Table]) -> MemoryFacts | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,20 +16,16 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from focal_d2.config import add_focal_config
+from focal_d2.config.legal_values import check_values
 from focal_d2.engine.nonfinite.examination import examine
 from focal_d2.engine.nonfinite.facts import Step
 from focal_d2.engine.nonfinite.report import Report
-from focal_d2.errors import UserError, describe_error, one_line
-from focal_d2.modeling.build import building, resolve_device
+from focal_d2.errors import UserError, describe_error, first_few
+from focal_d2.modeling.build import build_without_memory, building, resolve_device
 from focal_d2.modeling.retinanet import precision_around
 from focal_d2.storage.files import write_aside
 from focal_d2.storage.weights import read_torch
 from focal_d2.storage.yaml_text import parse_yaml
-
-_KEYS = {
-    *("iteration", "rank", "learning_rate", "losses", "steps", "normalizer"),
-    *("config", "model", "batch", "random", "cuda_random"),
-}
 
 
 class SavedStep(NamedTuple):
@@ -164,28 +160,113 @@ def _load(file: Path) -> SavedStep:
         # A damaged file fails in whatever way its bytes bring about. PyTorch's further lines advise to load
         # it unsafely.
         raise UserError(f"{file} cannot be read: {describe_error(error, lines=1)}") from error
-    if not isinstance(content, dict) or content.keys() != _KEYS:
-        raise UserError(f"{file} is no saved step: it must hold {', '.join(sorted(_KEYS))}")
+    if not isinstance(content, dict) or content.keys() != _FIELDS.keys():
+        raise UserError(f"{file} is no saved step: it must hold {', '.join(sorted(_FIELDS))}")
+    for name, (words, holds) in _FIELDS.items():
+        if not holds(content[name]):
+            raise UserError(f"{file} is no saved step: its {name} must be {words}")
     fields = {name: content[name] for name in SavedStep._fields if name in content}
-    try:
-        fields["batch"] = [_sample(x) for x in content["batch"]]
-        fields["steps"] = [Step(*x) for x in content["steps"]]
-    except (AttributeError, AssertionError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is no saved step: its batch or steps: {error}") from error
+    fields["batch"] = [_sample(x) for x in content["batch"]]
+    fields["steps"] = [Step(*x) for x in content["steps"]]
     return SavedStep(file=file, **fields)
 
 
 def _sample(plain: dict[str, Any]) -> dict[str, Any]:
-    sample = dict(plain)
-    if "instances" in plain:
-        stored = plain["instances"]
-        instances = Instances(tuple(stored["image_size"]))
-        for name, boxes in stored["boxes"].items():
-            instances.set(name, Boxes(boxes))
-        for name, x in stored["tensors"].items():
-            instances.set(name, x)
-        sample["instances"] = instances
-    return sample
+    stored = plain["instances"]
+    instances = Instances(tuple(stored["image_size"]))
+    for name, boxes in stored["boxes"].items():
+        instances.set(name, Boxes(boxes))
+    for name, x in stored["tensors"].items():
+        instances.set(name, x)
+    return {**plain, "instances": instances}
+
+
+# What a saved step must be: another's file may hold anything that a checkpoint can.
+
+
+def _is_whole(x: Any) -> bool:
+    return type(x) is int and 0 <= x < 2**63
+
+
+def _is_number(x: Any) -> bool:
+    return type(x) is float or (type(x) is int and abs(x) < 2**63)
+
+
+def _are_losses(x: Any) -> bool:
+    return isinstance(x, dict) and all(isinstance(k, str) and _is_number(v) for k, v in x.items())
+
+
+def _is_step(x: Any) -> bool:
+    if not (isinstance(x, (list, tuple)) and len(x) == 4):
+        return False
+    iteration, rate, losses, norm = x
+    return _is_whole(iteration) and _is_number(rate) and _are_losses(losses) and _is_number(norm)
+
+
+def _are_tensors(x: Any) -> bool:
+    return isinstance(x, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in x.items())
+
+
+def _are_boxes(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 2 and x.shape[1] == 4
+
+
+def _is_sample(x: Any) -> bool:
+    if not (
+        isinstance(x, dict) and isinstance(x.get("image"), Tensor) and isinstance(x.get("instances"), dict)
+    ):
+        return False
+    image, stored = x["image"], x["instances"]
+    if image.ndim != 3 or not image.numel() or not (image.dtype == torch.uint8 or image.is_floating_point()):
+        return False
+    if stored.keys() != {"image_size", "boxes", "tensors"} or [*stored["image_size"]] != [*image.shape[1:]]:
+        return False
+    if not (_are_tensors(stored["boxes"]) and _are_tensors(stored["tensors"])):
+        return False
+    boxes, classes = stored["boxes"].get("gt_boxes"), stored["tensors"].get("gt_classes")
+    counts = {len(v) if v.ndim else -1 for v in (*stored["boxes"].values(), *stored["tensors"].values())}
+    return (
+        all(map(_are_boxes, (boxes, *stored["boxes"].values(), x.get("ignored_boxes", boxes))))
+        and isinstance(classes, Tensor)
+        and (classes.dtype, classes.ndim, len(counts)) == (torch.int64, 1, 1)
+        and all(_is_whole(x.get(name, 1)) for name in ("height", "width"))
+        and isinstance(x.get("file_name", ""), str)
+        and isinstance(x.get("image_id", ""), (str, int))
+    )
+
+
+def _is_state(x: Any) -> bool:
+    if not (isinstance(x, Tensor) and x.dtype == torch.uint8):
+        return False
+    try:
+        torch.Generator().set_state(x)
+    except RuntimeError:  # of another length, or out of its range
+        return False
+    return True
+
+
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "iteration": ("a whole number", _is_whole),
+    "rank": ("a whole number", _is_whole),
+    "learning_rate": ("a number or None", lambda x: x is None or _is_number(x)),
+    "losses": ("numbers by name", _are_losses),
+    "steps": (
+        "lists of an iteration, a rate, losses and a norm",
+        lambda x: isinstance(x, list) and all(map(_is_step, x)),
+    ),
+    "normalizer": ("a number or None", lambda x: x is None or _is_number(x)),
+    "config": ("a text", lambda x: isinstance(x, str)),
+    "model": ("tensors by name", _are_tensors),
+    "batch": (
+        "samples of an image and instances with boxes and classes",
+        lambda x: isinstance(x, list) and len(x) > 0 and all(map(_is_sample, x)),
+    ),
+    "random": ("a state of PyTorch's generator on a CPU", _is_state),
+    "cuda_random": (
+        "a state of PyTorch's generator on a GPU, or None",
+        lambda x: x is None or (isinstance(x, Tensor) and x.dtype == torch.uint8 and x.ndim == 1),
+    ),
+}
 
 
 def replay(saved: SavedStep, *, device: str | None = None) -> Replay:
@@ -198,16 +279,13 @@ def replay(saved: SavedStep, *, device: str | None = None) -> Replay:
     Raises:
         UserError: if no model can be built from its config, or its state does not fit.
     """
-    cfg = _read_config(saved)
-    cfg.MODEL.DEVICE = device or ("cpu" if cfg.MODEL.DEVICE == "cpu" else "auto")
+    cfg = _read_config(saved, device)
     resolve_device(cfg)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.MODEL.FOCAL.TF32
     with building("model"):
+        _check_fit(saved, build_without_memory(cfg))
         model = build_model(cfg).train()
-    try:
-        model.load_state_dict(saved.model)
-    except RuntimeError as error:
-        raise UserError(f"{saved.file}: its weights do not fit its config: {one_line(error)}") from error
+    model.load_state_dict(saved.model)
     gpus = [torch.device(cfg.MODEL.DEVICE)] if cfg.MODEL.DEVICE != "cpu" else []
     with torch.random.fork_rng(devices=gpus):
         torch.set_rng_state(saved.random)
@@ -221,7 +299,22 @@ def replay(saved: SavedStep, *, device: str | None = None) -> Replay:
     return Replay(report, reproduced, terms)
 
 
-def _read_config(saved: SavedStep) -> CfgNode:
+def _check_fit(saved: SavedStep, model: nn.Module) -> None:
+    """Check that the weights fit, before there is memory for a model as large as the config may say."""
+    problem = "its weights do not fit its config"
+    ours = model.state_dict()
+    if differing := sorted(ours.keys() ^ saved.model.keys()):
+        raise UserError(f"{saved.file}: {problem}: {first_few(differing, 3)} in only one of them")
+    for name, x in ours.items():
+        theirs = saved.model[name]
+        if theirs.shape != x.shape or theirs.is_floating_point() != x.is_floating_point():
+            raise UserError(
+                f"{saved.file}: {problem}: {name} is {theirs.dtype} {tuple(theirs.shape)}, "
+                f"not {x.dtype} {tuple(x.shape)}"
+            )
+
+
+def _read_config(saved: SavedStep, device: str | None) -> CfgNode:
     keys = parse_yaml(saved.config, f"{saved.file}: its config") if isinstance(saved.config, str) else None
     if not isinstance(keys, dict):
         raise UserError(f"{saved.file}: its config is no YAML of KEY: value lines")
@@ -229,6 +322,8 @@ def _read_config(saved: SavedStep) -> CfgNode:
     add_focal_config(cfg)
     with building("model"):
         cfg.merge_from_other_cfg(CfgNode(keys))
+    cfg.MODEL.DEVICE = device or ("cpu" if cfg.MODEL.DEVICE == "cpu" else "auto")
+    check_values(cfg)
     return cfg
 
 

@@ -11,10 +11,11 @@ from detectron2.utils.events import EventStorage
 from focal_d2.analysis.benchmark import Setting
 from focal_d2.analysis.benchmark.models import make_batch
 from focal_d2.analysis.benchmark.timing import peak_bytes
-from focal_d2.analysis.doctor import build_without_memory, training
+from focal_d2.analysis.doctor import training
 from focal_d2.analysis.doctor.training import anchor_facts, check_learning_rate, memory_facts
 from focal_d2.data import Table, load_table, register_datasets
 from focal_d2.engine.alpha import count_anchors
+from focal_d2.modeling.build import build_without_memory
 from tests.conftest import make_cfg
 
 SMALL = {"INPUT__MIN_SIZE_TRAIN": (64, 128), "INPUT__MAX_SIZE_TRAIN": 200}

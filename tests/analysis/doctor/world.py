@@ -13,7 +13,8 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from torch import nn
 
-from focal_d2.analysis.doctor import Report, build_without_memory, examine
+from focal_d2.analysis.doctor import Report, examine
+from focal_d2.modeling.build import build_without_memory
 from tests.conftest import make_cfg
 
 HEIGHT, WIDTH = 96, 128
