@@ -27,6 +27,7 @@ from focal_d2.engine.optimizer import build_optimizer
 from focal_d2.errors import UserError
 from focal_d2.modeling.build import building
 from focal_d2.storage.checkpoint import check_file
+from focal_d2.storage.files import check_output
 
 
 class Job(NamedTuple):
@@ -57,6 +58,7 @@ def run_checks(cfg: CfgNode, *phases: str, training: bool = True, processes: int
 def _output_dir(cfg: CfgNode, _: Job) -> None:
     if not cfg.OUTPUT_DIR:
         raise UserError("OUTPUT_DIR is empty; it must be the path of a folder")
+    check_output(cfg.OUTPUT_DIR)
 
 
 def _training_values(cfg: CfgNode, job: Job) -> None:

@@ -9,7 +9,8 @@ import resource
 import pytest
 import torch
 
-from focal_d2.storage.files import write_aside
+from focal_d2 import UserError
+from focal_d2.storage.files import check_output, write_aside
 from tests.engine.runs import mounted
 
 
@@ -76,3 +77,44 @@ def test_write_aside_on_a_full_disk(small_disk):
     assert list(small_disk.iterdir()) == [path]
     write_aside(str(path), lambda file: torch.save(torch.ones(10**5), file))
     assert torch.load(path).sum() == 10**5
+
+
+@pytest.mark.parametrize("name", ["log.txt", "training.lock", "inference", "inference/mine", "inference/a/b"])
+def test_links_out_of_a_folder_are_refused(tmp_path, name):
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    (folder / name).parent.mkdir(parents=True)
+    outside.mkdir()
+    (folder / name).symlink_to(outside)
+    with pytest.raises(UserError, match=rf"{name} is a link to .*outside, outside the folder: remove it"):
+        check_output(str(folder))
+
+
+@pytest.mark.parametrize("name", ["log.txt", "metrics.json", "config.yaml"])
+def test_what_is_no_file_is_refused_where_one_is_written(tmp_path, name):
+    for make in (os.mkdir, os.mkfifo, lambda path: os.symlink(path, path)):
+        folder = tmp_path / make.__name__
+        folder.mkdir()
+        make(folder / name)
+        with pytest.raises(UserError, match=f"{name} is not a file: remove it"):
+            check_output(str(folder))
+
+
+def test_links_within_a_folder_and_to_checkpoints_are_fine(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "log.txt").write_text("")
+    (folder / "latest").symlink_to("log.txt")
+    (folder / "model_final.pth").symlink_to(tmp_path / "elsewhere.pth")
+    (tmp_path / "alias").symlink_to(folder)
+    for name in ("run", "alias", "nowhere"):
+        check_output(str(tmp_path / name))
+
+
+def test_write_aside_writes_through_no_link(tmp_path):
+    (tmp_path / "kept").write_text("kept")
+    for name in ("a", "a.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "kept")
+    write_aside(str(tmp_path / "a"), lambda file: file.write(b"one"))
+    assert (tmp_path / "kept").read_text() == "kept"
+    assert (tmp_path / "a").read_bytes() == b"one"
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a", "kept"]
