@@ -10,6 +10,7 @@ import errno
 from collections.abc import Iterable
 
 _PREFIX = "UserError: "
+_LONGEST = 2000  # characters of a line that is printed
 # Ends the line that refuses a file: the flag is that of focal_d2.commands.cli.add_trust_flag.
 UNLESS_TRUSTED = " (unless you trust the file: --trust-files of train, eval and predict)"
 
@@ -22,15 +23,16 @@ def user_message(error: BaseException) -> str | None:
     """Find the user's line in `error`, or None if it is a fault of the program.
 
     A disk that is full or read-only is the user's as well. Data loader workers and spawned ranks re-raise
-    with a formatted traceback as the message; its last line then carries the original error.
+    with a formatted traceback as the message; its last line then carries the original error. The line is
+    cut in the middle if it is long: a hostile file may have a name of a megabyte in it.
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return f"{error.filename or 'output'}: {error.strerror}"
     text = str(error).strip()
     last = text.rsplit("\n", 1)[-1]
     if _PREFIX in last and "\n" in text:
-        return last.split(_PREFIX, 1)[1]
-    return " ".join(text.split()) if isinstance(error, UserError) else None
+        return one_line(last.split(_PREFIX, 1)[1], _LONGEST)
+    return one_line(text, _LONGEST) if isinstance(error, UserError) else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

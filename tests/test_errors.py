@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from focal_d2.errors import describe_error, first_few, one_line, reason
+from focal_d2.errors import UserError, describe_error, first_few, one_line, reason, user_message
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,11 @@ def test_describe_error_has_the_type_and_as_many_lines_as_asked_for():
     assert describe_error(error) == "RuntimeError: the cause advice"
     assert describe_error(error, lines=1) == "RuntimeError: the cause"
     assert describe_error(AssertionError()) == "AssertionError"
+
+
+def test_user_message_is_cut_where_a_file_made_it_long():
+    message = user_message(UserError(f"a.yaml: the key {'k' * 10**6} is unknown; did you mean SEED?"))
+    assert message is not None
+    assert len(message) < 2010
+    assert message.startswith("a.yaml: the key kkk")
+    assert message.endswith("k is unknown; did you mean SEED?")
