@@ -485,6 +485,30 @@ def webp_of(size: int) -> bytes:
     return bytes(data)
 
 
+def scans(size: int, number: int) -> bytes:
+    """Make a progressive JPEG of `number` scans, each of the whole picture and of some 100 bytes."""
+    blocks = ((size + 7) // 8) ** 2
+    data = b"\xff\xd8\xff\xdb" + struct.pack(">HB", 67, 0) + b"\1" * 64
+    data += b"\xff\xc2" + struct.pack(">HB2HB3B", 11, 8, size, size, 1, 1, 0x11, 0)
+    # A table with the runs of 2^14 and more blocks without a coefficient, and one with a difference of 0.
+    data += b"\xff\xc4" + struct.pack(">HB", 20, 0x00) + bytes([1] + [0] * 15) + b"\0"
+    data += b"\xff\xc4" + struct.pack(">HB", 20, 0x10) + bytes([1] + [0] * 15) + b"\xe0"
+    dc = bytes(blocks // 8 + 1)
+    data += b"\xff\xda" + struct.pack(">HB2B3B", 8, 1, 1, 0x00, 0, 0, 0) + dc
+    bits = ""
+    left = blocks
+    while left > 0:
+        run = min(left, 2**15 - 1)
+        if run < 2**14:  # the table has this run alone
+            run = 2**14
+        bits += "0" + format(run - 2**14, "014b")
+        left -= run
+    bits += "1" * (-len(bits) % 8)
+    run_bytes = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    scan = b"\xff\xda" + struct.pack(">HB2B3B", 8, 1, 1, 0x00, 1, 63, 0) + run_bytes
+    return data + scan * number + b"\xff\xd9"
+
+
 LARGE = {
     "png of 13,000 x 13,000 in 20 kB": (empty_png(13000), "it has 13000 × 13000 pixels"),
     "jpeg": (jpeg_of(65500), "its pixels are"),
@@ -539,3 +563,20 @@ def test_size_of_a_png_is_told_without_decoding(tmp_path, monkeypatch):
         assert upright_size(str(path)) == (120, 90)
     path.write_bytes(BY_PILLOW["animated png"])
     assert upright_size(str(path)) == (90, 120)
+
+
+@READERS
+def test_jpeg_of_many_scans_is_refused_before_it_is_decoded(tmp_path, monkeypatch, read):
+    path = tmp_path / "image.jpg"
+    path.write_bytes(scans(64, 150))
+    assert read(str(path), "BGR").shape == (64, 64, 3)
+    path.write_bytes(scans(64, 201))
+    for decode in ("PIL.ImageFile.ImageFile.load", "cv2.imdecode"):
+        monkeypatch.setattr(decode, lambda *_: pytest.fail("it is decoded"))
+    with pytest.raises(OSError, match="a JPEG of more than 200 scans: save it anew"):
+        read(str(path), "BGR")
+
+
+def test_encoders_write_few_scans(tmp_path):
+    Image.fromarray(photograph(900, 1200)).save(tmp_path / "a.jpg", progressive=True)
+    assert (tmp_path / "a.jpg").read_bytes().count(b"\xff\xda") < 20
