@@ -259,8 +259,12 @@ def _fit(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
     """Lay out an optimizer's state like its parameters. PyTorch's fused steps do not check shapes.
 
     Raises:
-        ValueError: if the state is of other parameters.
+        ValueError: if the state is of other parameters, or its settings are of other types.
     """
+    for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        for name in ours.keys() & theirs.keys() - {"params"}:
+            if not _is_like(theirs[name], ours[name]):
+                raise ValueError(f"the optimizer's {name} is a {type(theirs[name]).__name__} that can't be")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [i for group in state["param_groups"] for i in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
@@ -271,6 +275,16 @@ def _fit(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
             if x.shape != parameter.shape or not x.is_floating_point():
                 raise ValueError(f"the optimizer's {name} has the shape {tuple(x.shape)}")
             tensors[name] = torch.empty_like(parameter, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _is_like(theirs: Any, ours: Any) -> bool:
+    """Say whether a setting of an optimizer is of the same kind as ours: PyTorch checks none."""
+    if isinstance(ours, (list, tuple)):
+        is_list = isinstance(theirs, (list, tuple)) and len(theirs) == len(ours)
+        return is_list and all(map(_is_like, theirs, ours))
+    if isinstance(ours, (int, float)) and not isinstance(ours, bool):
+        return type(theirs) in (int, float) and abs(theirs) < 2**63  # which holds for no NaN
+    return theirs is None or isinstance(theirs, (bool, str)) or type(theirs) is type(ours)
 
 
 class MovingAverage(AveragedModel):

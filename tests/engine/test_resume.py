@@ -633,6 +633,8 @@ SPOILT = {
     "expanded": lambda s: s["_trainer"]["optimizer"]["state"][0].update(
         exp_avg=torch.zeros(1).expand(10**6, 10**6)
     ),
+    "weight decay": lambda s: s["_trainer"]["optimizer"]["param_groups"][0].update(weight_decay=2**70),
+    "betas": lambda s: s["_trainer"]["optimizer"]["param_groups"][0].update(betas=(0.9, "x")),
     "settings": lambda s: s["settings"]["groups"].pop(),
     "images": lambda s: s["data"].update(images=10**15),
     "rate": lambda s: s["hooks"]["LRScheduler"].update(base_lrs="x"),
