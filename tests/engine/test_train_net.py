@@ -388,7 +388,8 @@ def test_a_fault_of_the_program_keeps_its_traceback():
 
 def test_progress_bar_shows_loss_and_time_left_on_a_terminal(job, monkeypatch, capsys):
     config, _ = job
-    monkeypatch.setattr("focal_d2.engine.trainer._on_terminal", lambda: True)
+    for module in ("trainer", "hooks.arrangement"):
+        monkeypatch.setattr(f"focal_d2.engine.{module}.on_terminal", lambda: True)
     args = ["--config-file", config, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 3]
     assert run_main(monkeypatch, *args) == 0
     captured = capsys.readouterr()
