@@ -7,7 +7,6 @@ Several machines:  docs/training.md
 """
 
 import argparse
-import os
 
 from focal_d2.commands.cli import Parser, add_config_options, add_trust_flag
 
@@ -28,13 +27,12 @@ def add_job_options(parser: Parser) -> None:
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes on each machine (1)")
     parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="(1)")
     parser.add_argument("--machine-rank", type=int, default=0, metavar="N", help="number of this one (0)")
-    # As detectron2 does: the same port for a user, so that a job that was left behind shows.
-    port = 2**15 + 2**14 + os.getuid() % 2**14
+    # detectron2's default is one port for all jobs of a user: a second job on the machine fails there.
     parser.add_argument(
         "--dist-url",
         metavar="URL",
-        default=f"tcp://127.0.0.1:{port}",
-        help="where the machines meet: tcp://HOST:PORT of machine 0",
+        default="auto",
+        help="where several machines meet: tcp://HOST:PORT of machine 0 (one machine: any free port)",
     )
     add_trust_flag(parser)
 

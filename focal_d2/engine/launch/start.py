@@ -40,7 +40,7 @@ def start(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -
         run(args)
     else:
         check_devices(args.num_gpus, args.num_machines)
-        if args.num_machines > 1 and re.search(r"//(127\.|localhost|\[?::1)", args.dist_url):
+        if args.num_machines > 1 and re.search(r"auto|//(127\.|localhost|\[?::1)", args.dist_url):
             raise UserError(
                 f"--num-machines {args.num_machines} needs --dist-url tcp://HOST:PORT with an address of "
                 f"machine 0 that the others reach, not {args.dist_url}"
