@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-_PREFIX = "UserError: "
+# How a traceback's last line begins; a message that quotes a file may have several lines.
+_RAISED = re.compile(r"^[\w.]*UserError: ", re.MULTILINE)
 _LONGEST = 2000  # characters of a line that is printed
 # Ends the line that refuses a file: the flag is that of focal_d2.commands.cli.add_trust_flag.
 UNLESS_TRUSTED = " (unless you trust the file: --trust-files of train, eval and predict)"
+
+# What moves a terminal's cursor, sets its colours, title or clipboard, or changes the order of letters; and
+# what no encoding has.
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -23,16 +31,37 @@ def user_message(error: BaseException) -> str | None:
     """Find the user's line in `error`, or None if it is a fault of the program.
 
     A disk that is full or read-only is the user's as well. Data loader workers and spawned ranks re-raise
-    with a formatted traceback as the message; its last line then carries the original error. The line is
+    with a formatted traceback as the message; its end then carries the original error. The line is
     cut in the middle if it is long: a hostile file may have a name of a megabyte in it.
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return f"{error.filename or 'output'}: {error.strerror}"
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+        return (
+            f"{error.object!a} can't be written in this system's encoding {error.encoding}: set PYTHONUTF8=1"
+        )
     text = str(error).strip()
-    last = text.rsplit("\n", 1)[-1]
-    if _PREFIX in last and "\n" in text:
-        return one_line(last.split(_PREFIX, 1)[1], _LONGEST)
+    raised = [*_RAISED.finditer(text)] if "\n" in text else []
+    if raised and "\nTraceback" not in text[raised[-1].end() :]:
+        return one_line(text[raised[-1].end() :], _LONGEST)
     return one_line(text, _LONGEST) if isinstance(error, UserError) else None
+
+
+def escaped(text: str, *, keep: str = "\t") -> str:
+    """Write control characters as Python does (`\\x1b`), so that they do nothing to a terminal.
+
+    Args:
+        text: of any characters. One that was escaped stays as it is.
+        keep: characters that stay; "\\n" for a text that was put together of lines.
+    """
+    return _CONTROL.sub(
+        lambda match: match[0] if match[0] in keep else match[0].encode("unicode_escape").decode(), text
+    )
+
+
+def escaped_rows(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
+    """Escape the texts in a table's rows, where a line break would begin another row."""
+    return [[escaped(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

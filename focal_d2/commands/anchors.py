@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 
 from focal_d2.commands.cli import Parser, add_config_options, check_writable, positive
+from focal_d2.console import write
+from focal_d2.storage.files import create_file
 
 
 def add_options(parser: Parser) -> None:
@@ -50,9 +52,10 @@ def run(args: argparse.Namespace) -> None:
         num_ratios=args.ratios,
         seed=seed,
     )
-    print(json.dumps(result.as_dict(), indent=2) if args.json else result.as_text(), flush=True)
+    write(json.dumps(result.as_dict(), indent=2) if args.json else result.as_text())
     if args.output is not None:
         base = args.config_file
         if os.path.exists(base):  # else it is one of this package's, found by its name from everywhere
             base = os.path.relpath(base, args.output.parent)
-        args.output.write_text(f"_BASE_: {json.dumps(base)}\n{result.chosen.as_yaml()}")
+        with create_file(args.output) as file:
+            file.write(f"_BASE_: {json.dumps(base)}\n{result.chosen.as_yaml()}".encode())

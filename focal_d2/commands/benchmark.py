@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from focal_d2.commands.cli import Parser, add_config_options, positive
+from focal_d2.console import tell, write
 
 # The benchmarks of `focal_d2.analysis.benchmark`, which takes seconds to import.
 BENCHMARKS = {
@@ -70,10 +70,10 @@ def run(args: argparse.Namespace) -> None:
     if args.what == "sweep":
         result["rows"] = []
         for row in sweep_fields(cfg, setting):
-            print(f"{row['field']} {row['value']}", file=sys.stderr, flush=True)
+            tell(f"{row['field']} {row['value']}")
             result["rows"].append(row)
     else:
         result["rows"] = [row.as_dict() for row in benchmark.BENCHMARKS[args.what](cfg, setting)]
-    print(json.dumps(result, indent=2) if args.json else as_text(result), flush=True)
+    write(json.dumps(result, indent=2) if args.json else as_text(result))
     if args.what == "sweep":  # after the figures are out: a path that can't be written loses none
         plot_sweep(result["rows"], args.plot)

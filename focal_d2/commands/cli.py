@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from focal_d2.console import quiet
-from focal_d2.errors import UserError, user_message
+from focal_d2.console import give_up_unwritten, prepare_output, reader_is_gone, tell
+from focal_d2.errors import UserError, escaped, user_message
+from focal_d2.storage.files import check_regular
 
 
 def run_command(name: str, arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
@@ -55,23 +56,23 @@ def command_line(program: str) -> Iterator[None]:
     Args:
         program: the beginning of the line.
     """
-    quiet()
+    prepare_output(program)
     try:
         yield
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print(f"{program}: stopped", file=sys.stderr)
+        tell(f"{program}: stopped")
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        # Who read the output has seen enough (`| head`); Python must not try to flush the rest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            raise SystemExit(0) from None  # who read the output has seen enough (`| head`)
         message = user_message(error)
         if message is None:
             raise
-        print(f"{program}: error: {message}", file=sys.stderr)
+        tell(f"{program}: error: {message}")
         raise SystemExit(2) from None
+    finally:
+        give_up_unwritten()
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,6 +101,10 @@ class Parser(argparse.ArgumentParser):
         if "required" in message and given:
             message = f"{given[0]} must come before the KEY VALUE pairs"
         super().error(message)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # All that argparse writes, arguments that it quotes included.
+        super()._print_message(escaped(message, keep="\t\n"), file)
 
 
 def add_config_options(parser: argparse.ArgumentParser, help: str = "a YAML file", **options: Any) -> None:
@@ -160,5 +165,9 @@ def check_writable(path: Path, config_file: str) -> None:
     """
     if path.exists() and os.path.exists(config_file) and path.samefile(config_file):
         raise UserError(f"{path} is the config itself: choose another file")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"{path} can't be written: a folder, not permitted, or in no folder that exists")
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}") from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path} can't be written: not permitted, or in no folder that exists")

@@ -7,6 +7,7 @@ file of that name which is at hand comes first.
 import argparse
 
 from focal_d2.commands.cli import Parser
+from focal_d2.console import write
 from focal_d2.storage.configs import packaged_configs, packaged_folder
 
 
@@ -19,10 +20,10 @@ def run(args: argparse.Namespace) -> None:
     """Print each name, with the first line of its header."""
     folder = packaged_folder()
     if args.folder:
-        print(folder)
+        write(str(folder))
         return
     names = packaged_configs()
     width = max(map(len, names), default=0)
     for name in names:
         with (folder / name).open(encoding="utf-8") as file:
-            print(f"{name:{width}}  {file.readline().removeprefix('#').strip()}")
+            write(f"{name:{width}}  {file.readline().removeprefix('#').strip()}")

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from focal_d2.commands.cli import Parser
+from focal_d2.console import write
 
 
 def add_options(parser: Parser) -> None:
@@ -29,6 +30,6 @@ def run(args: argparse.Namespace) -> None:
     for name in dict.fromkeys(args.names):
         made = neon_trees.prepare(root, args.wheel) if name == "neon_trees" else digits.prepare(root)
         for split in neon_trees.SPLITS if name == "neon_trees" else digits.SPLITS:
-            coco = json.loads((made / f"{split}.json").read_text())
+            coco = json.loads((made / f"{split}.json").read_text(encoding="utf-8"))
             images, boxes = len(coco["images"]), len(coco["annotations"])
-            print(f"{name}_{split}: {images} images, {boxes} boxes in {made / split}")
+            write(f"{name}_{split}: {images} images, {boxes} boxes in {made / split}")

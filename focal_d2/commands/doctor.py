@@ -10,6 +10,8 @@ import logging
 from pathlib import Path
 
 from focal_d2.commands.cli import Parser, add_config_options, check_writable
+from focal_d2.console import write
+from focal_d2.storage.files import create_file
 
 
 def add_options(parser: Parser) -> None:
@@ -43,11 +45,12 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         most = None if args.no_images else cfg.INPUT.FOCAL.MAX_PIXELS
         page = as_page(report, title=args.config_file, max_pixels=most)
-        args.html.write_text(page, encoding="utf-8", errors="replace")
+        with create_file(args.html) as file:
+            file.write(page.encode(errors="replace"))
     if args.json:
-        print(json.dumps(report.as_dict(), indent=1))
+        write(json.dumps(report.as_dict(), indent=1))
     elif args.fix_list:
-        print(as_fix_list(report, base=args.config_file))
+        write(as_fix_list(report, base=args.config_file))
     else:
-        print(as_text(report))
+        write(as_text(report))
     return 0 if report.healthy else 1

@@ -17,6 +17,7 @@ from typing import Any
 
 import focal_d2
 from focal_d2.commands.cli import Parser
+from focal_d2.console import write
 from focal_d2.hardware import cpu_facts, judge_cpu, list_gpus
 from focal_d2.storage.configs import packaged_folder
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     """Print what is here."""
     facts = _facts()
     if args.json:
-        print(json.dumps(facts, indent=1))
+        write(json.dumps(facts, indent=1))
         return
     lines = [(name, facts[name]) for name in ("focal_d2", "python", "configs")]
     lines += [(name, version or "not installed") for name, version in facts["packages"].items()]
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     if not facts["gpus"]:
         lines.append(("GPU", "none that nvidia-smi lists"))
     width = max(len(name) for name, _ in lines)
-    print("\n".join(f"{name:{width}}  {text}" for name, text in lines))
+    write("\n".join(f"{name:{width}}  {text}" for name, text in lines))
 
 
 def _facts() -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from focal_d2.commands.cli import Parser, add_config_options, add_trust_flag
+from focal_d2.console import tell, write
+from focal_d2.errors import escaped
 
 
 def add_options(parser: Parser) -> None:
@@ -73,12 +74,11 @@ def run(args: argparse.Namespace) -> None:
                 "scores": scores[shown].tolist(),
                 "classes": [predictor.class_names[k] for k in classes[shown]],
             }
-            print(json.dumps(detections))
+            write(json.dumps(detections))
     if not args.json:
-        print(f"{len(paths)} pictures in {args.output}")
+        write(escaped(f"{len(paths)} pictures in {args.output}"))
     if cut:
-        print(
+        tell(
             f"TEST.DETECTIONS_PER_IMAGE {limit} cuts off detections with scores of {args.threshold:g} and "
-            f"above in {len(cut)} of {len(paths)} images; the first is {cut[0]}",
-            file=sys.stderr,
+            f"above in {len(cut)} of {len(paths)} images; the first is {cut[0]}"
         )

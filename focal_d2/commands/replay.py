@@ -11,6 +11,8 @@ import logging
 from pathlib import Path
 
 from focal_d2.commands.cli import Parser, add_import_flag
+from focal_d2.console import write
+from focal_d2.errors import escaped
 
 
 def add_options(parser: Parser) -> None:
@@ -31,11 +33,10 @@ def run(args: argparse.Namespace) -> int:
     result = replay(saved, device=args.device)
     if args.json:
         facts = {"iteration": saved.iteration, "reproduced": result.reproduced, "terms": result.terms}
-        print(json.dumps({**facts, **result.report.as_dict()}, indent=1, allow_nan=False))
+        write(json.dumps({**facts, **result.report.as_dict()}, indent=1, allow_nan=False))
     else:
         again = "reproduced" if result.reproduced else "NOT reproduced"
-        print(f"Iteration {saved.iteration}, {saved.file.name}: {again}")
-        for name, comparison in result.terms.items():
-            print(f"  {name}: {comparison}")
-        print(f"\n{result.report.text()}", end="")
+        lines = [f"Iteration {saved.iteration}, {saved.file.name}: {again}"]
+        lines += [f"  {name}: {comparison}" for name, comparison in result.terms.items()]
+        write("\n".join([*map(escaped, lines), "", result.report.text().rstrip("\n")]))
     return 0 if result.reproduced else 1

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from focal_d2.commands.cli import Parser, add_config_options
+from focal_d2.console import tell, write
 from focal_d2.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     def after(results: list[Result], newest: Result | None) -> None:
         write_report(runs, results, args.output)
         if newest:
-            print(f"[{len(results)}/{len(runs)}] {newest.line}", file=sys.stderr, flush=True)
+            tell(f"[{len(results)}/{len(runs)}] {newest.line}")
 
     try:
         runs = plan(grid, seeds, args.output, _training_command(args), check)
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("stopped; the same command continues the study") from None
     except OSError as error:
         raise UserError(f"{args.output}: {error}") from error
-    print(as_json(results) if args.json else (args.output / "table.md").read_text())
+    write(as_json(results) if args.json else (args.output / "table.md").read_text(encoding="utf-8"))
     failed = [result for result in results if result.status == "failed"]
     if failed:
         raise UserError(f"{len(failed)} of {len(results)} runs failed; the same command tries them again")

@@ -8,7 +8,6 @@ import os
 import msgspec
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.file_io import PathManager
 
 from focal_d2.annotations import has_table
 from focal_d2.config import key_value
@@ -23,6 +22,7 @@ from focal_d2.data.datasets import (
     unreadable,
 )
 from focal_d2.errors import UserError, did_you_mean, first_few
+from focal_d2.storage.files import LARGEST_ANNOTATIONS, read_data
 
 
 def check_datasets(cfg: CfgNode, *, training: bool) -> None:
@@ -97,8 +97,8 @@ def _check_truth(name: str) -> None:
     elif metadata.get("json_file"):
         # As the evaluator reads it; detectron2's own reader would take longer.
         try:
-            with PathManager.open(metadata.json_file, "rb") as file:
-                annotations = msgspec.json.decode(file.read(), type=_Annotations).annotations
+            data = read_data(metadata.json_file, limit=LARGEST_ANNOTATIONS)
+            annotations = msgspec.json.decode(data, type=_Annotations).annotations
         except (OSError, msgspec.MsgspecError) as error:
             raise unreadable(name, error) from error
         has_boxes = annotations is None or any(not a.iscrowd for a in annotations)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import struct
 from collections.abc import Iterator
 from typing import IO
 
-from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from focal_d2.errors import describe_error, reason
+from focal_d2.storage.files import open_data, read_file
 
 # The formats of files that are read, by Pillow's names. Pillow goes by a file's content, not by its name, and
 # knows some 40 more formats: for one of them (EPS) it starts a program. "JPEG" includes MPO, "PNG" APNG. The
@@ -32,6 +31,10 @@ UNREADABLE = (OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 
 # How a file starts that Git LFS put in the place of a large one.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_LONGEST_POINTER = 1024  # bytes, as Git LFS has it
+
+# Most bytes of an image's file: of each pixel, for four channels of 16 bits, and of all that is not pixels.
+_BYTES_A_PIXEL, _BYTES_BESIDE = 8, 2**26
 
 
 def why_unreadable(file_name: str, error: Exception) -> str:
@@ -41,23 +44,29 @@ def why_unreadable(file_name: str, error: Exception) -> str:
         file_name: of the image.
         error: one of `UNREADABLE`.
     """
-    try:
-        if os.path.isfile(file_name):
-            with open(file_name, "rb") as file:
-                if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                    return "it is a Git LFS pointer, not the image itself: run `git lfs pull`"
-    except OSError:
-        pass  # the error says so
+    with contextlib.suppress(OSError):  # a longer file, or what the error says
+        if read_file(file_name, limit=_LONGEST_POINTER).startswith(LFS_POINTER):
+            return "it is a Git LFS pointer, not the image itself: run `git lfs pull`"
     return reason(error)
 
 
-def open_image(file: str | IO[bytes], *, max_pixels: int | None) -> Image.Image:
+def open_image_file(file_name: str, max_pixels: int | None) -> IO[bytes]:
+    """Open the file of an image of at most so many pixels; None: as many as the process allows.
+
+    Raises:
+        OSError: if it can't be opened, is no regular file, or is longer than such an image can be.
+    """
+    most = max_pixels or Image.MAX_IMAGE_PIXELS or 0
+    return open_data(file_name, limit=_BYTES_A_PIXEL * most + _BYTES_BESIDE)
+
+
+def open_image(file: IO[bytes], *, max_pixels: int | None) -> Image.Image:
     """Open an image of one of `FILE_FORMATS`: its header is read, and nothing is decoded.
 
     No other code opens images: so nothing but these formats' decoders ever sees a file.
 
     Args:
-        file: its name, or what it holds.
+        file: what it holds.
         max_pixels: most pixels that it may have; None: any, for a file of our own or one that is not decoded.
 
     Raises:
@@ -115,7 +124,7 @@ def check_for_detectron2(file_name: str, *, max_pixels: int) -> None:
         OSError: and the others of `UNREADABLE`, if `open_image` refuses it, or Pillow takes it for something
             else when it may choose.
     """
-    with PathManager.open(file_name, "rb") as file:
+    with open_image_file(file_name, max_pixels) as file:
         kind = open_image(file, max_pixels=max_pixels).format
         file.seek(0)
         with pillow_errors():
@@ -143,7 +152,7 @@ def upright_size(file_name: str) -> tuple[int, int]:
     Raises:
         OSError: and the others of `UNREADABLE`, if it cannot be read.
     """
-    with open_image(file_name, max_pixels=None) as image:
+    with open_image_file(file_name, None) as file, open_image(file, max_pixels=None) as image:
         width, height = image.size
         orientation = None
         with contextlib.suppress(Exception):  # as in decode

@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from focal_d2.data.image_files import IMAGE_SUFFIXES, UNREADABLE
+from focal_d2.data.image_files import IMAGE_SUFFIXES, UNREADABLE, why_unreadable
 from focal_d2.data.pixels import ImageReader, write_image
 from focal_d2.errors import UserError, reason
 
@@ -81,7 +81,7 @@ def read_image(path: str | Path, reader: ImageReader) -> np.ndarray:
     try:
         return reader.read(os.path.expanduser(path))
     except UNREADABLE as error:
-        raise UserError(f"cannot read image {path}: {error}") from error
+        raise UserError(f"cannot read image {path}: {why_unreadable(str(path), error)}") from error
 
 
 def draw_boxes(image: np.ndarray, boxes: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:

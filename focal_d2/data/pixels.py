@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_image_to_rgb, convert_PIL_to_numpy
-from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from focal_d2.data.image_files import open_image, pillow_errors
+from focal_d2.data.image_files import open_image, open_image_file, pillow_errors
 from focal_d2.data.opencv import OpenCVInput, decode, to_planes
 from focal_d2.detectron2_compat import apply_exif_orientation
 from focal_d2.errors import UserError
+from focal_d2.storage.files import create_file
 
 # The values of INPUT.FORMAT and their numbers of channels. Of Pillow's other modes, detectron2 trains with
 # those that have a fourth or an alpha channel (LA, RGBA, CMYK); resizing weighs the other channels by it.
@@ -42,7 +42,7 @@ def read_with_pillow(file_name: str, image_format: str, *, max_pixels: int | Non
     Raises:
         OSError: and the others of `UNREADABLE`, if it cannot be read or its values are not of 8 or 16 bits.
     """
-    with PathManager.open(file_name, "rb") as file, pillow_errors():
+    with open_image_file(file_name, max_pixels) as file, pillow_errors():
         image = open_image(file, max_pixels=max_pixels)
         image.load()
         image = _to_8_bits(apply_exif_orientation(image))
@@ -91,7 +91,7 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
         OSError: if the file cannot be written.
     """
     _, data = cv2.imencode(os.path.splitext(path)[1], image)
-    with open(path, "wb") as file:
+    with create_file(path) as file:
         file.write(data.tobytes())
 
 
@@ -149,7 +149,7 @@ def read_pixels(file_name: str, image_format: str, *, max_pixels: int | None) ->
     Raises:
         OSError: and the others of `UNREADABLE`, if it cannot be read.
     """
-    with PathManager.open(file_name, "rb") as file:
+    with open_image_file(file_name, max_pixels) as file:
         data = file.read()
     image = decode(data, max_pixels)
     if image is None:

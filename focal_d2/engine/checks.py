@@ -6,6 +6,7 @@ annotations, which stop no job, are in `focal_d2.data.checks`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -58,6 +59,14 @@ def run_checks(cfg: CfgNode, *phases: str, training: bool = True, processes: int
 def _output_dir(cfg: CfgNode, _: Job) -> None:
     if not cfg.OUTPUT_DIR:
         raise UserError("OUTPUT_DIR is empty; it must be the path of a folder")
+    try:
+        cfg.OUTPUT_DIR.encode()  # TensorBoard takes no other names
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"OUTPUT_DIR is {cfg.OUTPUT_DIR}, which is not UTF-8: choose another folder, or set PYTHONUTF8=1"
+        ) from error
+    for name in ("", *cfg.DATASETS.TEST):  # else it would be found out when training is done
+        os.fsencode(os.path.join(cfg.OUTPUT_DIR, name))  # `user_message` has the line for what this raises
     check_output(cfg.OUTPUT_DIR)
 
 

@@ -15,7 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from focal_d2.config import add_focal_config, check_choice, key_value, leaves, set_value
 from focal_d2.config.architectures import CLASS_KEYS
-from focal_d2.config.files import merge_file
+from focal_d2.config.files import check_config_file, merge_file
 from focal_d2.config.legal_values import check_values
 from focal_d2.data.dataset_checks import count_classes
 from focal_d2.data.entries import register_datasets
@@ -27,6 +27,7 @@ from focal_d2.modeling.losses import LOSSES, parameter_names
 from focal_d2.storage.configs import find_config
 from focal_d2.storage.downloads import is_address
 
+_CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f]")
 _KERNELS = "MODEL.FOCAL.KERNELS"
 _COMMAND_LINE = "command line"
 
@@ -70,8 +71,7 @@ def load_config(
     add_focal_config(cfg)
     if config_file:
         config_file = find_config(os.path.expanduser(config_file))
-        if not os.path.isfile(config_file):
-            raise UserError(f"config file not found: {config_file}")
+        check_config_file(config_file, config_file)
         with _config_errors(cfg, config_file), _other_types(cfg):
             if trust_files:
                 cfg.merge_from_file(config_file)
@@ -82,6 +82,7 @@ def load_config(
         _add_loss_parameters(cfg, overrides)
         cfg.merge_from_list(_with_lists(cfg, overrides))
     _refuse_nulls(cfg)
+    _refuse_control_characters(cfg)
     cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = map(os.path.expanduser, (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS))
     if not trust_files:
         _refuse_ways_out(cfg)
@@ -225,6 +226,14 @@ def _refuse_nulls(cfg: CfgNode) -> None:
             raise UserError(f"{key} is null; it must be a {type(default).__name__} (default: {default})")
 
 
+def _refuse_control_characters(cfg: CfgNode) -> None:
+    """Refuse texts that would begin another line, or move the cursor, wherever they are written."""
+    for key, value in leaves(cfg).items():
+        for text in _texts(value):
+            if _CONTROL.search(text):
+                raise UserError(f"{key} has the text {text!r}; control characters are refused")
+
+
 def _refuse_ways_out(cfg: CfgNode) -> None:
     """Refuse what makes detectron2 write, fetch or run what a config names.
 
@@ -244,7 +253,7 @@ def _refuse_ways_out(cfg: CfgNode) -> None:
 
 def _texts(value: object) -> list[str]:
     if isinstance(value, dict):
-        value = list(value.values())
+        value = [*value, *value.values()]
     if isinstance(value, (list, tuple)):
         return [text for x in value for text in _texts(x)]
     return [value] if isinstance(value, str) else []

@@ -13,9 +13,10 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, reason
 from focal_d2.modeling.build import quiet_console
-from focal_d2.storage.files import write_aside
+from focal_d2.storage.files import read_file, write_aside
+from focal_d2.storage.yaml_text import LONGEST_FILE
 
 
 def set_up_job(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -50,8 +51,10 @@ def restored_config(folder: str, *, always: bool) -> Iterator[None]:
     """
     path, before, done = os.path.join(folder, "config.yaml"), b"", False
     if comm.is_main_process() and os.path.isfile(path):
-        with open(path, "rb") as file:
-            before = file.read()
+        try:
+            before = read_file(path, limit=LONGEST_FILE)
+        except OSError as error:
+            raise UserError(f"{path}: {reason(error)}") from error
     try:
         yield
         done = True

@@ -168,7 +168,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
             by_dataset = {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
             table = format_results(by_dataset)
             if table:  # a test set without annotations has no results
-                logger.info(f"Average precision and recall, per cent:\n{table}")
+                logger.info(f"Average precision and recall, per cent:\n{table}", extra={"lines": True})
         return results
 
     def build_hooks(self) -> list[Any]:

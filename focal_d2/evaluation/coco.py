@@ -14,12 +14,11 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
 from focal_d2.detectron2_compat import COCOHooks
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, escaped
 from focal_d2.evaluation.backends import (
     AREAS,
     IOUS,
@@ -32,6 +31,7 @@ from focal_d2.evaluation.backends import (
 )
 from focal_d2.evaluation.errors import analyse, finite
 from focal_d2.evaluation.ground_truth import read_ground_truth
+from focal_d2.storage.files import write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -114,10 +114,8 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
             numbers = {label: number for number, label in labels.items()}
             path = str(Path(self.output_dir) / "coco_instances_results.json")
             logger.info(f"Saving results to {path}")
-            with PathManager.open(path, "wb") as file:
-                file.write(
-                    msgspec.json.encode([{**x, "category_id": numbers[x["category_id"]]} for x in instances])
-                )
+            content = [{**x, "category_id": numbers[x["category_id"]]} for x in instances]
+            write_aside(path, lambda file: file.write(msgspec.json.encode(content)))
         if truth is None:
             logger.info("Annotations are not available for evaluation.")
             return
@@ -141,8 +139,8 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
         figures = analyse(truth, detections, curves, names=names, max_dets=self._max_dets)
         figures["coco"] = {**finite(self.results["bbox"]), **figures["coco"]}
         figures = {"dataset": self._name, "backend": self._backend, **figures}
-        with PathManager.open(str(Path(self.output_dir or "") / "analysis.json"), "wb") as file:
-            file.write(msgspec.json.encode(figures))
+        path = str(Path(self.output_dir or "") / "analysis.json")
+        write_aside(path, lambda file: file.write(msgspec.json.encode(figures)))
 
     def coco_api(self) -> COCO:
         """Return pycocotools' object of the boxes, which detectron2's evaluation of proposals reads."""
@@ -232,7 +230,7 @@ def format_results(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
         One row a dataset, one column a metric; per-class figures are left to the log.
     """
     rows = [
-        {"dataset": dataset, **{k: v for k, v in tasks["bbox"].items() if not k.startswith("AP-")}}
+        {"dataset": escaped(dataset), **{k: v for k, v in tasks["bbox"].items() if not k.startswith("AP-")}}
         for dataset, tasks in results.items()
         if "bbox" in tasks
     ]

@@ -9,12 +9,12 @@ import msgspec
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 
 from focal_d2.annotations import Table, registered_table
 from focal_d2.errors import UserError
 from focal_d2.evaluation.backends import Truth
 from focal_d2.ops.common import ANY_CLASS
+from focal_d2.storage.files import LARGEST_ANNOTATIONS, read_data
 
 
 class GroundTruth(NamedTuple):
@@ -80,8 +80,7 @@ def _of_table(table: Table) -> GroundTruth:
 def _of_file(path: str, labels: Mapping[int, int] | None) -> GroundTruth:
     """Read a COCO file, of which area and iscrowd may be missing."""
     try:
-        with PathManager.open(path, "rb") as file:
-            content = msgspec.json.decode(file.read())
+        content = msgspec.json.decode(read_data(path, limit=LARGEST_ANNOTATIONS))
     except (OSError, msgspec.DecodeError) as error:
         raise UserError(f"{path}: {error}") from error
     image_ids = {image["id"] for image in content.get("images", ())}

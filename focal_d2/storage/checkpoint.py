@@ -18,7 +18,7 @@ from focal_d2.detectron2_compat import CheckpointerHooks
 from focal_d2.errors import UserError, describe_error, first_few, reason
 from focal_d2.storage.checkpoint_folder import LAST, CheckpointFolder
 from focal_d2.storage.downloads import check_address, fetch, is_address
-from focal_d2.storage.files import write_aside
+from focal_d2.storage.files import check_regular, write_aside
 from focal_d2.storage.pickles import ForbiddenImportError
 from focal_d2.storage.weights import read_pickle, read_torch
 
@@ -241,6 +241,9 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
         Raises:
             UserError: if they do not fit the model.
         """
+        for name in checkpoint["model"]:
+            if not str(name).isprintable():  # fvcore and detectron2 log names as they are
+                raise ValueError(f"an entry is called {name!r}; control characters are refused")
         incompatible = super().load_model(checkpoint)
         misshaped = {name: (theirs, ours) for name, theirs, ours in incompatible.incorrect_shapes}
         entries = set(self.model.state_dict())
@@ -345,8 +348,13 @@ def check_file(path: str, *, allow_download: bool = False) -> None:
     file, _ = _without_option(path)
     if is_address(file):
         check_address(file, allow_download=allow_download)
-    elif file and not os.path.isfile(file):
+    elif file and not os.path.exists(file):
         raise UnusableFileError(f"weights file not found: {file}")
+    elif file:
+        try:
+            check_regular(file)
+        except OSError as error:
+            raise UnusableFileError(f"weights file {file}: {error.strerror}") from error
 
 
 def _is_folder(path: str) -> bool:

@@ -8,7 +8,7 @@ import os
 import re
 
 from focal_d2.errors import reason
-from focal_d2.storage.files import ASIDE
+from focal_d2.storage.files import ASIDE, read_file
 
 LAST = "last_checkpoint"  # the file that names the last checkpoint
 # A checkpoint of the schedule, by the number of its last iteration.
@@ -27,8 +27,7 @@ class CheckpointFolder:
     def last(self) -> str:
         """Return the path of the file that `last_checkpoint` names; "" if it names none of this folder."""
         try:
-            with open(os.path.join(self.path, LAST), encoding="utf-8") as file:
-                name = file.read(1000).strip()
+            name = read_file(os.path.join(self.path, LAST), limit=1000).decode().strip()
         except (OSError, UnicodeDecodeError):
             return ""
         plain = name == os.path.basename(name) and name.endswith(".pth") and name.isprintable()

@@ -1,19 +1,127 @@
-"""Files that are written so that a crash leaves the old or the new one."""
+"""Opening files: to read what others wrote, and to write so that a crash leaves the old or the new one.
+
+Only regular files are opened. A named pipe would be waited for, a device may never end, and opening some
+devices already has an effect.
+"""
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from typing import IO
 
 from focal_d2.errors import UserError
 
+# Bytes of a file of annotations. It is read whole; Objects365's has 6 · 10⁹.
+LARGEST_ANNOTATIONS = 2**33
+
 ASIDE = ".tmp"  # ends the name of a file that is not whole yet
 # In OUTPUT_DIR, what is opened where it lies, not written aside: by us, detectron2, TensorBoard and W&B.
 _FILES = ("config.yaml", "log.txt*", "metrics.json", "training.lock", "events.out.*", "wandb_id.txt")
 _FOLDERS = ("inference", "nonfinite_*", "earlier_*", "wandb")
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def open_file(path: str | os.PathLike[str], *, limit: int) -> IO[bytes]:
+    """Open a regular file for reading.
+
+    Args:
+        path: of the file.
+        limit: most bytes that a file of its kind can have. A sparse file of terabytes takes no room on a
+            disk, but reading it takes all memory.
+
+    Raises:
+        OSError: if it can't be opened, is no regular file, or is longer.
+    """
+    file = os.fdopen(_open(path, os.O_RDONLY), "rb")
+    size = os.fstat(file.fileno()).st_size
+    problem = f"it has {size} bytes, more than {limit}" if size > limit else ""
+    if size == 0 and file.read(1):
+        problem = "the system makes it up as it is read, maybe without end"  # as in /proc
+    if problem:
+        file.close()
+        raise OSError(errno.EFBIG, problem, os.fspath(path))
+    return file
+
+
+def read_file(path: str | os.PathLike[str], *, limit: int) -> bytes:
+    """Read a regular file; see `open_file`."""
+    with open_file(path, limit=limit) as file:
+        return file.read()
+
+
+def open_data(path: str, *, limit: int) -> IO[bytes]:
+    """Open a file of a dataset; see `open_file`. A program can also register an address."""
+    # Commands import this module before detectron2, which takes seconds.
+    from detectron2.utils.file_io import PathManager
+
+    from focal_d2.storage.downloads import is_address
+
+    return PathManager.open(path, "rb") if is_address(path) else open_file(path, limit=limit)
+
+
+def read_data(path: str, *, limit: int) -> bytes:
+    """Read a file of a dataset; see `open_data`."""
+    with open_data(path, limit=limit) as file:
+        return file.read()
+
+
+def create_file(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a regular file for writing: a new one, or an old one that is emptied.
+
+    Raises:
+        OSError: if it can't be opened, or is no regular file.
+    """
+    handle = _open(path, os.O_WRONLY | os.O_CREAT)
+    os.ftruncate(handle, 0)
+    return os.fdopen(handle, "wb")
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Check that a file is a regular one, if it is there.
+
+    Raises:
+        OSError: if not.
+    """
+    with suppress(FileNotFoundError):
+        _check_kind(path, os.stat(path))
+
+
+def _open(path: str | os.PathLike[str], flags: int) -> int:
+    try:
+        check_regular(path)
+        # Without waiting, in case that it became a pipe since.
+        handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except UnicodeEncodeError as error:
+        reason = f"its name can't be written in this system's encoding {error.encoding}: set PYTHONUTF8=1"
+        raise OSError(errno.EINVAL, reason, os.fspath(path)) from error
+    except ValueError as error:  # a NUL in it
+        raise OSError(errno.EINVAL, str(error), os.fspath(path)) from error
+    try:
+        _check_kind(path, os.fstat(handle))
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _check_kind(path: str | os.PathLike[str], status: os.stat_result) -> None:
+    if stat.S_ISREG(status.st_mode):
+        return
+    kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+    number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
+    raise OSError(number, f"{kind}, where a file is needed", os.fspath(path))
 
 
 def write_aside(path: str, write: Callable[[IO[bytes]], object]) -> None:

@@ -12,6 +12,8 @@ from typing import IO, Any
 
 import torch
 
+from focal_d2.storage.downloads import LARGEST_DOWNLOAD
+from focal_d2.storage.files import open_file
 from focal_d2.storage.pickles import Reader, Storage, unpickle
 
 LONGEST_DIRECTORY = 2**24  # bytes of a zip file's directory; a tensor takes about 70
@@ -35,7 +37,7 @@ def read_torch(path: str, *, trusted: bool) -> Any:
         ForbiddenImportError: if it names more than tensors, arrays, numbers, texts and their containers.
         Exception: of many types, if it is damaged or something else.
     """
-    with open(path, "rb") as file:
+    with open_file(path, limit=LARGEST_DOWNLOAD) as file:
         size = os.fstat(file.fileno()).st_size
         is_zip = file.read(len(_ZIP)) == _ZIP
         file.seek(0)
@@ -45,9 +47,10 @@ def read_torch(path: str, *, trusted: bool) -> Any:
             with zipfile.ZipFile(file) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"Bad CRC-32 for file {damaged!r}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of what then fails, or is fine
-        return torch.load(path, map_location="cpu", weights_only=False)
+            file.seek(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of what then fails, or is fine
+            return torch.load(file, map_location="cpu", weights_only=False)
 
 
 def read_pickle(path: str, *, trusted: bool) -> Any:
@@ -61,7 +64,7 @@ def read_pickle(path: str, *, trusted: bool) -> Any:
         ForbiddenImportError: if it names anything else.
         Exception: of many types, if it is damaged or something else.
     """
-    with open(path, "rb") as file:
+    with open_file(path, limit=LARGEST_DOWNLOAD) as file:
         if trusted:
             return pickle.load(file, encoding="latin1")
         size = os.fstat(file.fileno()).st_size

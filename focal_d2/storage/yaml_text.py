@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import math
 import operator
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
 
 from focal_d2.errors import UNLESS_TRUSTED, UserError, describe_error, one_line, reason
+from focal_d2.storage.files import read_file
 
 # Far above any config, and low enough that a hostile file costs seconds and megabytes at most.
 LONGEST_FILE = 2**20  # bytes, with the files of its _BASE_
@@ -72,16 +72,13 @@ def read_yaml(path: str, *, name: str | None = None, budget: Budget | None = Non
         UserError: naming the file, and the line where there is one.
     """
     name = name or path
-    if not os.path.isfile(path):
-        raise UserError(f"{name}: not found, or not a file")  # a pipe would be waited for
     try:
-        with open(path, "rb") as file:
-            data = file.read(LONGEST_FILE + 1)
-        return parse_yaml(data.decode("utf-8-sig"), name, budget=budget)
+        text = read_file(path, limit=LONGEST_FILE).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{name}: {reason(error)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    return parse_yaml(text, name, budget=budget)
 
 
 def parse_yaml(text: str, source: str, *, budget: Budget | None = None) -> Any:

@@ -82,3 +82,64 @@ def test_parser_knows_the_users_folder(monkeypatch, tmp_path):
     values = parser.parse_args(["--output=~/out", "--config-file=~/a.yaml"])
     assert (values.output, values.config_file) == (tmp_path / "out", f"{tmp_path}/a.yaml")
     assert parser.parse_args([]).config_file is None
+
+
+def shell(command: str, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a line under `command_line`, as `"$@"` of a shell command."""
+    return subprocess.run(
+        ["bash", "-c", command, "-", sys.executable, "-c", PROGRAM + code],
+        capture_output=True, text=True, cwd=REPOSITORY, check=False, env={**os.environ, **variables},
+    )  # fmt: skip
+
+
+def test_closed_output_is_one_line_and_goes_into_no_file(tmp_path):
+    code = f"f = open('{tmp_path}/a', 'w'); print('x'); import os; os.system('echo y'); f.write('z')"
+    result = shell('"$@" >&-', code)
+    assert (result.returncode, result.stderr) == (
+        0,
+        "-c: standard output is closed: what is printed there is lost\n",
+    )
+    assert (tmp_path / "a").read_text() == "z"
+    result = shell('"$@" >&- 2>&- <&-', code)
+    assert (result.returncode, (tmp_path / "a").read_text()) == (0, "z")
+    result = shell('"$@" 2>&-', "print('a'); import focal_d2; raise focal_d2.UserError('b')")
+    assert (result.returncode, result.stdout, result.stderr) == (2, "a\n", "")
+
+
+def test_error_whose_reader_is_gone_keeps_its_status():
+    code = "import time, focal_d2; time.sleep(1); raise focal_d2.UserError('b')"
+    result = shell('"$@" 2>&1 | true; exit ${PIPESTATUS[0]}', code)
+    assert (result.returncode, result.stderr) == (2, "")
+
+
+def test_full_output_is_one_line():
+    result = shell('"$@" > /dev/full', "print('a')")
+    assert (result.returncode, result.stderr) == (2, "-c: error: output: No space left on device\n")
+
+
+def test_another_broken_pipe_is_a_fault():
+    """Of a data worker, for instance; it was taken for the reader of the output."""
+    result = shell('"$@"', "import os; r, w = os.pipe(); os.close(r); os.write(w, b'x')")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "BrokenPipeError: [Errno 32] Broken pipe"
+
+
+def test_traceback_has_no_control_characters():
+    result = shell('"$@"', r"raise KeyError('a') from OSError('\x1b]0;t\x07\nFAKE')")
+    assert result.returncode == 1
+    assert "OSError: \\x1b]0;t\\x07" in result.stderr
+    assert "\x1b" not in result.stderr
+
+
+def test_locale_of_ascii(tmp_path):
+    """Files are read and written as UTF-8 all the same; a name that can't be opened is told."""
+    code = (
+        f"open('{tmp_path}/b', 'w').write('\\xe9'); print('\\xfc', open('{tmp_path}/b').read()); "
+        f"open('{tmp_path}/\\xe4')"
+    )
+    result = shell('"$@"', code, LC_ALL="C", PYTHONUTF8="0")
+    assert (tmp_path / "b").read_bytes() == "é".encode()
+    assert (result.returncode, result.stdout) == (2, "\\xfc \\xe9\n")
+    first, last = result.stderr.splitlines()
+    assert first.endswith("files whose names have other letters are not found; set PYTHONUTF8=1")
+    assert last.endswith("\\xe4' can't be written in this system's encoding ascii: set PYTHONUTF8=1")

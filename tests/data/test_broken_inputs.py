@@ -213,7 +213,7 @@ def with_gaps(broken: Broken) -> None:
 CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     # files
     "coco: missing": ("coco", lambda b: b.main.unlink(), r"annotation file not found: .*annotations\.json"),
-    "coco: a folder": ("coco", to_directory, r"annotations\.json: Is a directory"),
+    "coco: a folder": ("coco", to_directory, r"annotations\.json: a folder, where a file is needed"),
     "coco: a circle of links": ("coco", loop(lambda b: b.main), r"annotations\.json"),
     "coco: empty": ("coco", content(b""), r"annotations\.json: not readable as JSON"),
     "coco: truncated": (
@@ -789,12 +789,12 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     "yolo: a label file is a pipe": (
         "yolo",
         lambda b: (b.folder / "a.txt").unlink() or os.mkfifo(b.folder / "a.txt"),
-        r"a\.txt: not a file",
+        r"a\.txt: a named pipe, where a file is needed",
     ),
     "yolo: an image is a pipe": (
         "yolo",
         lambda b: (b.images / "a.jpg").unlink() or os.mkfifo(b.images / "a.jpg"),
-        r"cannot read the image .*a\.jpg: not a file",
+        r"cannot read the image .*a\.jpg: a named pipe, where a file is needed",
     ),
     "yolo: endless digits": (
         "yolo",

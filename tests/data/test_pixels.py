@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -22,10 +23,12 @@ from focal_d2.data.image_files import (
     check_for_detectron2,
     open_image,
     upright_size,
+    why_unreadable,
 )
 from focal_d2.data.opencv import OpenCVInput, resize, to_planes
 from focal_d2.data.pixels import FORMATS, from_array, to_rgb
 from tests.data.hostile_images import FOREIGN
+from tests.special_files import SPECIAL, put
 
 read_pixels = functools.partial(pixels.read_pixels, max_pixels=10**8)
 read_with_pillow = functools.partial(pixels.read_with_pillow, max_pixels=10**8)
@@ -580,3 +583,31 @@ def test_jpeg_of_many_scans_is_refused_before_it_is_decoded(tmp_path, monkeypatc
 def test_encoders_write_few_scans(tmp_path):
     Image.fromarray(photograph(900, 1200)).save(tmp_path / "a.jpg", progressive=True)
     assert (tmp_path / "a.jpg").read_bytes().count(b"\xff\xda") < 20
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_only_regular_files_are_read_as_images(tmp_path, kind):
+    path = str(tmp_path / "a.png")
+    says = put(path, kind)
+    check = functools.partial(check_for_detectron2, max_pixels=10**6)
+    pillow = functools.partial(read_with_pillow, image_format="BGR")
+    opencv = functools.partial(read_pixels, image_format="BGR")
+    for read in (pillow, opencv, upright_size, check):
+        with pytest.raises(OSError, match=says) as error:
+            read(path)
+        assert says in why_unreadable(path, error.value)
+
+
+def test_files_longer_than_their_pixels_are_refused(tmp_path):
+    """A chunk of a PNG file may say that it has two gigabytes, which Pillow reads to go past it."""
+    path = tmp_path / "a.png"
+    path.write_bytes(PNG[:33] + struct.pack(">I", 2**31 - 1) + b"zzZz")
+    os.truncate(path, 2**31 + 100)
+    for read in (
+        upright_size,
+        lambda name: read_with_pillow(name, "BGR"),
+        lambda name: read_pixels(name, "BGR"),
+    ):
+        with pytest.raises(OSError, match="it has 2147483748 bytes, more than"):
+            read(str(path))

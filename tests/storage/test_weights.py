@@ -605,10 +605,14 @@ def test_a_sparse_file_costs_nothing(tmp_path):
     path = tmp_path / "a.pth"
     for start in (b"PK\3\4", b"\x80\2", b""):
         path.write_bytes(start)
-        os.truncate(path, 2**42)
         for read in (read_torch, read_pickle):
+            os.truncate(path, 2**34)
             with pytest.raises(ValueError, match="no directory|opcode|newline"):
                 read(str(path), trusted=False)
+            os.truncate(path, 2**42)
+            for trusted in (False, True):
+                with pytest.raises(OSError, match="it has 4398046511104 bytes, more than"):
+                    read(str(path), trusted=trusted)
 
 
 def test_read_torch_takes_large_archives(tmp_path):

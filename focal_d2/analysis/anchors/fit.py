@@ -20,7 +20,7 @@ from scipy.optimize import differential_evolution
 from focal_d2.analysis.anchors.coverage import AnchorGrids, best_anchors, grids_of, recall
 from focal_d2.annotations import Table
 from focal_d2.data.resolution import TrainingBoxes, training_boxes
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, escaped
 from focal_d2.modeling.anchors import AnchorLayout
 from focal_d2.modeling.label_counts import count_labels
 from focal_d2.modeling.targets import build_matcher
@@ -112,7 +112,7 @@ class Comparison:
         head = [f"IoU >= {at}" for at in THRESHOLDS] + ["mean IoU", "missed", "positives", "negatives"]
         lines = [f"{'share of boxes with an anchor at':<32}" + "".join(f"{x:>11}" for x in head)]
         for name in self.before:
-            lines.append(f"{name}, {self.before[name].boxes} boxes")
+            lines.append(f"{escaped(name)}, {self.before[name].boxes} boxes")
             for when, fit in (("now", self.before[name]), ("proposed", self.after[name])):
                 columns = [f"{100 * x:.1f} %" for x in fit.recall] + [f"{fit.mean_iou:.3f}", str(fit.missed)]
                 ratio = fit.negatives_per_positive

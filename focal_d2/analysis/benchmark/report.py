@@ -7,7 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, reason
+from focal_d2.storage.files import create_file
 
 
 def as_text(result: dict[str, Any]) -> str:
@@ -77,6 +78,7 @@ def plot_sweep(rows: list[dict[str, Any]], path: Path) -> None:
     axes[1][0].set_ylabel("peak memory of a step, GiB")
     axes[0][0].legend(frameon=False)
     try:
-        figure.savefig(path, dpi=110)
+        with create_file(path) as file:
+            figure.savefig(file, dpi=110, format=path.suffix[1:] or "png")
     except OSError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {reason(error)}") from error

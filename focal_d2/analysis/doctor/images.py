@@ -16,8 +16,7 @@ from tqdm import tqdm
 from focal_d2.annotations import Table
 from focal_d2.data.checks.examples import MOST_EXAMPLES
 from focal_d2.data.checks.findings import Example, Finding, share
-from focal_d2.data.image_files import UNREADABLE
-from focal_d2.errors import reason
+from focal_d2.data.image_files import UNREADABLE, why_unreadable
 
 # Files that are read before the progress bar moves.
 _CHUNK = 64
@@ -46,7 +45,7 @@ def decode(file_name: str, read: Callable[[str], np.ndarray]) -> Decoded:
     except UNREADABLE as error:
         if isinstance(error, UnidentifiedImageError) and not os.path.getsize(file_name):
             return Decoded(None, b"", "empty file")
-        return Decoded(None, b"", reason(error))
+        return Decoded(None, b"", why_unreadable(file_name, error))
     digest = hashlib.blake2b(pixels.tobytes(), digest_size=16, key=str(pixels.shape).encode())
     return Decoded((pixels.shape[0], pixels.shape[1]), digest.digest())
 

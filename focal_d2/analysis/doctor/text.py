@@ -14,7 +14,7 @@ from focal_d2.analysis.doctor.examination import DatasetFacts, Report
 from focal_d2.analysis.doctor.training import AnchorFacts, MemoryFacts, Share, odds
 from focal_d2.data.checks.findings import Finding, Fix
 from focal_d2.data.checks.kinds import NOTE, SEVERITIES
-from focal_d2.errors import first_few
+from focal_d2.errors import escaped, escaped_rows, first_few
 
 # Classes that a terminal lists.
 _MOST_CLASSES = 20
@@ -45,12 +45,12 @@ def notes(report: Report) -> list[str]:
 
 
 def _sentence(finding: Finding) -> str:
-    return f"{finding.dataset}: {finding.message}" if finding.dataset else finding.message
+    return escaped(f"{finding.dataset}: {finding.message}" if finding.dataset else finding.message)
 
 
 def _finding(finding: Finding) -> str:
     lines = [f"{finding.severity} {finding.code}", f"  {_sentence(finding)}"]
-    lines += [f"    {example}" for example in finding.examples]
+    lines += [f"    {escaped(str(example))}" for example in finding.examples]
     if finding.count > len(finding.examples) > 0:
         lines.append("    …")
     lines.append(f"  What to do: {finding.remedy}.")
@@ -60,7 +60,7 @@ def _finding(finding: Finding) -> str:
 def _datasets(report: Report) -> str:
     rows = [[d.name, d.use, d.images, d.without_boxes, d.boxes, d.ignored] for d in report.datasets]
     headers = ["dataset", "use", "images", "without boxes", "boxes", "ignored"]
-    return tabulate(rows, headers) if rows else ""
+    return tabulate(escaped_rows(rows), headers) if rows else ""
 
 
 def _classes(report: Report) -> str:
@@ -71,7 +71,7 @@ def _classes(report: Report) -> str:
     if not rows:
         return ""
     more = len(names) - len(rows)
-    table = tabulate(rows, ["class", *(f"boxes to {use}" for use in columns)])
+    table = tabulate(escaped_rows(rows), ["class", *(f"boxes to {use}" for use in columns)])
     return table + (f"\n… and {more} more, in --json and --html" if more else "")
 
 
@@ -173,7 +173,7 @@ def as_fix_list(report: Report, *, base: str) -> str:
         node.setdefault(leaf, fix)
     # A child: pasted below a section of the same name, lines would replace it whole.
     head = [f"_BASE_: {json.dumps(os.path.abspath(base))}"] if tree else []
-    return "\n".join([*(f"# {why}" for why in fixes), *head, *_yaml_lines(tree, "")])
+    return "\n".join([*(f"# {escaped(why)}" for why in fixes), *head, *_yaml_lines(tree, "")])
 
 
 def _yaml_lines(tree: Mapping[str, Any], indent: str) -> list[str]:
@@ -181,7 +181,7 @@ def _yaml_lines(tree: Mapping[str, Any], indent: str) -> list[str]:
     for key, value in tree.items():
         if isinstance(value, Fix):
             written = yaml.safe_dump(value.value, default_flow_style=True).splitlines()[0]
-            lines += [f"{indent}# {value.why}", f"{indent}{key}: {written}"]
+            lines += [f"{indent}# {escaped(value.why)}", f"{indent}{key}: {written}"]
         else:
             lines += [f"{indent}{key}:", *_yaml_lines(value, indent + "  ")]
     return lines

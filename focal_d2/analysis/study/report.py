@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -17,6 +18,8 @@ from tabulate import tabulate
 
 from focal_d2.analysis.study.grid import Cell
 from focal_d2.analysis.study.runs import Result, Run, read_metrics
+from focal_d2.errors import escaped_rows
+from focal_d2.storage.files import create_file
 
 _IN_TABLE = re.compile(r"(^|/)bbox/(AP|AP50|AP75|AR@\d+)$")
 
@@ -32,7 +35,8 @@ def write_report(runs: Sequence[Run], results: Sequence[Result], output: Path) -
     ended = {(result.cell, result.seed) for result in results}
     done = [run for run in runs if (run.cell.name, run.seed) in ended]
     cells = list({run.cell.name: run.cell for run in runs}.values())
-    (output / "table.md").write_text(markdown_table(cells, results) + "\n")
+    with create_file(output / "table.md") as file:
+        file.write(f"{markdown_table(cells, results)}\n".encode())
     _write_csv(done, results, output / "results.csv")
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         _plot_metrics(cells, results, output / "results.png")
@@ -64,7 +68,8 @@ def markdown_table(cells: Sequence[Cell], results: Sequence[Result]) -> str:
             row.append("" if cell.paper is None else f"{cell.paper:.1f}")
         rows.append(row)
     headers = ["", "runs", *(name.replace("bbox/", "") for name in names)]
-    return tabulate(rows, headers + ["paper, COCO AP"] * with_paper, tablefmt="github", disable_numparse=True)
+    headers += ["paper, COCO AP"] * with_paper
+    return tabulate(escaped_rows(rows), *escaped_rows([headers]), tablefmt="github", disable_numparse=True)
 
 
 def _table_metrics(results: Sequence[Result]) -> list[str]:
@@ -96,7 +101,7 @@ def _mean_and_spread(values: Sequence[float]) -> str:
 def _write_csv(runs: Sequence[Run], results: Sequence[Result], path: Path) -> None:
     metrics = list(dict.fromkeys(name for r in results for name in r.metrics))
     keys = list(dict.fromkeys(key for run in runs for key in run.cell.settings))
-    with path.open("w", newline="") as stream:
+    with create_file(path) as file, io.TextIOWrapper(file, "utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["cell", "seed", "status", "diverged at", *keys, *metrics])
         for run, result in zip(runs, results, strict=True):
@@ -126,7 +131,8 @@ def _plot_metrics(cells: Sequence[Cell], results: Sequence[Result], path: Path) 
         axes.set_xlim(left=0)
         axes.set_xlabel(f"{name.replace('bbox/', '')}, per cent")
         axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with create_file(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def _plot_losses(cells: Sequence[Cell], runs: Sequence[Run], path: Path) -> None:
@@ -150,4 +156,5 @@ def _plot_losses(cells: Sequence[Cell], runs: Sequence[Run], path: Path) -> None
         axes.set_axis_off()
     figure.supxlabel("iteration")
     figure.supylabel("classification loss")
-    figure.savefig(path, dpi=120)
+    with create_file(path) as file:
+        figure.savefig(file, dpi=120)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +18,11 @@ from typing import Any, NamedTuple
 from focal_d2.analysis.study.grid import Cell, Grid
 from focal_d2.config import leaves
 from focal_d2.errors import UserError
+from focal_d2.storage.files import create_file, read_file, write_aside
 from focal_d2.storage.yaml_text import parse_yaml
 
 _RECORD = "run.json"
+_LARGEST_RECORD = 2**30  # bytes of it and of metrics.json
 # What the trainer says of a loss that is not finite.
 _DIVERGED = re.compile(r"became infinite or NaN at iteration (\d+)")
 
@@ -126,7 +127,7 @@ def _locked(output: Path) -> Iterator[int]:
     """Hold the folder. The training process inherits the lock, as it outlives a killed study."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        file = (output / ".lock").open("w")
+        file = create_file(output / ".lock")
     except OSError as error:
         raise UserError(f"{output}: {error}") from error
     with file:
@@ -169,11 +170,11 @@ def _execute(run: Run, lock: int) -> Result:
     run.folder.mkdir(parents=True, exist_ok=True)
     _write_record(run, Result(run.cell.name, run.seed, "running", None, {}, ""))
     console = run.folder / "console.txt"
-    with console.open("w") as stream:
+    with create_file(console) as stream:
         process = subprocess.run(
             run.command, stdout=stream, stderr=subprocess.STDOUT, pass_fds=(lock,), check=False
         )
-    text = console.read_text(errors="replace")
+    text = console.read_text(encoding="utf-8", errors="replace")
     diverged = _DIVERGED.search(text)
     result = Result(run.cell.name, run.seed, "finished", None, {}, "")
     if process.returncode == 0:
@@ -190,11 +191,11 @@ def _execute(run: Run, lock: int) -> Result:
 
 def _read_record(run: Run) -> dict[str, Any] | None:
     path = run.folder / _RECORD
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text())
-    except ValueError:
+        record = json.loads(read_file(path, limit=_LARGEST_RECORD))
+    except (OSError, ValueError):
         record = None
     is_whole = isinstance(record, dict) and {*Result._fields, "config"} <= record.keys()
     if not is_whole or not isinstance(record["config"], str):
@@ -205,17 +206,15 @@ def _read_record(run: Run) -> dict[str, Any] | None:
 def _write_record(run: Run, result: Result) -> None:
     record = {**result._asdict(), "settings": run.cell.settings, "config": run.config}
     path = run.folder / _RECORD
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(record, indent=1))
-    os.replace(aside, path)
+    write_aside(str(path), lambda file: file.write(json.dumps(record, indent=1).encode()))
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Return the lines of a run's metrics.json, in the order of their iterations."""
     path = folder / "metrics.json"
-    lines = path.read_text().splitlines() if path.is_file() else []
+    text = read_file(path, limit=_LARGEST_RECORD).decode(errors="replace") if path.is_file() else ""
     metrics = []
-    for line in lines:
+    for line in text.splitlines():
         # A run that was killed may leave half a line, to which its resumption appends a whole one.
         with suppress(ValueError):
             metrics.append(json.loads(line[max(line.rfind("{"), 0) :]))

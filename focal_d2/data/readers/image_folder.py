@@ -145,8 +145,6 @@ def image_size(path: str) -> tuple[int, int]:
         UserError: naming the file, if it can't be read.
     """
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("not a file")  # a pipe would be waited for
         return upright_size(path)
     except UNREADABLE as error:
         raise UserError(f"cannot read the image {path}: {why_unreadable(path, error)}") from error

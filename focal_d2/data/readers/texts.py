@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import reprlib
 from collections import Counter
 from collections.abc import Sequence
@@ -10,24 +9,21 @@ from pathlib import Path
 
 from focal_d2.errors import UserError, reason
 from focal_d2.storage import yaml_text
+from focal_d2.storage.files import LARGEST_ANNOTATIONS, read_file
 
 _BOM = b"\xef\xbb\xbf"
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Read a file without its byte order mark.
+    """Read a file of annotations without its byte order mark.
 
     Raises:
         UserError: if it can't be read.
     """
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        raise UserError(f"{path}: not a file")  # a pipe would be waited for
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except (OSError, ValueError) as error:
+        return read_file(path, limit=LARGEST_ANNOTATIONS).removeprefix(_BOM)
+    except OSError as error:
         raise UserError(f"{path}: {reason(error)}") from error
-    return data.removeprefix(_BOM)
 
 
 def read_text(path: str | Path) -> str:

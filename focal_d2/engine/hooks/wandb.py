@@ -14,6 +14,7 @@ from detectron2.engine import HookBase
 from focal_d2.detectron2_compat import pictures_of
 from focal_d2.errors import UserError
 from focal_d2.modeling.metrics import PERIOD
+from focal_d2.storage.files import read_file
 
 _ID_FILE = "wandb_id.txt"
 
@@ -48,7 +49,9 @@ class WeightsAndBiases(HookBase):
             UserError: if wandb can't, because there is no login or network for instance.
         """
         known = Path(self._cfg.OUTPUT_DIR, _ID_FILE)
-        resumed = known.read_text().strip() if self.trainer.start_iter > 0 and known.is_file() else None
+        resumed = None
+        if self.trainer.start_iter > 0 and known.is_file():
+            resumed = read_file(known, limit=1000).decode().strip()
         try:
             self._run = self._wandb.init(
                 project=self._project,
@@ -63,7 +66,7 @@ class WeightsAndBiases(HookBase):
                 f"SOLVER.FOCAL.WANDB_PROJECT is {self._project}, but wandb can't begin a run: {error} "
                 "(the environment's WANDB_MODE=offline does without a network)"
             ) from error
-        known.write_text(self._run.id)
+        known.write_text(self._run.id, encoding="utf-8")
 
     def after_step(self) -> None:
         """Send when the writers write."""

@@ -15,7 +15,7 @@ from detectron2.engine import launch
 from torch import distributed
 from torch.multiprocessing import ProcessExitedException
 
-from focal_d2.console import quiet
+from focal_d2.console import prepare_output
 from focal_d2.engine.launch.signals import SIGNALS, StopRequest, signal_children
 from focal_d2.engine.launch.torchrun import run_under_torchrun
 from focal_d2.errors import UserError, user_message
@@ -103,7 +103,7 @@ def _end_children() -> None:
 
 
 def _run_in_child(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    quiet()
+    prepare_output()
     try:
         run(args)
     except Exception as error:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from focal_d2.engine.nonfinite.facts import Facts
 from focal_d2.engine.nonfinite.texts import box_text, loss_list, many, number, numbers
-from focal_d2.errors import first_few
+from focal_d2.errors import escaped, first_few
 
 # Lines on weights; JSON has all of them.
 _MOST_LINES = 10
@@ -16,7 +16,7 @@ _MOST_LINES = 10
 def page(facts: Facts, verdict: str) -> str:
     """Write the page: the verdict, and a paragraph for each kind of fact."""
     sections = [[verdict], *(lines for lines in (section(facts) for section in _SECTIONS) if lines)]
-    return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
+    return "\n\n".join("\n".join(map(escaped, lines)) for lines in sections) + "\n"
 
 
 def _losses_section(facts: Facts) -> list[str]:

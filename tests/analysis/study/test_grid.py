@@ -92,7 +92,7 @@ def test_a_mistake_is_named(write, content, message):
 
 
 def test_a_missing_grid_is_named(tmp_path):
-    with pytest.raises(UserError, match="none.yaml: not found"):
+    with pytest.raises(UserError, match="none.yaml: No such file"):
         load_grid(tmp_path / "none.yaml")
 
 
