@@ -25,6 +25,38 @@ from focal_d2.errors import UserError
 _LUMA = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601), as detectron2's and Pillow's grey
 
 
+class Resize(T.ResizeShortestEdge):
+    """detectron2's resize, but a side has at least one pixel, also of an image of 1 × 3,000."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """Draw the size."""
+        transform = super().get_transform(image)
+        if isinstance(transform, T.ResizeTransform):
+            transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
+        return transform
+
+
+class Crop(T.RandomCrop):
+    """detectron2's crop, but a side has at least one pixel."""
+
+    def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Draw the size."""
+        height, width = super().get_crop_size(image_size)
+        return max(1, height), max(1, width)
+
+
+def never_empty(augmentations: list[T.Augmentation]) -> list[T.Augmentation]:
+    """Replace detectron2's resize and crop, which leave no pixel of a very long or a very small image."""
+    return [
+        Resize(x.short_edge_length, x.max_size, "range" if x.is_range else "choice", x.interp)
+        if type(x) is T.ResizeShortestEdge
+        else Crop(x.crop_type, x.crop_size)
+        if type(x) is T.RandomCrop
+        else x
+        for x in augmentations
+    ]
+
+
 class ResizeAndCrop(T.Augmentation):
     """detectron2's resize, times a random factor (arXiv 2012.07177, scale jitter), of a window of the image.
 

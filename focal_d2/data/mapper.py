@@ -18,7 +18,7 @@ from torch.utils.data import get_worker_info
 from focal_d2.config import check_choice
 from focal_d2.config.architectures import known_architecture
 from focal_d2.config.legal_values import check_values
-from focal_d2.data.augmentations import build_augmentations
+from focal_d2.data.augmentations import build_augmentations, never_empty
 from focal_d2.data.image_files import UNREADABLE, check_for_detectron2, why_unreadable
 from focal_d2.data.pixels import FORMATS, ImageReader
 from focal_d2.detectron2_compat import MapperHooks
@@ -64,6 +64,7 @@ class FocalDatasetMapper(MapperHooks, DatasetMapper):
             "reader": reader,
             "min_visible": inputs.BOX_CROP.MIN_VISIBLE if is_train and inputs.BOX_CROP.SIZE else None,
         }
+        kwargs["augmentations"] = never_empty(kwargs["augmentations"])
         if is_train:
             kwargs["augmentations"] = build_augmentations(cfg, kwargs["augmentations"])
         return kwargs

@@ -159,10 +159,12 @@ def network_inputs(
         crops = _crop(sizes, crop_type, np.asarray(crop_size, dtype=np.float64), at=0.5)
     resized = _resize(crops, short_edge, max_size) if short_edge else crops.astype(np.float64)
     scales = factor * resized[:, 0] / crops[:, 0]
-    seen = (resized + 0.5).astype(np.int64)
+    seen = np.maximum(1, (resized + 0.5).astype(np.int64))
     if factor != 1:
         seen = np.maximum(1, (seen * factor).round().astype(np.int64))
-    whole = seen if crop_type is None else (sizes * scales[:, None] + 0.5).astype(np.int64)
+    whole = seen
+    if crop_type is not None:
+        whole = np.maximum(1, (sizes * scales[:, None] + 0.5).astype(np.int64))
     return NetworkInputs(scales, seen if last_crop is None else np.minimum(seen, last_crop), whole)
 
 
@@ -174,7 +176,7 @@ def _crop(sizes: np.ndarray, kind: str, size: np.ndarray, *, at: float) -> np.nd
         low, high = np.minimum(sizes, size[0]), np.minimum(sizes, size[1])
         return np.floor(low + at * (high - low)).astype(np.int64)
     share = size if kind == "relative" else size + at * (1 - size)
-    return (sizes * share + 0.5).astype(np.int64)
+    return np.maximum(1, (sizes * share + 0.5).astype(np.int64))
 
 
 def _resize(sizes: np.ndarray, short_edge: int, max_size: int) -> np.ndarray:

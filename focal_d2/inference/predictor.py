@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 
 from focal_d2.config import key_value
 from focal_d2.config.architectures import CLASS_KEYS, class_key
+from focal_d2.data.augmentations import Resize
 from focal_d2.data.datasets import known_class_names
 from focal_d2.data.mapper import build_reader
 from focal_d2.data.pictures import read_image
@@ -64,7 +64,7 @@ class Predictor:
         FocalCheckpointer(
             self.model, partial=False, trust_files=trust_files, allow_download=allow_download
         ).load(cfg.MODEL.WEIGHTS)
-        self.resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        self.resize = Resize(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         names = known_class_names(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
         counted_by = class_key(cfg)
         if counted_by and (names is None or len(names) != key_value(cfg, counted_by)):

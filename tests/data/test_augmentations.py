@@ -12,9 +12,11 @@ from detectron2.structures import BoxMode
 from focal_d2 import UserError
 from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.data.augmentations import (
+    Crop,
     QuarterTurns,
     RandomHue,
     RandomSaturation,
+    Resize,
     ResizeAndCrop,
     build_augmentations,
     turn_hues,
@@ -52,7 +54,7 @@ def test_each_key_adds_its_augmentation_in_training_only(record, key, value, kin
     trained = FocalDatasetMapper(cfg, is_train=True).augmentations.augs
     assert kind in {type(a) for a in trained[2:]}  # after detectron2's resize and horizontal flip
     tested = FocalDatasetMapper(cfg, is_train=False).augmentations.augs
-    assert [type(a) for a in tested] == [T.ResizeShortestEdge]
+    assert [type(a) for a in tested] == [Resize]
 
 
 @BACKENDS
@@ -160,7 +162,7 @@ def test_order_of_all():
         INPUT__FOCAL__HUE=10.0,
     )
     assert [type(a) for a in FocalDatasetMapper(cfg, is_train=True).augmentations.augs] == [
-        T.RandomCrop,
+        Crop,
         ResizeAndCrop,
         T.RandomFlip,
         T.RandomFlip,

@@ -84,6 +84,19 @@ AUGMENTED = {
 }
 
 
+@BACKENDS
+@pytest.mark.parametrize("size", [(1, 40_000), (40_000, 1), (1, 1)])
+@pytest.mark.parametrize("settings", [{}, {"INPUT__CROP__ENABLED": True}, {"INPUT__FOCAL__SCALE_JITTER": [0.1, 1]}])
+def test_very_long_and_very_small_images_keep_a_pixel(record, backend, size, settings):
+    cv2.imwrite(record["file_name"], np.zeros((*size, 3), np.uint8))
+    record |= {"height": size[0], "width": size[1]}
+    settings |= {"INPUT__CROP__SIZE": [0.3, 0.3], "INPUT__MIN_SIZE_TRAIN": [800], "INPUT__MIN_SIZE_TEST": 800}
+    cfg = make_cfg(INPUT__FOCAL__BACKEND=backend, **settings)
+    for is_train in (True, False):
+        image = FocalDatasetMapper(cfg, is_train=is_train)(record)["image"]
+        assert min(image.shape) >= 1 and max(image.shape) <= 1333
+
+
 def test_pil_is_the_default_and_detectron2s(record):
     cfg = make_cfg(INPUT__MIN_SIZE_TRAIN=(40, 64, 100))
     np.random.seed(0)  # noqa: NPY002

@@ -64,6 +64,13 @@ def test_predictor_resizes_as_the_test_loader_does(cfg_and_image):
         Predictor(cfg)
 
 
+@pytest.mark.parametrize("backend", ["pil", "opencv"])
+def test_predictor_takes_a_very_long_image(cfg_and_image, backend):
+    cfg, _ = cfg_and_image
+    cfg.INPUT.FOCAL.BACKEND = backend
+    Predictor(cfg)(np.zeros((1, 40_000, 3), np.uint8))
+
+
 def weights_for(cfg) -> None:
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
 
