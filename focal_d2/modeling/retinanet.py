@@ -25,6 +25,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
+from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 
 from focal_d2.config import check_choice
@@ -32,7 +33,7 @@ from focal_d2.detectron2_compat import DetectorHooks
 from focal_d2.errors import UserError
 from focal_d2.modeling import traced
 from focal_d2.modeling.anchors import AnchorCache, Anchors
-from focal_d2.modeling.candidates import find_candidates
+from focal_d2.modeling.candidates import Candidates, find_candidates
 from focal_d2.modeling.folding import fold_norms
 from focal_d2.modeling.head import FocalRetinaNetHead
 from focal_d2.modeling.losses import (
@@ -49,6 +50,11 @@ from focal_d2.modeling.targets import AnchorTargets, build_matcher, label_anchor
 from focal_d2.ops.detect import best_boxes
 
 logger = logging.getLogger(__name__)
+
+_NOT_FINITE = (
+    "the network's outputs are NaN or infinite, and where they are nothing is detected: MODEL.WEIGHTS are "
+    "damaged, or of a training that diverged"
+)
 
 
 @META_ARCH_REGISTRY.register()
@@ -165,6 +171,12 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
         for name in retinanet.IN_FEATURES:
             check_choice("MODEL.RETINANET.IN_FEATURES entry", name, tuple(shapes))
         feature_shapes = [shapes[name] for name in retinanet.IN_FEATURES]
+        anchor_generator = build_anchor_generator(cfg, feature_shapes)
+        if anchor_generator.box_dim != 4:
+            raise UserError(
+                f"MODEL.ANCHOR_GENERATOR.NAME is {cfg.MODEL.ANCHOR_GENERATOR.NAME}, whose boxes have "
+                f"{anchor_generator.box_dim} numbers; FocalRetinaNet's have 4"
+            )
         return {
             **parts,
             "backbone": backbone,
@@ -175,7 +187,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
                 prior_bias=cls_loss.prior_bias(retinanet.PRIOR_PROB),
             ),
             "head_in_features": retinanet.IN_FEATURES,
-            "anchor_generator": build_anchor_generator(cfg, feature_shapes),
+            "anchor_generator": anchor_generator,
             "box2box_transform": box2box_transform,
             "anchor_matcher": build_matcher(cfg),
             "num_classes": retinanet.NUM_CLASSES,
@@ -338,6 +350,10 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
                 logits, deltas, self.cls_loss, self.test_score_thresh, self.test_topk_candidates
             )
             boxes = self.box2box_transform.apply_deltas(found.deltas, anchors.boxes[found.anchor])
+            usable = boxes.isfinite().all(1)
+            if not (usable.all() and _are_finite(logits)):
+                log_first_n(logging.WARNING, _NOT_FINITE, name=__name__)
+                found, boxes = Candidates(*(field[usable] for field in found)), boxes[usable]
             results = []
             for i, image_size in enumerate(images.image_sizes):
                 own = (found.image == i).nonzero().squeeze(1)
@@ -359,6 +375,11 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
                     )
                 )
             return results
+
+
+def _are_finite(outputs: list[Tensor]) -> bool:
+    extremes = [torch.stack(x.aminmax()) for x in outputs if x.numel()]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())
 
 
 def _seed_of(sample: dict[str, Any]) -> int:

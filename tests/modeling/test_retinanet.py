@@ -177,6 +177,20 @@ def test_detections_equal_detectron2(num_classes):
             torch.testing.assert_close(actual.pred_boxes.tensor, expected.pred_boxes.tensor)
 
 
+@pytest.mark.parametrize("part, value", [("cls_score.bias", math.nan), ("bbox_pred.bias", 3e38)])
+def test_outputs_that_are_not_finite_are_named_and_detect_nothing(part, value, monkeypatch):
+    model = build_model(make_cfg(MODEL__RETINANET__SCORE_THRESH_TEST=0.001)).eval()
+    said = Mock()
+    monkeypatch.setattr("focal_d2.modeling.retinanet.log_first_n", said)
+    image = {"image": torch.zeros(3, 96, 130)}
+    with torch.no_grad():
+        assert len(model([image])[0]["instances"])
+        said.assert_not_called()
+        model.get_parameter(f"head.{part}").fill_(value)
+        assert not len(model([image])[0]["instances"])
+    assert "NaN or infinite" in said.call_args.args[1]
+
+
 def test_model_zoo_yaml_is_a_one_line_change():
     models = []
     for meta_architecture in ("RetinaNet", "FocalRetinaNet"):
@@ -367,6 +381,7 @@ def test_losses_on_cuda_equal_the_cpus():
         ("MODEL__FOCAL__FPN__P6_FROM", "c5", "res5, p5"),
         ("MODEL__RETINANET__IN_FEATURES", ["p2"], "p3, p4, p5, p6, p7"),
         ("MODEL__RETINANET__NUM_CONVS", 0, "within 1 and 100"),
+        ("MODEL__ANCHOR_GENERATOR__NAME", "RotatedAnchorGenerator", "have 5 numbers; FocalRetinaNet's have 4"),
         ("MODEL__FOCAL__FPN__INIT", "zeros", "xavier, paper"),
         ("MODEL__FOCAL__IGNORE_OVERLAP", 0.0, "above 0"),
         ("MODEL__RETINANET__FOCAL_LOSS_ALPHA", 1.5, "at most 1"),
