@@ -76,6 +76,11 @@ def _training_values(cfg: CfgNode, job: Job) -> None:
         check_values(
             cfg, "MODEL.FOCAL.AMP.", "INPUT.", "SOLVER.", "DATALOADER.", "TEST.", "VIS_PERIOD", "SEED"
         )
+        if cfg.SOLVER.RESCALE_INTERVAL and cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
+            raise UserError(
+                f"SOLVER.WARMUP_ITERS is {cfg.SOLVER.WARMUP_ITERS}; with SOLVER.RESCALE_INTERVAL it must be "
+                f"below SOLVER.MAX_ITER, {cfg.SOLVER.MAX_ITER}"
+            )
 
 
 def _batch(cfg: CfgNode, job: Job) -> None:

@@ -49,6 +49,12 @@ def test_an_evaluation_needs_nothing_of_training(job, monkeypatch, capfd):
     assert "error: --eval-only needs a checkpoint" in capfd.readouterr().err
 
 
+def test_a_warm_up_longer_than_the_training_cannot_be_rescaled(job):
+    overrides = ["SOLVER.RESCALE_INTERVAL", "True", "SOLVER.WARMUP_ITERS", "1000"]
+    with pytest.raises(UserError, match="SOLVER.WARMUP_ITERS is 1000; with SOLVER.RESCALE_INTERVAL"):
+        trainer(str(job[0]), overrides)
+
+
 def test_a_study_checks_the_batch_of_several_processes(job, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     check_job(str(job[0]), num_gpus=2)
