@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _training_command(args: argparse.Namespace) -> list[str]:
-    command = [sys.executable, "-m", "focal_d2", "train", "--config-file", args.config_file, "--resume"]
+    # Its modules are those of this process: `-m` would look in the working folder first, for any module.
+    start = f"import sys; sys.path[:] = {sys.path!r}; from focal_d2.__main__ import main; sys.exit(main())"
+    command = [sys.executable, "-c", start, "train", "--config-file", args.config_file, "--resume"]
     command += [f"--import={module}" for module in args.imports]
     return [*command, "--num-gpus", str(args.num_gpus), *args.opts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from focal_d2.commands.study import _training_command
 from tests.engine.runs import run_command
 
 DIVERGES = {"SOLVER.FOCAL.OPTIMIZER": "SGD", "SOLVER.BASE_LR": 1e18}
@@ -108,6 +110,15 @@ def test_a_mistake_is_one_line(arguments, message, command, capsys, monkeypatch)
 
 def run(command) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_run_takes_no_module_from_the_folder_that_it_runs_in(tmp_path):
+    (tmp_path / "argparse.py").write_text("open('planted', 'w')")
+    args = argparse.Namespace(config_file="mine.yaml", imports=[], num_gpus=1, opts=["--help"])
+    command = _training_command(args)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.stdout.startswith("usage: focal-d2 train"), result.stderr
+    assert not (tmp_path / "planted").exists()
 
 
 def test_a_mistake_in_the_last_cell_shows_before_the_first_runs(command, tmp_path):

