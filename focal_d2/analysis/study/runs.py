@@ -151,10 +151,12 @@ def _check_same_config(run: Run) -> None:
         return
     if record["config"] == run.config:
         return
-    before, now = (
-        leaves(parse_yaml(text, f"{run.folder / _RECORD}: config")) for text in (record["config"], run.config)
-    )
-    key = min(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    theirs, ours = (parse_yaml(x, f"{run.folder / _RECORD}: config") for x in (record["config"], run.config))
+    before, now = (leaves(x if isinstance(x, dict) else {}) for x in (theirs, ours))
+    changed = [k for k in before.keys() | now.keys() if before.get(k) != now.get(k)]
+    if not changed:
+        return
+    key = min(changed, key=str)
     values = f"{key} {before.get(key)}, not {now.get(key)}"
     raise UserError(f"{run.folder} was run with {values}: choose another output folder, or delete it")
 
@@ -195,12 +197,25 @@ def _read_record(run: Run) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(read_file(path, limit=_LARGEST_RECORD))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         record = None
-    is_whole = isinstance(record, dict) and {*Result._fields, "config"} <= record.keys()
-    if not is_whole or not isinstance(record["config"], str):
+    if not _is_record(record):
         raise UserError(f"{path} is damaged: delete the folder, and the run is made again")
-    return record
+    return dict(record)
+
+
+def _is_record(record: Any) -> bool:
+    """Say whether what was read has the fields of a record; somebody else may have written it."""
+    if not isinstance(record, dict) or not {*Result._fields, "config"} <= record.keys():
+        return False
+    metrics = record["metrics"]
+    return (
+        isinstance(record["config"], str)
+        and isinstance(record["status"], str)
+        and isinstance(record["iteration"], (int, type(None)))
+        and isinstance(metrics, dict)
+        and all(isinstance(x, (int, float)) for x in metrics.values())
+    )
 
 
 def _write_record(run: Run, result: Result) -> None:
@@ -216,8 +231,9 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     metrics = []
     for line in text.splitlines():
         # A run that was killed may leave half a line, to which its resumption appends a whole one.
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             metrics.append(json.loads(line[max(line.rfind("{"), 0) :]))
+    metrics = [x for x in metrics if isinstance(x, dict) and isinstance(x.get("iteration"), int)]
     # The resumption also writes some iterations again.
     return sorted(metrics, key=lambda m: m["iteration"])
 

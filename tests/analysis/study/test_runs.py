@@ -105,6 +105,37 @@ def test_a_damaged_record_is_named(tmp_path, content):
         study(tmp_path, run)
 
 
+@pytest.mark.parametrize(
+    "field, value", [("status", ["x"]), ("iteration", "1"), ("metrics", {"bbox/AP": "1"}), ("metrics", [])]
+)
+def test_a_record_of_other_types_is_named(tmp_path, field, value):
+    run = make_run(tmp_path)
+    study(tmp_path, run)
+    record = json.loads((run.folder / "run.json").read_text())
+    (run.folder / "run.json").write_text(json.dumps({**record, field: value}))
+    with pytest.raises(UserError, match="run.json is damaged: delete the folder"):
+        study(tmp_path, run)
+
+
+@pytest.mark.parametrize("config, is_same", [("A: {B: 1} # mine", True), ("[1]", False), ("{1: 2, a: 3}", False)])
+def test_configs_are_compared_by_their_values(tmp_path, config, is_same):
+    run = make_run(tmp_path)
+    study(tmp_path, run)
+    record = json.loads((run.folder / "run.json").read_text())
+    (run.folder / "run.json").write_text(json.dumps({**record, "config": config}))
+    if is_same:
+        study(tmp_path, run)
+    else:
+        with pytest.raises(UserError, match="choose another output folder"):
+            study(tmp_path, run)
+
+
+def test_lines_of_metrics_that_no_run_wrote_are_passed_over(tmp_path):
+    lines = ['{"iteration": 2}', "1", "[]", "{}", '{"iteration": "1"}', '{"iteration": null}', "[" * 100_000]
+    (tmp_path / "metrics.json").write_text("\n".join(lines))
+    assert read_metrics(tmp_path) == [{"iteration": 2}]
+
+
 def test_what_is_stored_is_reported_at_once_and_what_is_missing_where_it_belongs(tmp_path):
     runs = [make_run(tmp_path, "crash", what="crash"), make_run(tmp_path)]
     study(tmp_path, *runs)
