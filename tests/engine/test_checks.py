@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from focal_d2 import UserError
-from focal_d2.analysis.doctor import build_without_memory, examine
+from focal_d2.analysis.doctor import examine
 from focal_d2.engine import FocalTrainer, check_job, load_config
 from focal_d2.engine.checks import CHECKS, PHASES
+from focal_d2.modeling.build import build_without_memory
 from tests.engine.runs import run_main
 
 MISTAKES = {
