@@ -86,7 +86,9 @@ AUGMENTED = {
 
 @BACKENDS
 @pytest.mark.parametrize("size", [(1, 40_000), (40_000, 1), (1, 1)])
-@pytest.mark.parametrize("settings", [{}, {"INPUT__CROP__ENABLED": True}, {"INPUT__FOCAL__SCALE_JITTER": [0.1, 1]}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"INPUT__CROP__ENABLED": True}, {"INPUT__FOCAL__SCALE_JITTER": [0.1, 1]}]
+)
 def test_very_long_and_very_small_images_keep_a_pixel(record, backend, size, settings):
     cv2.imwrite(record["file_name"], np.zeros((*size, 3), np.uint8))
     record |= {"height": size[0], "width": size[1]}

@@ -381,7 +381,11 @@ def test_losses_on_cuda_equal_the_cpus():
         ("MODEL__FOCAL__FPN__P6_FROM", "c5", "res5, p5"),
         ("MODEL__RETINANET__IN_FEATURES", ["p2"], "p3, p4, p5, p6, p7"),
         ("MODEL__RETINANET__NUM_CONVS", 0, "within 1 and 100"),
-        ("MODEL__ANCHOR_GENERATOR__NAME", "RotatedAnchorGenerator", "have 5 numbers; FocalRetinaNet's have 4"),
+        (
+            "MODEL__ANCHOR_GENERATOR__NAME",
+            "RotatedAnchorGenerator",
+            "have 5 numbers; FocalRetinaNet's have 4",
+        ),
         ("MODEL__FOCAL__FPN__INIT", "zeros", "xavier, paper"),
         ("MODEL__FOCAL__IGNORE_OVERLAP", 0.0, "above 0"),
         ("MODEL__RETINANET__FOCAL_LOSS_ALPHA", 1.5, "at most 1"),

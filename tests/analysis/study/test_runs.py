@@ -117,7 +117,9 @@ def test_a_record_of_other_types_is_named(tmp_path, field, value):
         study(tmp_path, run)
 
 
-@pytest.mark.parametrize("config, is_same", [("A: {B: 1} # mine", True), ("[1]", False), ("{1: 2, a: 3}", False)])
+@pytest.mark.parametrize(
+    "config, is_same", [("A: {B: 1} # mine", True), ("[1]", False), ("{1: 2, a: 3}", False)]
+)
 def test_configs_are_compared_by_their_values(tmp_path, config, is_same):
     run = make_run(tmp_path)
     study(tmp_path, run)
