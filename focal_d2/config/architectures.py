@@ -58,10 +58,10 @@ def needs_beyond_boxes(cfg: CfgNode) -> str | None:
     """Return which key needs annotations that a dataset of boxes lacks, as a text; None if none is known."""
     if _SEGMENTS.intersection(_known_ancestors(cfg)):
         return f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} needs classes of pixels"
-    if known_architecture(cfg) == "GeneralizedRCNN":
-        for key, what in (("MASK_ON", "masks"), ("KEYPOINT_ON", "keypoints")):
-            if cfg.MODEL[key]:
-                return f"MODEL.{key} True needs {what}"
+    if cfg.MODEL.MASK_ON and known_architecture(cfg) == "GeneralizedRCNN":
+        return "MODEL.MASK_ON True needs masks"
+    if cfg.MODEL.KEYPOINT_ON:  # whatever the architecture: what reads images looks for the keypoints' names
+        return "MODEL.KEYPOINT_ON True needs keypoints"
     return None
 
 

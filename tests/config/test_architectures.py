@@ -84,6 +84,11 @@ def test_mistakes_with_faster_rcnn_give_one_line(faster_rcnn, monkeypatch, capfd
     assert "Traceback" not in "".join(errors)
 
 
+def test_keypoints_are_refused_for_a_retinanet_too(job, monkeypatch, capfd):
+    assert run_main(monkeypatch, "--config-file", job[0], "MODEL.KEYPOINT_ON", True) == 2
+    assert "has boxes only, but MODEL.KEYPOINT_ON True needs keypoints" in capfd.readouterr().err
+
+
 def test_doctor_says_what_it_does_not_examine_of_faster_rcnn(faster_rcnn, monkeypatch, capsys):
     train = ["DATASETS.TEST", "()", "SOLVER.BASE_LR", 0.01, "SOLVER.FOCAL.OPTIMIZER", "SGD"]
     doctor = ["doctor", "--config-file", faster_rcnn, "--json"]
