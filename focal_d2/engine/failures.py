@@ -8,7 +8,7 @@ import torch
 
 from focal_d2.data.workers import HungError
 from focal_d2.engine.launch.collectives import peer_is_lost
-from focal_d2.errors import one_line, user_message
+from focal_d2.errors import describe_error, one_line, user_message
 
 
 def failure_message(error: Exception) -> str | None:
@@ -23,6 +23,8 @@ def failure_message(error: Exception) -> str | None:
             f"out of memory: {text.strip().splitlines()[-1] if text.strip() else 'the machine'}; "
             "SOLVER.FOCAL.ACCUMULATE computes a batch in parts"
         )
+    if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+        return f"MODEL.FOCAL.COMPILE True: the model can't be compiled: {describe_error(error, lines=1)}"
     return None
 
 

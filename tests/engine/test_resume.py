@@ -675,4 +675,8 @@ def test_a_run_of_which_only_the_end_is_left_goes_on(small_job, tmp_path, monkey
 
 def test_other_errors_are_not_told_away():
     assert failure_message(RuntimeError("shape mismatch")) is None
+    no_compiler = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})("no g++")
+    assert "MODEL.FOCAL.COMPILE True: the model can't be compiled: InductorError" in str(
+        failure_message(no_compiler)
+    )
     assert "out of memory: 3 GiB" in str(failure_message(torch.OutOfMemoryError("CUDA\n3 GiB")))
