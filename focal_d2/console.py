@@ -21,6 +21,9 @@ from focal_d2.errors import escaped, user_message
 # The sequences by which detectron2, fvcore and Pygments colour what they log.
 _COLOUR = re.compile(r"\x1b\[(?:0?[0-57]|[39][0-7]|39|49|[34]8;5;\d{1,3})(?:;0?[0-57]|;[39][0-7]|;39|;49)*m")
 _COLOURED = ("detectron2", "fvcore")
+# Where they stay: the config, which is read and has no control characters by then. Elsewhere names of classes or
+# weights stand beside them, which may have such sequences of their own.
+_STAYS_COLOURED = "detectron2.engine.defaults"
 
 
 def prepare_output(program: str = "") -> None:
@@ -98,7 +101,7 @@ class _Record(logging.LogRecord):
     """A record whose text is escaped, whichever handler writes it.
 
     Line breaks in our own records are escaped as well, unless `extra` has `lines`; records of other loggers
-    have lines by design. detectron2's and fvcore's colours stay.
+    have lines by design. The colours of the config that detectron2 logs stay; others of its are left out.
     """
 
     def getMessage(self) -> str:
@@ -107,6 +110,8 @@ class _Record(logging.LogRecord):
         if not self.name.startswith(_COLOURED):
             is_line = self.name.startswith("focal_d2") and not hasattr(self, "lines")
             return escaped(text, keep="\t" if is_line else "\t\n")
+        if self.name != _STAYS_COLOURED:
+            return escaped(_COLOUR.sub("", text), keep="\t\n")
         parts = [escaped(part, keep="\t\n") for part in _COLOUR.split(text)]
         return "".join(x + colour for x, colour in zip(parts, [*_COLOUR.findall(text), ""], strict=True))
 
