@@ -21,8 +21,8 @@ from focal_d2.errors import escaped, user_message
 # The sequences by which detectron2, fvcore and Pygments colour what they log.
 _COLOUR = re.compile(r"\x1b\[(?:0?[0-57]|[39][0-7]|39|49|[34]8;5;\d{1,3})(?:;0?[0-57]|;[39][0-7]|;39|;49)*m")
 _COLOURED = ("detectron2", "fvcore")
-# Where they stay: the config, which is read and has no control characters by then. Elsewhere names of classes or
-# weights stand beside them, which may have such sequences of their own.
+# Where they stay: in the config, which is read and has no control characters by then. Elsewhere names of
+# classes or weights stand beside them, which may have such sequences of their own.
 _STAYS_COLOURED = "detectron2.engine.defaults"
 
 

@@ -302,7 +302,7 @@ def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values of a config, or a section of it, by their keys written with dots."""
     values: dict[str, Any] = {}
     for name, value in node.items():
-        values |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        values |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return values
 
 

@@ -96,7 +96,7 @@ def test_very_long_and_very_small_images_keep_a_pixel(record, backend, size, set
     cfg = make_cfg(INPUT__FOCAL__BACKEND=backend, **settings)
     for is_train in (True, False):
         image = FocalDatasetMapper(cfg, is_train=is_train)(record)["image"]
-        assert min(image.shape) >= 1 and max(image.shape) <= 1333
+        assert 1 <= min(image.shape) <= max(image.shape) <= 1333
 
 
 def test_pil_is_the_default_and_detectron2s(record):
