@@ -1,4 +1,4 @@
-"""Anchors from data: sizes and aspect ratios that fit a training set's boxes.
+"""Search anchor sizes and aspect ratios that fit the boxes of a training set.
 
 The search keeps the detector's structure: the same octaves on every level, the same ratios for every size.
 Level l has the sizes base · growth^(l + e_k), with e_1 = 0 and the other e_k in [0, 1).
@@ -28,9 +28,9 @@ from focal_d2.modeling.targets import build_matcher
 THRESHOLDS = (0.5, 0.6, 0.7)
 # A fall of recall that is worth a line.
 _POINT = 0.01
-# What a gain in recall is worth beside the same gain in mean IoU; see `score`.
+# The weight of recall compared with mean IoU; see `score`.
 _RECALL_WEIGHT = 3.0
-# Boxes that the search looks at; recall on so many is known to 0.7 per cent or better (one standard error).
+# Boxes in the search: the standard error of recall on so many is at most 0.7 per cent.
 _SAMPLE = 5000
 # The smallest anchors, in strides of the finest level; RetinaNet's: 4.
 _BASES = (1.0, 16.0)
@@ -80,7 +80,7 @@ class Comparison:
 
     current: AnchorSettings
     proposed: AnchorSettings
-    better: bool  # whether the proposal won on the images that decide: held-out ones, if there are any
+    better: bool  # whether the proposal's score is higher on held-out images, or on all if there are none
     threshold: float  # from which IoU the matcher calls an anchor positive
     before: dict[str, Fit]  # "fitted", "held out" and names of test sets
     after: dict[str, Fit]
@@ -91,7 +91,7 @@ class Comparison:
         return self.proposed if self.better else self.current
 
     def losses(self) -> list[str]:
-        """Say where the proposal's recall is lower on boxes that it was not fitted to, by a point or more."""
+        """Return a warning for each recall that falls by a point or more on boxes outside the fitted ones."""
         return [
             f"Careful: {name}: recall at IoU {at} falls from {100 * before:.1f} to {100 * after:.1f} %."
             for name in self.before
@@ -108,7 +108,7 @@ class Comparison:
         return {**asdict(self), **extra}
 
     def as_text(self) -> str:
-        """Write it for a terminal: before and after of each set of boxes, a line each, and the YAML."""
+        """Write the comparison for a terminal: both kinds of anchors on each set of boxes, and the YAML."""
         head = [f"IoU >= {at}" for at in THRESHOLDS] + ["mean IoU", "missed", "positives", "negatives"]
         lines = [f"{'share of boxes with an anchor at':<32}" + "".join(f"{x:>11}" for x in head)]
         for name in self.before:
@@ -123,7 +123,9 @@ class Comparison:
             f"anchors a cell: now {self.current}, proposed {self.proposed}",
         ]
         if not self.better:
-            lines.append("The proposal does not fit images that it has not seen better: keep what there is.")
+            lines.append(
+                "On images outside the search the proposal fits no better: keep the current anchors."
+            )
         lines += self.losses()
         return "\n".join([*lines, "", self.chosen.as_yaml().rstrip()])
 
@@ -180,7 +182,7 @@ def compare_anchors(
     matcher = build_matcher(cfg)
     fits, scores = [], []
     for settings in (current, proposed):
-        grid = lay(settings, grids)
+        grid = replace_anchors(settings, grids)
         best = {name: best_anchors(p.boxes, p.image, p.sizes, grid).iou for name, p in parts.items()}
         scores.append(score(best[deciding], threshold))
         fits.append(
@@ -238,12 +240,12 @@ def fit_anchors(
 
     def settings(x: np.ndarray) -> AnchorSettings:
         octaves = np.sort([0.0, *x[2 : 1 + num_sizes]])
-        made = np.exp(x[0] + x[1] * (np.arange(levels)[:, None] + octaves))
+        level_sizes = np.exp(x[0] + x[1] * (np.arange(levels)[:, None] + octaves))
         ratios = np.sort(np.exp(x[1 + num_sizes :]))
-        return AnchorSettings(made.round(2).tolist(), ratios.round(3).tolist())
+        return AnchorSettings(level_sizes.round(2).tolist(), ratios.round(3).tolist())
 
     def cost(x: np.ndarray) -> float:
-        return -score(best_anchors(boxes, image, sizes, lay(settings(x), grids)).iou, threshold)
+        return -score(best_anchors(boxes, image, sizes, replace_anchors(settings(x), grids)).iou, threshold)
 
     low, high = np.array(bounds).T
     start = _start(sides, levels, num_sizes, num_ratios).clip(low, high)
@@ -261,28 +263,29 @@ def fit_anchors(
 
 
 def score(iou: np.ndarray, threshold: float) -> float:
-    """Return what the search maximises, from the IoU (B,) of each box with its best anchor.
+    """Return the number that the search maximises, from the IoU (B,) of each box with its best anchor.
 
     It is 3 · recall at the matcher's threshold + mean IoU.
 
-    Recall is what training needs, but it has steps and is often near 1 before anything is done; the mean
-    separates equal recalls, brings missed boxes closer to the threshold, and makes the regression easier.
-    With the same weight for both, the search accepted missed boxes for a better mean.
+    Training needs recall. But recall changes in steps and is often near 1 already. Mean IoU orders anchors of
+    equal recall, moves missed boxes closer to the threshold, and makes the regression easier. With equal
+    weights, the search lost boxes in exchange for a better mean.
     """
     return _RECALL_WEIGHT * recall(iou, threshold) + float(iou.mean())
 
 
 def kmeans_iou(sides: np.ndarray, clusters: int) -> np.ndarray:
-    """k-means on 1 - IoU of widths and heights, as if centred alike (YOLO9000, arXiv 1612.08242, section 2).
+    """Cluster widths and heights by k-means on 1 - IoU (YOLO9000, arXiv 1612.08242, section 2).
 
-    Libraries' k-means know Euclidean distance only. Starts from boxes evenly spread over the sorted areas.
+    The IoU is that of boxes with the same centre. k-means of libraries have Euclidean distance only. The
+    first centres are boxes evenly spread over the sorted areas.
 
     Args:
         sides: (B, 2) width and height, B ≥ 1, above 0.
         clusters: k.
 
     Returns:
-        (k, 2) centres in rising order of area; a centre that no box is nearest to stays where it was.
+        (k, 2) centres in ascending order of area. A centre that is nearest to no box does not move.
     """
     areas = sides.prod(axis=1)
     order = np.argsort(areas, kind="stable")
@@ -301,7 +304,7 @@ def kmeans_iou(sides: np.ndarray, clusters: int) -> np.ndarray:
 
 
 def _start(sides: np.ndarray, levels: int, num_sizes: int, num_ratios: int) -> np.ndarray:
-    """Return the search's parameters nearest to the centres of k-means with as many clusters as shapes."""
+    """Return the first parameters of the search, from k-means with as many clusters as anchor shapes."""
     centres = kmeans_iou(sides, levels * num_sizes * num_ratios)
     logs = np.log(centres.prod(axis=1)) / 2
     growth = max((logs[-1] - logs[0]) / max(levels - 1 / num_sizes, 1), np.log(_GROWTHS[0]))
@@ -310,19 +313,19 @@ def _start(sides: np.ndarray, levels: int, num_sizes: int, num_ratios: int) -> n
     return np.concatenate([[logs[0], growth], np.arange(1, num_sizes) / num_sizes, ratios])
 
 
-def lay(settings: AnchorSettings, grids: AnchorGrids) -> AnchorGrids:
-    """Replace the anchors of a model's grids."""
-    made = DefaultAnchorGenerator(
+def replace_anchors(settings: AnchorSettings, grids: AnchorGrids) -> AnchorGrids:
+    """Return a model's grids with other anchors in each cell."""
+    generator = DefaultAnchorGenerator(
         sizes=settings.sizes,
         aspect_ratios=[settings.ratios],
         strides=grids.layout.strides,
         offset=grids.offset,
     )
-    return grids_of(grids.layout._replace(generator=made))
+    return grids_of(grids.layout._replace(generator=generator))
 
 
 def _settings_of(cfg: CfgNode, *, levels: int) -> AnchorSettings:
-    """Read the config, where one list may stand for all levels.
+    """Read the anchors of the config, where one list may be for all levels.
 
     Raises:
         UserError: for ratios that differ from level to level.
@@ -348,7 +351,7 @@ def _turned(boxes: TrainingBoxes) -> TrainingBoxes:
 
 
 def _select(boxes: TrainingBoxes, rows: np.ndarray) -> TrainingBoxes:
-    """Keep some boxes, given as indices or (M,) bool, and their images."""
+    """Keep the boxes with these indices, or with True in (M,) bool, and their images."""
     images, image = np.unique(boxes.image[rows], return_inverse=True)
     return TrainingBoxes(boxes.rows[rows], image, boxes.boxes[rows], boxes.sizes[images])
 

@@ -30,7 +30,7 @@ def time_evaluation(cfg: CfgNode, setting: Setting) -> list[timing.Row]:
     name = "benchmark_of_evaluation"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "truth.json"
-        content, found = make_predictions(setting, cfg.TEST.DETECTIONS_PER_IMAGE)
+        content, detected = make_predictions(setting, cfg.TEST.DETECTIONS_PER_IMAGE)
         path.write_text(json.dumps(content))
         MetadataCatalog.get(name).set(
             json_file=str(path), thing_classes=[str(k) for k in range(setting.classes)]
@@ -39,12 +39,12 @@ def time_evaluation(cfg: CfgNode, setting: Setting) -> list[timing.Row]:
         def evaluating(kind: type[COCOEvaluator], **kwargs: Any) -> Callable[[], Any]:
             evaluator = kind(name, ("bbox",), False, **kwargs)
             evaluator.reset()
-            for image_id, instances in enumerate(found):
+            for image_id, instances in enumerate(detected):
                 evaluator.process([{"image_id": image_id}], [{"instances": instances}])
             return partial(_silently, evaluator.evaluate)
 
         ours = evaluating(FocalCOCOEvaluator)
-        columns = _columns_of(content, found)
+        columns = _columns_of(content, detected)
         times = timing.take_turns(
             {
                 "ours": ours,
@@ -82,11 +82,11 @@ def make_predictions(setting: Setting, detections: int) -> tuple[dict[str, Any],
         detections: an image.
     """
     random, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    found = []
+    detected = []
     annotations: list[dict[str, Any]] = []
     for i in range(setting.batch):
-        there = draw_boxes(setting, generator)
-        boxes, labels = there.gt_boxes.tensor.numpy(), there.gt_classes.numpy()
+        truth = draw_boxes(setting, generator)
+        boxes, labels = truth.gt_boxes.tensor.numpy(), truth.gt_classes.numpy()
         for box, label in zip(boxes.tolist(), labels.tolist(), strict=True):
             width, height = box[2] - box[0], box[3] - box[1]
             annotations.append(
@@ -104,24 +104,24 @@ def make_predictions(setting: Setting, detections: int) -> tuple[dict[str, Any],
         moved = boxes[near] + sides * random.normal(0, 0.1, (detections, 4))
         moved[:, 2:] = np.maximum(moved[:, 2:], moved[:, :2])
         other = random.integers(0, setting.classes, detections)
-        instances = Instances(there.image_size)
+        instances = Instances(truth.image_size)
         instances.pred_boxes = Boxes(torch.from_numpy(moved))
         instances.scores = torch.from_numpy(np.sort(random.beta(0.5, 3, detections))[::-1].copy())
         instances.pred_classes = torch.from_numpy(
             np.where(random.random(detections) < 0.7, labels[near], other)
         )
-        found.append(instances)
+        detected.append(instances)
     content = {
         "images": [{"id": i, "width": setting.size, "height": setting.size} for i in range(setting.batch)],
         "annotations": annotations,
         "categories": [{"id": k, "name": str(k)} for k in range(setting.classes)],
     }
-    return content, found
+    return content, detected
 
 
-def _columns_of(content: dict[str, Any], found: list[Instances]) -> tuple[Truth, Detections]:
+def _columns_of(content: dict[str, Any], detected: list[Instances]) -> tuple[Truth, Detections]:
     annotations = content["annotations"]
-    boxes = np.concatenate([x.pred_boxes.tensor.numpy() for x in found])
+    boxes = np.concatenate([x.pred_boxes.tensor.numpy() for x in detected])
     boxes[:, 2:] -= boxes[:, :2]
     return (
         Truth(
@@ -133,9 +133,9 @@ def _columns_of(content: dict[str, Any], found: list[Instances]) -> tuple[Truth,
             ),
         ),
         Detections(
-            np.repeat(np.arange(len(found)), [len(x) for x in found]),
+            np.repeat(np.arange(len(detected)), [len(x) for x in detected]),
             boxes,
-            torch.cat([x.pred_classes for x in found]).numpy(),
-            torch.cat([x.scores for x in found]).numpy(),
+            torch.cat([x.pred_classes for x in detected]).numpy(),
+            torch.cat([x.scores for x in detected]).numpy(),
         ),
     )

@@ -59,12 +59,12 @@ def plot_sweep(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(3.6 * len(fields), 6), layout="tight")
     axes = figure.subplots(2, len(fields), squeeze=False)
     for column, field in enumerate(fields):
-        own = [row for row in rows if row["field"] == field]
-        values = [row["value"] for row in own]
+        of_field = [row for row in rows if row["field"] == field]
+        values = [row["value"] for row in of_field]
         for line, colour, style in (("detectron2", "C3", "o-"), ("ours", "C0", "o-"), ("limit", "0.6", "--")):
             label = "network alone" if line == "limit" else "focal_d2" if line == "ours" else line
-            seconds = [row[line] for row in own]
-            gib = [row[f"{line}_bytes"] / 2**30 for row in own]
+            seconds = [row[line] for row in of_field]
+            gib = [row[f"{line}_bytes"] / 2**30 for row in of_field]
             axes[0][column].plot(values, seconds, style, color=colour, label=label)
             axes[1][column].plot(values, gib, style, color=colour, label=label)
         for row_of_axes in axes:

@@ -19,7 +19,7 @@ _COPIED = 1 << 30
 
 
 class Row(NamedTuple):
-    """Medians in seconds, and bytes at the peak beyond what was there before; None: not measured."""
+    """Medians in seconds, and bytes allocated at the peak beyond those at the start; None: not measured."""
 
     name: str
     ours: float | None = None

@@ -1,4 +1,4 @@
-"""The doctor: finds what is wrong with datasets, and between them and a model, before training."""
+"""The doctor examines datasets, and how they fit a model, before training."""
 
 from focal_d2.analysis.doctor.examination import Report, examine
 from focal_d2.analysis.doctor.page import as_page

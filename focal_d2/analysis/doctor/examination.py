@@ -1,4 +1,4 @@
-"""The whole examination of a config and its datasets."""
+"""Examine a config and its datasets."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
 
 
 def _read_tables(cfg: CfgNode) -> tuple[dict[str, Table], list[Finding]]:
-    """Read each dataset once, also one that is used for both; return those that can be read, by name."""
+    """Read each dataset once, also one for training and test; return those that can be read, by name."""
     findings = [
         Finding("dataset-repeated", f"each image is trained {times} times as often", name)
         for name, times in Counter(cfg.DATASETS.TRAIN).items()
@@ -157,7 +157,7 @@ def _read_tables(cfg: CfgNode) -> tuple[dict[str, Table], list[Finding]]:
 def _check_images(
     cfg: CfgNode, tables: Mapping[str, Table], *, decode: bool
 ) -> tuple[dict[str, Decoded], list[Finding]]:
-    """Open all images, if asked to; return what was decoded, by file name."""
+    """Open all images if `decode` is True; return their sizes and hashes, by file name."""
     if not decode:
         message = "no image was opened; leave out --no-images to check them"
         return {}, [Finding("images-unchecked", message)]
@@ -167,7 +167,7 @@ def _check_images(
 
 
 def _check_architecture(cfg: CfgNode, model: nn.Module) -> list[Finding]:
-    """Say what cannot be examined of the config's meta-architecture."""
+    """Return a finding that names what cannot be examined with the config's meta-architecture."""
     unexamined = []
     if known_architecture(cfg) is None:
         unexamined.append("number of classes")

@@ -1,4 +1,4 @@
-"""Checks of image files: there, whole, and of the annotated size."""
+"""Check that image files exist, can be read, and have the annotated size."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _CHUNK = 64
 
 
 class Decoded(NamedTuple):
-    """What is known of an image file; its pixels are not kept."""
+    """The size and content hash of an image file, or the reason why it cannot be read."""
 
-    size: tuple[int, int] | None  # height and width as training sees it; None: it cannot be read
+    size: tuple[int, int] | None  # height and width as training reads it; None: it cannot be read
     digest: bytes  # of size and pixels
     error: str = ""
     missing: bool = False
@@ -51,58 +51,58 @@ def decode(file_name: str, read: Callable[[str], np.ndarray]) -> Decoded:
 
 
 def decode_all(file_names: Sequence[str], read: Callable[[str], np.ndarray]) -> dict[str, Decoded]:
-    """Read images in threads: decoders leave Python's lock. Progress is shown where stderr is a terminal.
+    """Read images in threads: decoders release Python's lock. Show progress if stderr is a terminal.
 
     Args:
         file_names: of the images.
         read: see `decode`.
     """
     unique = list(dict.fromkeys(file_names))
-    known: dict[str, Decoded] = {}
+    decoded: dict[str, Decoded] = {}
     with (
         ThreadPoolExecutor(os.cpu_count()) as threads,
         tqdm(total=len(unique), desc="images", unit="image", leave=False, disable=None) as bar,
     ):
         for start in range(0, len(unique), _CHUNK):
             chunk = unique[start : start + _CHUNK]
-            known.update(zip(chunk, threads.map(lambda name: decode(name, read), chunk), strict=True))
+            decoded.update(zip(chunk, threads.map(lambda name: decode(name, read), chunk), strict=True))
             bar.update(len(chunk))
-    return known
+    return decoded
 
 
-def check_images(name: str, table: Table, known: Mapping[str, Decoded]) -> list[Finding]:
+def check_images(name: str, table: Table, decoded: Mapping[str, Decoded]) -> list[Finding]:
     """Check one dataset's images against its annotations.
 
     Args:
         name: the dataset's.
         table: its annotations.
-        known: of each of its files; see `decode_all`.
+        decoded: each of its files, by file name; see `decode_all`.
     """
-    found: dict[str, list[Example]] = defaultdict(list)
+    examples: dict[str, list[Example]] = defaultdict(list)
     for file_name, (height, width) in zip(table.file_names, table.sizes.tolist(), strict=True):
-        image = known[file_name]
+        image = decoded[file_name]
         if image.missing:
-            found["image-missing"].append(Example(file_name))
+            examples["image-missing"].append(Example(file_name))
         elif image.size is None:
-            found["image-unreadable"].append(Example(file_name, image.error))
+            examples["image-unreadable"].append(Example(file_name, image.error))
         elif image.size != (height, width):
             text = f"annotated as {width} × {height}, is {image.size[1]} × {image.size[0]}"
             if image.size == (width, height):
                 text += ": height and width swapped, or annotated before it was turned (EXIF)"
-            found["image-size"].append(Example(file_name, text))
-    what = {
-        "image-missing": "image files are not there",
+            examples["image-size"].append(Example(file_name, text))
+    messages = {
+        "image-missing": "image files do not exist",
         "image-unreadable": "images cannot be read",
         "image-size": "images have another size than annotated",
     }
     return [
         Finding(
             code,
-            f"{share(len(found[code]), len(table))} {text}",
+            f"{share(len(examples[code]), len(table))} {text}",
             name,
-            len(found[code]),
-            found[code][:MOST_EXAMPLES],
+            len(examples[code]),
+            examples[code][:MOST_EXAMPLES],
         )
-        for code, text in what.items()
-        if code in found
+        for code, text in messages.items()
+        if code in examples
     ]

@@ -34,22 +34,23 @@ from focal_d2.data.checks.kinds import NOTE
 from focal_d2.data.image_files import UNREADABLE, open_image
 from focal_d2.data.pixels import read_with_pillow
 
-# Told apart with any colour vision (Okabe and Ito).
+# Colours that can be distinguished with any colour vision (Okabe and Ito).
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#9aa3ab"
-# Rows of a plot of classes: with more, the most and the least frequent.
+# A plot of classes has at most so many rows. If there are more classes, it shows the most frequent ones above
+# and the least frequent ones below.
 _MOST_ROWS, _TOP_ROWS = 40, 25
 
 _THUMBNAIL = 200  # pixels
-# Least pixels of the image around a box that are shown.
+# A thumbnail shows at least so many pixels of the image around a box.
 _LEAST_VIEW = 96
 
 
 class Picture(NamedTuple):
-    """What a <figure> needs."""
+    """The content of a <figure> element."""
 
     source: str
     caption: str
-    file_name: str = ""  # that it was made from
+    file_name: str = ""  # the image that it was made from
 
 
 def as_page(report: Report, *, title: str, max_pixels: int | None) -> str:
@@ -58,7 +59,7 @@ def as_page(report: Report, *, title: str, max_pixels: int | None) -> str:
     Args:
         report: what to show.
         title: of the page.
-        max_pixels: `INPUT.FOCAL.MAX_PIXELS` of images that are opened for thumbnails; None: none is opened.
+        max_pixels: `INPUT.FOCAL.MAX_PIXELS`, for the images of the thumbnails; None: no thumbnails.
     """
     template = resources.files("focal_d2.analysis.doctor").joinpath("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
@@ -99,7 +100,7 @@ def _card(finding: Finding, max_pixels: int | None) -> dict[str, Any]:
 
 
 def _thumbnail(example: Example, max_pixels: int) -> str | None:
-    """Draw the image around the box, grey where the image ends; None if there is nothing to draw."""
+    """Draw the image around the box, grey outside the image; None if the image cannot be read."""
     try:
         image = Image.fromarray(read_with_pillow(example.file_name, "RGB", max_pixels=max_pixels))
     except UNREADABLE:
@@ -107,13 +108,13 @@ def _thumbnail(example: Example, max_pixels: int) -> str | None:
     left, top, right, bottom = _view(image.size, example.box)
     scale = _THUMBNAIL / max(right - left, bottom - top)
     size = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
-    # Shrinking in whole steps first: the affine transform does not smooth.
+    # Reduce by a whole factor first, because the affine transform does not smooth.
     step = max(1, math.floor(1 / scale))
-    rest = 1 / (scale * step)
+    remaining = 1 / (scale * step)
     thumbnail = image.reduce(step).transform(
         size,
         Image.Transform.AFFINE,
-        (rest, 0, left / step, 0, rest, top / step),
+        (remaining, 0, left / step, 0, remaining, top / step),
         Image.Resampling.BILINEAR,
         fillcolor=(205, 208, 212),
     )
@@ -122,7 +123,7 @@ def _thumbnail(example: Example, max_pixels: int) -> str | None:
         x0, y0 = (x - left) * scale, (y - top) * scale
         x1, y1 = x0 + width * scale, y0 + height * scale
         draw = ImageDraw.Draw(thumbnail)
-        # Seen on any ground.
+        # Orange with white edges is visible on any background.
         draw.rectangle([x0 - 1, y0 - 1, x1 + 1, y1 + 1], outline="white", width=4)
         draw.rectangle([x0, y0, x1, y1], outline=_ORANGE, width=2)
     return _data_uri(thumbnail, "JPEG")
@@ -133,7 +134,7 @@ def _is_drawable(box: Sequence[float]) -> bool:
 
 
 def _view(size: tuple[int, int], box: Sequence[float] | None) -> tuple[float, float, float, float]:
-    """Choose what to show, left, top, right, bottom: the box's surroundings, some of the image among them."""
+    """Return left, top, right, bottom of the part to show: the box, its surroundings, part of the image."""
     if not box or not _is_drawable(box):
         return 0, 0, *size
     ends = np.array([box[:2], np.add(box[:2], box[2:])])  # (2, 2): left, top; right, bottom
@@ -162,7 +163,7 @@ def _plots(report: Report) -> list[Picture]:
         ),
         warnings.catch_warnings(),
     ):
-        # Scripts that the font has not; the table has the names too.
+        # The font lacks the letters of some scripts. The report's table shows these names as well.
         warnings.filterwarnings("ignore", message="Glyph ")
         return [
             Picture(_plot_sizes(facts), "Width and height of the boxes to train on, at training resolution"),
@@ -224,7 +225,7 @@ def _plot_levels(facts: AnchorFacts) -> str:
 
 
 def _plot_classes(report: Report) -> str:
-    """A row a class; a dot for each use. Zero stands left of one, where a logarithm has no place for it."""
+    """Plot a row for each class and a dot for each use. The axis is linear below 1, so that it has a zero."""
     columns = use_counts(report.datasets)
     names = sorted(
         {name for counts in columns.values() for name in counts},

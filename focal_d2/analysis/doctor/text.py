@@ -1,4 +1,4 @@
-"""A report for the terminal, and the config lines that mend what a config can mend."""
+"""The doctor's report for the terminal, and the config lines that correct what a config can correct."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_CLASSES = 20
 
 
 def as_text(report: Report) -> str:
-    """Write the report for a terminal: first what is wrong, then the facts."""
+    """Write the report for a terminal: first the errors and warnings, then the facts."""
     parts = [summary(report)]
     parts += [_finding(finding) for finding in report.findings if finding.severity != NOTE]
     parts += [_datasets(report), _classes(report)]
@@ -70,9 +70,9 @@ def _classes(report: Report) -> str:
     rows = [[name, *(counts.get(name, 0) for counts in columns.values())] for name in names[:_MOST_CLASSES]]
     if not rows:
         return ""
-    more = len(names) - len(rows)
+    hidden = len(names) - len(rows)
     table = tabulate(escaped_rows(rows), ["class", *(f"boxes to {use}" for use in columns)])
-    return table + (f"\n… and {more} more, in --json and --html" if more else "")
+    return table + (f"\n… and {hidden} more, in --json and --html" if hidden else "")
 
 
 def use_counts(datasets: Sequence[DatasetFacts]) -> Mapping[str, dict[str, int]]:
@@ -133,12 +133,12 @@ def level_rows(facts: AnchorFacts) -> list[tuple[Any, ...]]:
 
 
 def percent(part: int, whole: int) -> str:
-    """Say a share in per cent; nothing of nothing is said as such."""
+    """Write a share in per cent; "–" if the whole is 0."""
     return f"{100 * part / whole:.1f} %" if whole else "–"
 
 
 def memory_line(facts: MemoryFacts) -> str:
-    """Say what a training step takes, and what of it goes where."""
+    """Write the memory of a training step and of each of its parts."""
     return (
         f"Memory of a training step, estimated: {megabytes(facts.total)} for {facts.images} images of "
         f"{facts.width} × {facts.height} on one device: weights {megabytes(facts.weights)}, gradients "
@@ -148,14 +148,14 @@ def memory_line(facts: MemoryFacts) -> str:
 
 
 def megabytes(size: int) -> str:
-    """Say bytes in MiB, or in GiB from one on."""
+    """Write bytes in MiB, or in GiB if it is at least 1 GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def as_fix_list(report: Report, *, base: str) -> str:
-    """Write a child config that mends what a config can mend, each line under its reason; else nothing.
+    """Write a child config with the corrections, each line below its reason; "" if there are none.
 
-    Where two findings set a key, the first one counts.
+    If two findings set the same key, the first one counts.
 
     Args:
         report: the doctor's.
@@ -171,7 +171,8 @@ def as_fix_list(report: Report, *, base: str) -> str:
         for parent in parents:
             node = node.setdefault(parent, {})
         node.setdefault(leaf, fix)
-    # A child: pasted below a section of the same name, lines would replace it whole.
+    # A child config: lines that a user pastes into the config itself may repeat the name of a section, and
+    # YAML would then drop the earlier section.
     head = [f"_BASE_: {json.dumps(os.path.abspath(base))}"] if tree else []
     return "\n".join([*(f"# {escaped(why)}" for why in fixes), *head, *_yaml_lines(tree, "")])
 

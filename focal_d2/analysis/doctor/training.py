@@ -1,4 +1,4 @@
-"""What training will make of a dataset: boxes against anchors, the learning rate, memory.
+"""How a dataset fits a model: boxes compared with anchors, the learning rate, memory.
 
 N images, B boxes, L levels.
 """
@@ -47,7 +47,7 @@ _OPTIMIZE = Fix("anchors that fit the boxes: focal-d2 anchors prints the lines t
 
 
 class Share(NamedTuple):
-    """Boxes of a kind, and how many of them have an anchor."""
+    """The boxes of one kind, and how many of them have an anchor."""
 
     name: str
     boxes: int
@@ -66,7 +66,7 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class AnchorFacts:
-    """Training boxes, at training resolution, against the model's anchors."""
+    """Training boxes, at training resolution, compared with the model's anchors."""
 
     threshold: float  # IoU from which an anchor is positive
     boxes: int
@@ -103,7 +103,7 @@ class MemoryFacts:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
@@ -115,10 +115,10 @@ def anchor_facts(cfg: CfgNode, train: Mapping[str, Table]) -> tuple[AnchorFacts 
         train: the datasets to train on, by name.
 
     Returns:
-        The facts, None if there is no box or the model is no RetinaNet, and what is wrong about them.
+        The facts, None if there is no box or the model is no RetinaNet; and the findings.
 
     Raises:
-        UserError: for a crop that detectron2 has not, or anchors of an unknown kind.
+        UserError: for a crop that detectron2 does not have, or anchors of an unknown kind.
     """
     if not is_retinanet(cfg):
         return None, []
@@ -168,7 +168,14 @@ def anchor_facts(cfg: CfgNode, train: Mapping[str, Table]) -> tuple[AnchorFacts 
 
 
 def _worst(table: Table, seen: TrainingBoxes, mask: np.ndarray, badness: np.ndarray) -> list[Example]:
-    """Name the worst of some boxes: mask (M,) bool and badness (M,) are of the boxes that training sees."""
+    """Return the worst boxes as examples.
+
+    Args:
+        table: the annotations.
+        seen: M boxes of the table at training resolution.
+        mask: (M,) bool, the boxes to choose from.
+        badness: (M,) float; the highest are the worst.
+    """
     chosen, badness_of = np.zeros(len(table.boxes), dtype=bool), np.zeros(len(table.boxes))
     chosen[seen.rows], badness_of[seen.rows] = mask, badness
 
@@ -180,20 +187,20 @@ def _worst(table: Table, seen: TrainingBoxes, mask: np.ndarray, badness: np.ndar
 
 
 def _by_size(side: np.ndarray, matched: np.ndarray) -> list[Share]:
-    """Split boxes at powers of two."""
+    """Group boxes by their side, with limits at powers of two."""
     octave = np.floor(np.log2(side.clip(min=1e-3))).astype(int).clip(2, 10)
     shares = []
     for k in range(octave.min(), octave.max() + 1):
-        own = octave == k
+        in_group = octave == k
         name = (
             f"below {2 ** (k + 1)}" if k == 2 else f"from {2**k}" if k == 10 else f"{2**k} to {2 ** (k + 1)}"
         )
-        shares.append(Share(name, int(own.sum()), int(matched[own].sum())))
+        shares.append(Share(name, int(in_group.sum()), int(matched[in_group].sum())))
     return shares
 
 
 def _by_class(names: Sequence[str], label: np.ndarray, matched: np.ndarray) -> list[Share]:
-    # A label that is no class is another check's business.
+    # Another check reports labels that are no class; here they count for none.
     label = np.where((label >= 0) & (label < len(names)), label, len(names))
     boxes = np.bincount(label, minlength=len(names))
     hits = np.bincount(label[matched], minlength=len(names))
@@ -209,7 +216,7 @@ def _check_anchors(
     finest: int,
     worst: Callable[[np.ndarray, np.ndarray], list[Example]],
 ) -> list[Finding]:
-    found = []
+    findings = []
     boxes = facts.boxes
     tiny = facts.extents.max(1) < finest / 2
     if tiny.sum() >= _TINY * boxes:
@@ -217,7 +224,7 @@ def _check_anchors(
             f"{share(int(tiny.sum()), boxes)} boxes are shorter than {finest / 2:g} pixels at training "
             f"resolution; the finest level has a cell every {finest} pixels"
         )
-        found.append(Finding("box-tiny", message, count=int(tiny.sum()), examples=worst(tiny, -side)))
+        findings.append(Finding("box-tiny", message, count=int(tiny.sum()), examples=worst(tiny, -side)))
     elongation = np.maximum(aspect, 1 / aspect)
     long = (elongation >= _LONG_RATIO) & ~matched
     if long.sum() >= _LONG * boxes:
@@ -226,13 +233,13 @@ def _check_anchors(
             f"have no anchor of IoU {facts.threshold:g}"
         )
         examples = worst(long, elongation)
-        found.append(
+        findings.append(
             Finding("box-long", message, count=int(long.sum()), examples=examples, fixes=[_OPTIMIZE])
         )
     missed = boxes - facts.with_anchor
     if missed > _WITHOUT_ANCHOR * boxes:
         message = f"{share(missed, boxes)} boxes have no anchor of IoU {facts.threshold:g}"
-        found.append(Finding("anchor-recall", message, count=missed, fixes=[_OPTIMIZE]))
+        findings.append(Finding("anchor-recall", message, count=missed, fixes=[_OPTIMIZE]))
     poor = [
         s
         for s in facts.by_class
@@ -241,20 +248,20 @@ def _check_anchors(
     if poor and len(facts.by_class) > 1:
         listed = first_few([f"{s.name} ({s.boxes - s.with_anchor} of {s.boxes})" for s in poor], 10)
         message = f"classes whose boxes mostly have no anchor of IoU {facts.threshold:g}: {listed}"
-        found.append(Finding("anchor-recall-class", message, count=len(poor), fixes=[_OPTIMIZE]))
+        findings.append(Finding("anchor-recall-class", message, count=len(poor), fixes=[_OPTIMIZE]))
     if facts.ratio is None:
-        return found
+        return findings
     message = (
         f"{facts.positives} positive and {facts.negatives} negative anchors in {facts.images_counted} images "
         f"without crops, {odds(facts.ratio)}: α {facts.alpha:.4f} would balance them; focal loss needs no "
         "such α, it was best with 0.25 (paper, table 1b)"
     )
-    found.append(Finding("imbalance", message))
-    return found
+    findings.append(Finding("imbalance", message))
+    return findings
 
 
 def odds(ratio: float) -> str:
-    """Say how many negatives there are to a positive."""
+    """Write the number of negatives for each positive as "1 : number"."""
     return f"1 : {ratio:.0f}" if ratio >= 10 else f"1 : {ratio:.1f}"
 
 
@@ -272,7 +279,7 @@ def check_learning_rate(
     rate = _RATES.get(architecture or "")
     if optimizer != "SGD" or rate is None:
         which = optimizer if optimizer != "SGD" else "this meta-architecture"
-        message = f"SOLVER.BASE_LR {base_lr:g} with {which}: no rule is known to check it by"
+        message = f"SOLVER.BASE_LR {base_lr:g} with {which}: there is no rule to check it with"
         return [Finding("learning-rate-unchecked", message)]
     rule = rate * images / _RATE_IMAGES
     if 1 / _RATE_OFF <= base_lr / rule <= _RATE_OFF:
@@ -287,12 +294,12 @@ def check_learning_rate(
 
 
 def memory_facts(cfg: CfgNode, model: Any, train: Mapping[str, Table]) -> MemoryFacts | None:
-    """Estimate what a training step takes on one device.
+    """Estimate the memory of a training step on one device.
 
-    Weights, gradients and optimizer are exact. Activations are what autograd keeps of backbone and head for
-    a batch of the largest image, at the largest size of `INPUT.*`, and the outputs' gradients; half of
-    it where autocast lowers the precision. All of it at once is more than is needed: gradients come as
-    activations go.
+    Weights, gradients and optimizer are exact. Activations are the tensors that autograd keeps in backbone
+    and head, for a batch of the largest image at the largest size of `INPUT.*`, and the gradients of the
+    head's output. They count half if autocast lowers the precision. The sum is an upper estimate: the
+    backward pass frees activations while it allocates gradients.
 
     Args:
         cfg: full config.
@@ -325,7 +332,7 @@ def memory_facts(cfg: CfgNode, model: Any, train: Mapping[str, Table]) -> Memory
         trained=sum(x.numel() for x in trained),
         weights=weights,
         gradients=gradients,
-        # Momentum; two moments.
+        # SGD keeps the momentum, AdamW two moments.
         optimizer=gradients * (2 if cfg.SOLVER.FOCAL.OPTIMIZER == "AdamW" else 1),
         activations=activations if precision is None else activations // 2,
         images=images,
@@ -335,7 +342,7 @@ def memory_facts(cfg: CfgNode, model: Any, train: Mapping[str, Table]) -> Memory
 
 
 def _kept_for_backward(model: Any, shape: tuple[int, int, int, int]) -> int:
-    """Count the bytes that autograd keeps, each storage once, and those of the outputs' gradients."""
+    """Count the bytes that autograd keeps for the backward pass, and those of the outputs' gradients."""
     weights = {storage_number(x) for x in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -1,4 +1,4 @@
-"""What a study compares: a YAML file of cells, each a few config keys away from the base config.
+"""The grid of a study: a YAML file of cells. Each cell changes a few keys of the base config.
 
 SEEDS: [0, 1, 2]
 CELLS:
@@ -60,7 +60,7 @@ def load_grid(path: Path) -> Grid:
     """Read a grid.
 
     Raises:
-        UserError: if it is not one, or two cells would share a folder.
+        UserError: if the file is no grid, or two cells would share a folder.
     """
     content = read_yaml(str(path), name=f"grid {path}")
     if not isinstance(content, dict) or set(content) != {"SEEDS", "CELLS"}:
@@ -82,10 +82,10 @@ def load_grid(path: Path) -> Grid:
 
 
 def check_seeds(seeds: Any, source: str) -> list[int]:
-    """Return `seeds` if a study can have them.
+    """Return `seeds` as a list if they are different numbers that detectron2 can use as seeds.
 
     Raises:
-        UserError: naming the source, if they are not different numbers that detectron2 seeds with.
+        UserError: if they are not; it names the source.
     """
     # A bool is an int; a negative seed is a random one.
     whole = _list_of(seeds, int) and not _list_of(seeds, bool) and all(0 <= seed < 2**31 for seed in seeds)
@@ -123,7 +123,7 @@ def _expand(entry: dict[str, Any], where: str) -> list[Cell]:
     for point, value in zip(points, paper, strict=True):
         short = {key.rsplit(".", 1)[-1]: x for key, x in point.items()}
         try:
-            # A format can ask for any width, and for what lies behind a value.
+            # A format string may ask for a width of any size, or for attributes of a value: both are refused.
             for _, field, style, _ in string.Formatter().parse(entry["NAME"]):
                 if field is not None and not (field in short and _STYLE.fullmatch(style or "")):
                     raise ValueError(f"{{{field}:{style}}}" if style else f"{{{field}}}")

@@ -29,7 +29,7 @@ def write_report(runs: Sequence[Run], results: Sequence[Result], output: Path) -
 
     Args:
         runs: all of the study.
-        results: of some of them.
+        results: of the runs that have ended.
         output: the study's folder.
     """
     ended = {(result.cell, result.seed) for result in results}
@@ -44,7 +44,7 @@ def write_report(runs: Sequence[Run], results: Sequence[Result], output: Path) -
 
 
 def as_json(results: Sequence[Result]) -> str:
-    """Return a list of objects; what is not a number (AP of a size that no box has) is null."""
+    """Return the results as a JSON list. A metric that is NaN (AP of a size that no box has) is null."""
     plain = [
         {**r._asdict(), "metrics": {k: x if math.isfinite(x) else None for k, x in r.metrics.items()}}
         for r in results
@@ -53,17 +53,18 @@ def as_json(results: Sequence[Result]) -> str:
 
 
 def markdown_table(cells: Sequence[Cell], results: Sequence[Result]) -> str:
-    """Draw a row a cell: runs that finished, and mean ± sample standard deviation of each metric over them.
+    """Return a table in Markdown with a row for each cell.
 
-    A diverged run counts in no mean; its iteration is named.
+    A row has the number of finished runs, and the mean ± sample standard deviation of each metric over them.
+    Runs that diverged are not in the mean; the row names the iterations at which they diverged.
     """
     names = _table_metrics(results)
     with_paper = any(cell.paper is not None for cell in cells)
     rows = []
     for cell in cells:
-        own = [r for r in results if r.cell == cell.name]
-        row: list[str] = [cell.name, _ended(own)]
-        row += [_mean_and_spread(_values(own, name)) for name in names]
+        of_cell = [r for r in results if r.cell == cell.name]
+        row: list[str] = [cell.name, _ended(of_cell)]
+        row += [_mean_and_spread(_values(of_cell, name)) for name in names]
         if with_paper:
             row.append("" if cell.paper is None else f"{cell.paper:.1f}")
         rows.append(row)
@@ -74,7 +75,7 @@ def markdown_table(cells: Sequence[Cell], results: Sequence[Result]) -> str:
 
 def _table_metrics(results: Sequence[Result]) -> list[str]:
     names = list(dict.fromkeys(name for r in results for name in r.metrics if _IN_TABLE.search(name)))
-    # Of each dataset's recalls the one with the most detections an image, which comes last.
+    # Of each dataset's recalls, only the last one is shown: it allows the most detections in an image.
     recalls = {name.split("@")[0]: name for name in names if "AR@" in name}
     return [name for name in names if "AR@" not in name or name in recalls.values()]
 
@@ -111,19 +112,19 @@ def _write_csv(runs: Sequence[Run], results: Sequence[Result], path: Path) -> No
 
 
 def _plot_metrics(cells: Sequence[Cell], results: Sequence[Result], path: Path) -> None:
-    """A panel a metric, a line a cell: a dot a seed, and their mean."""
+    """Plot a panel for each metric: a line for each cell, a dot for each seed, and a mark at their mean."""
     names = [n for n in _table_metrics(results) if not n.endswith("AP75")]
     if not names:
         return
     figure = Figure(figsize=(2.2 + 2.6 * len(names), 0.8 + 0.3 * len(cells)), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
         for y, cell in enumerate(cells):
-            own = [r for r in results if r.cell == cell.name]
-            values = _values(own, name)
+            of_cell = [r for r in results if r.cell == cell.name]
+            values = _values(of_cell, name)
             if values:
                 axes.plot(values, [y] * len(values), "o", color="tab:blue", alpha=0.5, markersize=4)
                 axes.plot(statistics.fmean(values), y, "|", color="black", markersize=12)
-            diverged = sum(r.status == "diverged" for r in own)
+            diverged = sum(r.status == "diverged" for r in of_cell)
             if diverged:
                 axes.text(0, y, f" {diverged} diverged", color="tab:red", va="center")
         axes.set_yticks(range(len(cells)), [cell.name for cell in cells])
@@ -136,7 +137,7 @@ def _plot_metrics(cells: Sequence[Cell], results: Sequence[Result], path: Path) 
 
 
 def _plot_losses(cells: Sequence[Cell], runs: Sequence[Run], path: Path) -> None:
-    """The classification loss of each run while it trained, a panel a cell; losses' scales differ."""
+    """Plot the classification loss of each run over iterations, a panel for each cell: scales may differ."""
     shown = [cell for cell in cells if any(run.cell.name == cell.name for run in runs)]
     if not shown:
         return

@@ -1,7 +1,7 @@
-"""Running a study: each cell and seed an ordinary training run in a process and folder of its own.
+"""Run a study: each cell and seed is an ordinary training run with its own process and folder.
 
-Whatever stops a study, the same command goes on with it: finished runs are read back, a run that was cut off
-resumes from its last checkpoint.
+If a study is stopped, the same command continues it: the results of finished runs are read, and a run that
+was interrupted resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from focal_d2.storage.yaml_text import parse_yaml
 
 _RECORD = "run.json"
 _LARGEST_RECORD = 2**30  # bytes of it and of metrics.json
-# What the trainer says of a loss that is not finite.
+# The trainer's message about a loss that is not finite.
 _DIVERGED = re.compile(r"became infinite or NaN at iteration (\d+)")
 
 
@@ -34,7 +34,7 @@ class Run(NamedTuple):
     seed: int
     folder: Path
     command: list[str]
-    config: str  # the whole config as YAML; a run made with another one is not taken for this one
+    config: str  # the whole config as YAML; a folder with another config belongs to another run
 
 
 class Result(NamedTuple):
@@ -61,7 +61,9 @@ class Result(NamedTuple):
 def plan(
     grid: Grid, seeds: Sequence[int], output: Path, command: Sequence[str], check: Callable[[list[str]], str]
 ) -> list[Run]:
-    """List the runs of a study, all cells of a seed before the next seed's: cut short, it has a whole table.
+    """List the runs of a study: all cells with the first seed, then all cells with the next.
+
+    In this order a study that is stopped early has a complete table.
 
     Args:
         grid: the cells.
@@ -69,7 +71,7 @@ def plan(
         output: the study's folder.
         command: of a training run, to which KEY VALUE … are added.
         check: given a cell's KEY VALUE …, returns the whole config as YAML, or raises UserError. It is called
-            for each cell: a mistake in the last one must not show after a night.
+            for all cells before the first run, so that a mistake in the last cell is reported at once.
 
     Raises:
         UserError: naming the cell.
@@ -84,24 +86,24 @@ def plan(
     for seed in seeds:
         for cell, config in zip(grid.cells, configs, strict=True):
             folder = output / cell.folder / f"seed_{seed}"
-            own = [*cell.overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
-            runs.append(Run(cell, seed, folder, [*command, *own], config))
+            overrides = [*cell.overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+            runs.append(Run(cell, seed, folder, [*command, *overrides], config))
     return runs
 
 
 def run_study(
     runs: Sequence[Run], output: Path, after: Callable[[list[Result], Result | None], None]
 ) -> list[Result]:
-    """Run what is missing, one after another, and read back what is there.
+    """Run what has no result yet, one run after another, and read the results of the others.
 
-    A run that diverges or fails does not stop the others. A failed one is tried again next time, a diverged
-    one is not.
+    A run that diverges or fails does not stop the others. The same command repeats a run that failed, but not
+    one that diverged.
 
     Args:
         runs: of one study.
         output: the study's folder.
-        after: called with all results there are, in the order of `runs`, and the newest: at the start, when
-            none is new, and after each run.
+        after: called with all results so far, in the order of `runs`, and the newest one: at the start with
+            None for the newest, then after each run.
 
     Returns:
         A result for each run.
@@ -124,7 +126,7 @@ def run_study(
 
 @contextmanager
 def _locked(output: Path) -> Iterator[int]:
-    """Hold the folder. The training process inherits the lock, as it outlives a killed study."""
+    """Lock the folder. The training process inherits the lock: it continues if the study is killed."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         file = create_file(output / ".lock")
@@ -143,7 +145,7 @@ def _locked(output: Path) -> Iterator[int]:
 def _check_same_config(run: Run) -> None:
     record = _read_record(run)
     if record is None:
-        # A resumed run would take such a checkpoint for its own.
+        # The run would resume from such a checkpoint, which another config may have written.
         if (run.folder / "last_checkpoint").exists():
             raise UserError(
                 f"{run.folder} has checkpoints but no {_RECORD}: choose another output folder, or delete it"
@@ -200,12 +202,12 @@ def _read_record(run: Run) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         record = None
     if not _is_record(record):
-        raise UserError(f"{path} is damaged: delete the folder, and the run is made again")
+        raise UserError(f"{path} is damaged: delete the folder to repeat the run")
     return dict(record)
 
 
 def _is_record(record: Any) -> bool:
-    """Say whether what was read has the fields of a record; somebody else may have written it."""
+    """Return whether the content of a file has the fields of a record; another program may have written it."""
     if not isinstance(record, dict) or not {*Result._fields, "config"} <= record.keys():
         return False
     metrics = record["metrics"]
@@ -230,11 +232,11 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     text = read_file(path, limit=_LARGEST_RECORD).decode(errors="replace") if path.is_file() else ""
     metrics = []
     for line in text.splitlines():
-        # A run that was killed may leave half a line, to which its resumption appends a whole one.
+        # A run that was killed may leave part of a line. The resumed run appends a complete one to it.
         with suppress(ValueError, RecursionError):
             metrics.append(json.loads(line[max(line.rfind("{"), 0) :]))
     metrics = [x for x in metrics if isinstance(x, dict) and isinstance(x.get("iteration"), int)]
-    # The resumption also writes some iterations again.
+    # The resumed run also repeats iterations after the last checkpoint.
     return sorted(metrics, key=lambda m: m["iteration"])
 
 

@@ -29,7 +29,7 @@ KINDS = {
         ERROR, "images share an id, which evaluation mixes up", "give every image another id"
     ),
     # Images.
-    "image-missing": Kind(ERROR, "the image file is not there", "check IMAGES, or remove the entry"),
+    "image-missing": Kind(ERROR, "the image file does not exist", "check IMAGES, or remove the entry"),
     "image-unreadable": Kind(ERROR, "the image cannot be decoded", "restore the file, or remove the entry"),
     "image-size": Kind(
         ERROR,

@@ -10,7 +10,14 @@ from scipy.optimize import OptimizeResult
 from focal_d2 import UserError
 from focal_d2.analysis.anchors import fit
 from focal_d2.analysis.anchors.coverage import best_anchors, grids_of
-from focal_d2.analysis.anchors.fit import AnchorSettings, compare_anchors, fit_anchors, kmeans_iou, lay, score
+from focal_d2.analysis.anchors.fit import (
+    AnchorSettings,
+    compare_anchors,
+    fit_anchors,
+    kmeans_iou,
+    replace_anchors,
+    score,
+)
 from focal_d2.modeling.anchors import build_layout
 from tests.conftest import make_cfg
 from tests.data.test_resolution import make_table
@@ -72,7 +79,7 @@ def test_fit_beats_the_paper_s_anchors_on_small_boxes(num_sizes, num_ratios, sma
     assert len(found.ratios) == num_ratios
     assert np.all(np.diff(found.sizes, axis=0) > 0)
     before = best_anchors(*where).iou
-    after = best_anchors(*where[:3], lay(found, grids)).iou
+    after = best_anchors(*where[:3], replace_anchors(found, grids)).iou
     assert score(after, 0.5) > score(before, 0.5) + 0.2
 
 
@@ -112,7 +119,7 @@ def test_comparison_adds_up(small_search):
     text = result.as_text()
     assert "forest, 28 boxes" in text
     assert "now 9 (3 sizes × 3 ratios), proposed 3 (1 sizes × 3 ratios)" in text
-    assert "keep what there is" not in text
+    assert "keep the current anchors" not in text
 
 
 def test_yaml_is_a_config(small_search):
@@ -121,7 +128,9 @@ def test_yaml_is_a_config(small_search):
     for key, value in yaml.safe_load(result.chosen.as_yaml())["MODEL"]["ANCHOR_GENERATOR"].items():
         cfg.merge_from_list([f"MODEL.ANCHOR_GENERATOR.{key}", value])
     again = grids_of(build_layout(cfg)).shapes
-    for a, b in zip(again, lay(result.proposed, grids_of(build_layout(make_cfg()))).shapes, strict=True):
+    for a, b in zip(
+        again, replace_anchors(result.proposed, grids_of(build_layout(make_cfg()))).shapes, strict=True
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -135,7 +144,7 @@ def test_a_worse_proposal_is_not_taken(monkeypatch):
     result = compare(cfg, [scene(0)])
     assert not result.better
     assert result.chosen == AnchorSettings(current, [2.0])
-    assert "keep what there is" in result.as_text()
+    assert "keep the current anchors" in result.as_text()
     assert yaml.safe_load(result.as_text().split("\n\n")[1])["MODEL"]["ANCHOR_GENERATOR"]["SIZES"] == current
 
 
