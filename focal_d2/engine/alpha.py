@@ -1,4 +1,4 @@
-"""α from the training set's imbalance, or from γ."""
+"""Compute α from the class imbalance of the training set, or from γ."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from focal_d2.modeling.losses import LOSSES
 from focal_d2.modeling.losses.elementwise import AUTO, AUTO_PER_CLASS, PAPER_GAMMAS, FocalLoss, best_alpha
 from focal_d2.modeling.targets import build_matcher
 
-# Beyond these a few wrong labels would own the gradient (paper, table 1a: α = 0.999 loses 6 AP).
+# Beyond these limits a few wrong labels would dominate the gradient (paper, table 1a: α = 0.999 loses 6 AP).
 ALPHA_RANGE = (0.01, 0.99)
 
 logger = logging.getLogger(__name__)
@@ -32,25 +32,25 @@ def resolve_alpha(cfg: CfgNode) -> CfgNode:
 
     "auto" balances cross entropy: with m positive and n negative anchors of the training set, α / (1 - α) =
     n / m (paper, section 3.1: "inverse class frequency"), within `ALPHA_RANGE`. The focal loss balances by γ
-    already, so its α is `best_alpha`, without counting. "auto_per_class" is `per_class_alphas`.
+    already, so its α is `best_alpha`, without losses. "auto_per_class" is `per_class_alphas`.
 
     Args:
         cfg: full config.
 
     Returns:
-        The config itself if ALPHA is neither, or the model is no `FocalRetinaNet`, which alone reads it; else
-        a copy with the numbers, frozen.
+        The config itself if ALPHA is neither of the two, or if the model is no `FocalRetinaNet` and does not
+        read it. Otherwise a frozen copy with the numbers.
 
     Raises:
-        UserError: if no anchor is positive, or the loss has no use for such an α.
+        UserError: if no anchor is positive, or the loss does not take such an α.
     """
     name, wanted = cfg.MODEL.FOCAL.LOSS.NAME, cfg.MODEL.FOCAL.LOSS.ALPHA
     if wanted not in (AUTO, AUTO_PER_CLASS) or known_architecture(cfg) != "FocalRetinaNet":
         return cfg
-    counting = sorted(name for name, loss in LOSSES.items() if getattr(loss, "counts_alpha", False))
-    if name not in counting:
+    losses = sorted(name for name, loss in LOSSES.items() if getattr(loss, "takes_auto_alpha", False))
+    if name not in losses:
         raise UserError(
-            f"MODEL.FOCAL.LOSS.ALPHA is {wanted}, which {name} does not take; these do: {', '.join(counting)}"
+            f"MODEL.FOCAL.LOSS.ALPHA is {wanted}, which {name} does not take; these do: {', '.join(losses)}"
         )
     by_gamma = None
     if issubclass(LOSSES[name], FocalLoss):
@@ -94,15 +94,16 @@ def _alpha_of_gamma(cfg: CfgNode, wanted: str) -> float:
 
 
 def per_class_alphas(positives: np.ndarray, negatives: int, *, mean_alpha: float | None) -> np.ndarray:
-    """Balance each class by its own frequency: α_k / (1 - α_k) = c · n_k / m_k, within `ALPHA_RANGE`.
+    """Balance each class by its frequency: α_k / (1 - α_k) = c · n_k / m_k, within `ALPHA_RANGE`.
 
-    m_k anchors are positive for class k, n_k all others that count. A class without positive anchors gets the
-    α of the mean class, whose positives are the average over the classes that have any.
+    m_k is the number of positive anchors of class k, n_k that of all others that are not ignored. A class
+    without positive anchors gets the α of the mean class. The mean class has as many positives as the classes
+    with positives have on average.
 
     Args:
         positives: (K,) int, m_k; at least one is above 0.
         negatives: anchors of the background.
-        mean_alpha: the wanted α of the mean class, which sets c; None: c is 1.
+        mean_alpha: the α that the mean class gets, which determines c; None: c is 1.
 
     Returns:
         (K,) float64.

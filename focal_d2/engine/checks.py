@@ -48,7 +48,7 @@ def run_checks(cfg: CfgNode, *phases: str, training: bool = True, processes: int
         processes: of the job; None: as many as there are now.
 
     Raises:
-        UserError: for the first thing that would stop the job.
+        UserError: for the first mistake that would stop the job.
     """
     job = Job(training, comm.get_world_size() if processes is None else processes)
     for phase, check in CHECKS:
@@ -71,7 +71,7 @@ def _output_dir(cfg: CfgNode, _: Job) -> None:
 
 
 def _training_values(cfg: CfgNode, job: Job) -> None:
-    """Check the keys that training reads, also of an architecture that may give them another meaning."""
+    """Check the keys that training reads, also for architectures of other packages."""
     if job.training:
         check_values(
             cfg, "MODEL.FOCAL.AMP.", "INPUT.", "SOLVER.", "DATALOADER.", "TEST.", "VIS_PERIOD", "SEED"
@@ -124,7 +124,7 @@ def _exchange(cfg: CfgNode, _: Job) -> None:
 
 
 def _file_handles(cfg: CfgNode, job: Job) -> None:
-    """Check the limit on open files; an evaluation in the middle of training starts workers of its own."""
+    """Check the limit on open files: an evaluation during training starts additional workers."""
     check_handles(cfg.DATALOADER.NUM_WORKERS, loaders=2 if job.training and cfg.DATASETS.TEST else 1)
 
 
@@ -138,7 +138,8 @@ def _model_and_solver(cfg: CfgNode, job: Job) -> None:
     cfg = (resolve_alpha(cfg) if job.training else cfg).clone()
     cfg.defrost()
     if cfg.MODEL.DEVICE != "cpu":
-        # On a GPU, building would leave a context and memory behind. The CPU would choose another precision.
+        # On a GPU, building would leave a context and memory allocated. AMP is off, because a CPU has other
+        # types than the GPU.
         cfg.MODEL.DEVICE, cfg.MODEL.FOCAL.AMP.ENABLED = "cpu", False
     with building("trainer" if job.training else "model"):
         model = build_model(cfg)
@@ -150,8 +151,8 @@ def _weights(cfg: CfgNode, _: Job) -> None:
     check_file(cfg.MODEL.WEIGHTS)
 
 
-# A phase says what its checks need: the config alone; the datasets' files; the names of their classes, which
-# metrics are named after; the job's processes; to build what reads images; to build the rest of a training.
+# The phases, by what their checks need: only the config; the datasets' files; the names of their classes,
+# which are part of metrics' names; the job's processes; the mapper, which reads images; model and solver.
 PHASES = ("config", "datasets", "metrics", "processes", "input", "build")
 CHECKS: tuple[tuple[str, Callable[[CfgNode, Job], None]], ...] = (
     ("config", _output_dir),

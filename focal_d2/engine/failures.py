@@ -1,4 +1,4 @@
-"""What a failure of training is called in one line, and how a process ends that hangs."""
+"""Describe a failure of training in one line, and end data workers that hang."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from focal_d2.errors import describe_error, one_line, user_message
 
 
 def failure_message(error: Exception) -> str | None:
-    """Return one line on a user's mistake or a failure of the machine; None for a fault of the program."""
+    """Return one line about a user's mistake or a failure of the machine; None for a fault of the program."""
     if (message := user_message(error)) is not None:
         return message
     text = str(error)
     if peer_is_lost(error):
-        return f"another process of this job ended, or hangs ({one_line(text, 100)})"
+        return f"another process of this job ended or hangs ({one_line(text, 100)})"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return (
             f"out of memory: {text.strip().splitlines()[-1] if text.strip() else 'the machine'}; "
@@ -29,7 +29,7 @@ def failure_message(error: Exception) -> str | None:
 
 
 def end_hung_workers(error: Exception) -> None:
-    """Kill the processes that read images if they hang: this one would wait for them at its end."""
+    """Kill the data workers if they hang: this process would wait for them when it ends."""
     if isinstance(error, HungError):
         for process in multiprocessing.active_children():
             if process.daemon:

@@ -1,4 +1,4 @@
-"""A job from its command line: train, or evaluate."""
+"""Run a job from its command line: training or evaluation."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 def launch_job(args: argparse.Namespace) -> None:
-    """Run the job on this machine's share of the processes; see `run`.
+    """Start this machine's processes of the job; see `run`.
 
     Args:
         args: of `focal_d2.commands.train`.
 
     Raises:
-        UserError: for anything the user can mend.
+        UserError: for anything the user can correct.
     """
     start(run, args)
 
@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> None:
         args: of `focal_d2.commands.train`.
 
     Raises:
-        UserError: for anything the user can mend.
+        UserError: for anything the user can correct.
     """
-    import_modules(args.imports)  # a process that was spawned starts without them
+    import_modules(args.imports)  # a spawned process has not imported them
     args.config_file = find_config(os.path.expanduser(args.config_file))  # detectron2 logs the file
     cfg = load_config(
         args.config_file, args.opts, trust_files=args.trust_files, allow_download=args.allow_download
@@ -62,17 +62,17 @@ def run(args: argparse.Namespace) -> None:
     try:
         run_checks(cfg, "datasets", training=training)
     except UserError as error:
-        # Often a key that is not read was meant to prevent this.
+        # The cause is often a key that nothing reads, such as a misspelt one.
         raise UserError("; ".join([str(error), *unread])) from error
     run_checks(cfg, "metrics", "processes", training=training)
     if args.eval_only:
-        # The config.yaml of a training says what was trained, not what was evaluated afterwards.
+        # The config.yaml of a training must describe the training, not a later evaluation.
         with restored_config(cfg.OUTPUT_DIR, always=was_trained_in(cfg.OUTPUT_DIR)):
             _set_up(cfg, args, unread)
         _evaluate(cfg, args)
         return
     check_restarts(resume=args.resume)
-    # Before anything is written there, config.yaml and log.txt included.
+    # The lock is taken before any file is written to OUTPUT_DIR, config.yaml and log.txt included.
     with output_lock(cfg.OUTPUT_DIR):
         with restored_config(cfg.OUTPUT_DIR, always=False):
             _set_up(cfg, args, unread)
@@ -85,7 +85,7 @@ def _set_up(cfg: CfgNode, args: argparse.Namespace, unread: list[str]) -> None:
     if comm.is_main_process():
         for line in unread:
             logger.warning(line)
-        # Of a test set, too, before training starts: its records are first asked for when training ends.
+        # Also for test sets, before training starts: their records are first read when training ends.
         for name in dict.fromkeys([*([] if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]):
             announce(name)
         for line in annotation_warnings(cfg, training=not args.eval_only):

@@ -1,4 +1,4 @@
-"""A config from a file and overrides, checked as far as that needs no data."""
+"""Load a config from a file and overrides, with all checks that need no data."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f]")
 _KERNELS = "MODEL.FOCAL.KERNELS"
 _COMMAND_LINE = "command line"
 
-# What yacs says of a value of another type than the default's, and the types in other words.
+# yacs's message about a value of another type than the default's, and plain words for the types.
 _MISMATCH = re.compile(
     r"Type mismatch \(<class '(?:\w+\.)*(?P<type>\w+)'> vs\. <class '(?:\w+\.)*(?P<given>\w+)'>\) "
     r"with values \(.* vs\. (?P<value>.*)\) for config key: (?P<key>\S+)",
     re.DOTALL,
 )
-# A list of texts as YAML has it, which is no literal of Python.
+# A list of texts without quotes, as in YAML; it is no literal of Python.
 _PLAIN_LIST = re.compile(r"\[[^][(){}:]*\]")
 _TYPES = {"bool": "True or False", "int": "a whole number", "str": "a text", "CfgNode": "a section"}
 
@@ -49,12 +49,12 @@ def load_config(
     trust_files: bool = False,
     allow_download: bool = False,
 ) -> CfgNode:
-    """Read a YAML config over the defaults, apply overrides, and check what needs no data.
+    """Read a YAML config over the defaults, apply overrides, and run the checks that need no data.
 
-    `MODEL.DEVICE` may be "auto": CUDA where there is a device, else CPU. The datasets of
+    `MODEL.DEVICE` may be "auto": CUDA if there is a CUDA device, else the CPU. The datasets of
     `DATASETS.FOCAL` are registered. `MODEL.RETINANET.NUM_CLASSES` and `MODEL.ROI_HEADS.NUM_CLASSES` may be
-    "auto": as many as the first dataset has of `DATASETS.TRAIN`, or of `DATASETS.TEST` where that is not
-    here; only then data are read.
+    "auto": the number of classes of the first dataset in `DATASETS.TRAIN`, or in `DATASETS.TEST` if the files
+    of the former are missing. Only then are data read.
 
     Args:
         config_file: path of a YAML file, or the name of one that comes with the package (`focal-d2 configs`);
@@ -65,7 +65,7 @@ def load_config(
         allow_download: let `_BASE_` name addresses outside detectron2's stores.
 
     Raises:
-        UserError: for anything the user can mend.
+        UserError: for anything the user can correct.
     """
     cfg = get_cfg()
     add_focal_config(cfg)
@@ -85,7 +85,7 @@ def load_config(
     _refuse_control_characters(cfg)
     cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = map(os.path.expanduser, (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS))
     if not trust_files:
-        _refuse_ways_out(cfg)
+        _refuse_unsafe_values(cfg)
     resolve_device(cfg)
     for key, registry, value in (
         ("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE),
@@ -93,9 +93,9 @@ def load_config(
     ):
         check_choice(key, value, tuple(sorted(name for name, _ in registry)))
     check_values(cfg)
-    # The evaluator is built when training is over: too late to find this.
+    # The evaluator is built at the end of training, which is too late to report a wrong backend.
     check_backend(cfg.TEST.FOCAL.EVAL_BACKEND)
-    allow_pixels(cfg.INPUT.FOCAL.MAX_PIXELS)  # readers ask images for their size
+    allow_pixels(cfg.INPUT.FOCAL.MAX_PIXELS)  # readers of annotations open images to read their size
     register_datasets(cfg.DATASETS.FOCAL)
     for key in CLASS_KEYS:
         if key_value(cfg, key) == "auto":
@@ -106,9 +106,10 @@ def load_config(
 
 @contextmanager
 def _other_types(cfg: CfgNode) -> Iterator[None]:
-    """Let numbers of classes be "auto", and kernels be what YAML makes of on and off, which is a boolean.
+    """Accept "auto" as a number of classes, and for kernels the booleans that YAML reads from on and off.
 
-    yacs takes another type than the default's only where there is no value.
+    yacs accepts another type than the default's only if the default is None. So these keys are None while the
+    block merges values.
     """
     before = {key: key_value(cfg, key) for key in (*CLASS_KEYS, _KERNELS)}
     for key in before:
@@ -123,7 +124,7 @@ def _other_types(cfg: CfgNode) -> Iterator[None]:
 
 @contextmanager
 def _config_errors(cfg: CfgNode, source: str) -> Iterator[None]:
-    """Name the source, and the nearest legal key, in whatever yaml and yacs raise."""
+    """Turn errors of yaml and yacs into a `UserError` that names the source and the nearest legal key."""
     try:
         yield
     except UserError:
@@ -131,7 +132,7 @@ def _config_errors(cfg: CfgNode, source: str) -> Iterator[None]:
     except (TypeError, AttributeError, RecursionError, MemoryError) as error:
         raise UserError(f"{source}: not a config; it must be nested lines of KEY: value") from error
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
-        # str() of a KeyError is its message in quotes.
+        # str() of a KeyError would have quotes around the message.
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         reason = one_line(text)
         if unknown := re.search(r"[Nn]on-existent (?:config )?key: (\S+)", reason):
@@ -144,10 +145,10 @@ def _config_errors(cfg: CfgNode, source: str) -> Iterator[None]:
 
 
 def _wrong_type(key: str, type: str, given: str, value: str, *, quoted: bool) -> str:
-    """Say what a value must be instead.
+    """Describe what a value of a wrong type must be instead.
 
     Args:
-        key: that has the value.
+        key: the key with the value.
         type: name of the default's type.
         given: name of the value's type.
         value: as text.
@@ -172,7 +173,7 @@ def _check_pairs(overrides: Sequence[str]) -> None:
     """Check that overrides are KEY VALUE pairs.
 
     Raises:
-        UserError: for an option among them, which argparse takes for one of them, or a key without a value.
+        UserError: for an option among the pairs, which argparse does not notice, or a key without a value.
     """
     for i, text in enumerate(overrides):
         if re.match(r"--[A-Za-z]" if i % 2 else "-", text):
@@ -184,9 +185,9 @@ def _check_pairs(overrides: Sequence[str]) -> None:
 
 
 def _add_loss_parameters(cfg: CfgNode, overrides: Sequence[str]) -> None:
-    """Add a key for each parameter of a registered loss that overrides set: yacs sets no unknown key.
+    """Add a key for each parameter of a registered loss that overrides set: yacs refuses unknown keys.
 
-    In a file they need no such keys. Whether the chosen loss reads them is checked when it is built.
+    Files may contain such parameters anyway. Building the loss checks whether it reads them.
     """
     for key in _loss_parameter_keys().intersection(overrides[::2]):
         cfg.MODEL.FOCAL.LOSS.setdefault(key.rpartition(".")[2], None)
@@ -197,7 +198,7 @@ def _loss_parameter_keys() -> set[str]:
 
 
 def _with_lists(cfg: CfgNode, overrides: Sequence[str]) -> list[Any]:
-    """Read `[mine_train, other]` as a list of texts, as it is read in YAML, where the default is a list."""
+    """Read `[mine_train, other]` as a list of texts, as YAML does, if the key's default is a list."""
     values = leaves(cfg)
     result: list[Any] = list(overrides)
     for i in range(1, len(result), 2):
@@ -211,13 +212,13 @@ def _with_lists(cfg: CfgNode, overrides: Sequence[str]) -> list[Any]:
 
 
 def _parts(text: str) -> list[str]:
-    """Return the items of a list that is written without quotes, or with some, maybe without brackets."""
+    """Return the items of a list that is written with or without quotes and brackets."""
     items = (item.strip().strip("\"'").strip() for item in text.strip("[]() ").split(","))
     return [item for item in items if item]
 
 
 def _refuse_nulls(cfg: CfgNode) -> None:
-    """yacs lets null replace any value, and the job fails where it is first used."""
+    """Refuse null for a key with a default: yacs accepts it, and the job would fail at its first use."""
     defaults = get_cfg()
     add_focal_config(defaults)
     values = leaves(cfg)
@@ -227,17 +228,17 @@ def _refuse_nulls(cfg: CfgNode) -> None:
 
 
 def _refuse_control_characters(cfg: CfgNode) -> None:
-    """Refuse texts that would begin another line, or move the cursor, wherever they are written."""
+    """Refuse texts that would begin another line, or move the cursor, in logs, tables or files."""
     for key, value in leaves(cfg).items():
         for text in _texts(value):
             if _CONTROL.search(text):
                 raise UserError(f"{key} has the text {text!r}; control characters are refused")
 
 
-def _refuse_ways_out(cfg: CfgNode) -> None:
-    """Refuse what makes detectron2 write, fetch or run what a config names.
+def _refuse_unsafe_values(cfg: CfgNode) -> None:
+    """Refuse values with which detectron2 would fetch files or run code from them.
 
-    detectron2 fetches an address in any key by its own means; only `MODEL.WEIGHTS` is our checkpointer's.
+    detectron2 downloads an address in any key. Only for `MODEL.WEIGHTS` does our checkpointer do that.
     """
     if cfg.MODEL.LOAD_PROPOSALS:
         raise UserError(

@@ -23,11 +23,11 @@ _held: set[str] = set()  # folders of this process
 
 @contextmanager
 def output_lock(folder: str) -> Iterator[None]:
-    """Lock the folder while the block runs. Inside another block for the same folder it does nothing.
+    """Lock the folder while the block runs. A block inside another one for the same folder does nothing.
 
-    All processes of a job call it, and the main one holds the lock. The kernel releases the lock when that
-    process ends, also when it is killed. The file stays: if it were removed, two processes could lock two
-    files of the same name.
+    All processes of a job call this function, and the main process holds the lock. The kernel releases the
+    lock when the main process ends, also if it is killed. The file is not removed: otherwise two processes
+    could lock two files of the same name.
 
     Args:
         folder: OUTPUT_DIR; it is made if it does not exist.
@@ -56,15 +56,15 @@ def output_lock(folder: str) -> Iterator[None]:
 
 
 def was_trained_in(folder: str) -> bool:
-    """Say whether a training has held the lock of this folder, now or earlier."""
+    """Return whether a training holds the lock of this folder or held it earlier."""
     return os.path.isfile(os.path.join(folder, _NAME))
 
 
 def _lock(folder: str) -> int:
-    """Lock the file and write this process's name into it; return its descriptor.
+    """Lock the file and write this process's id and host into it; return the file's descriptor.
 
-    A record lock (`lockf`) belongs to the process. One by `flock` would belong to the open file, which forked
-    data workers inherit: a worker that outlives a killed training would keep it.
+    A record lock (`lockf`) belongs to the process. A lock by `flock` would belong to the open file, which
+    forked data workers inherit: a worker that lives longer than a killed training would keep the lock.
     """
     os.makedirs(folder, exist_ok=True)
     handle = os.open(os.path.join(folder, _NAME), os.O_RDWR | os.O_CREAT, 0o666)

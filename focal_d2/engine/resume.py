@@ -1,4 +1,4 @@
-"""Resuming a run: who has state, what a checkpoint must hold, and which settings win."""
+"""Resume a run: the owners of state, the checks of a checkpoint, and settings that changed in the config."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ logger = logging.getLogger(__name__)
 
 
 class Owner(Protocol):
-    """Something that has a state of its own, which checkpoints keep under a name.
+    """An object whose state is in checkpoints, under its name.
 
-    Hooks have the same two methods, but detectron2 calls those itself.
+    Hooks have the same two methods, but detectron2 saves and loads them.
     """
 
     def state_dict(self) -> Any:
         """Return the state, as `torch.load` reads it safely."""
 
     def load_state_dict(self, state: Any, /) -> list[str]:
-        """Take a state; return a clause for each way in which training does not continue exactly."""
+        """Load a state; return a clause for each reason why training does not continue exactly."""
 
 
 class ProcessCount:
-    """How many processes train."""
+    """The number of processes that train."""
 
     def state_dict(self) -> int:
         """Return the number of processes."""
         return comm.get_world_size()
 
     def load_state_dict(self, before: int) -> list[str]:
-        """Compare with the number before; return what differs, as a list of clauses."""
+        """Compare with the number in the checkpoint; return a clause if it differs."""
         if before == comm.get_world_size():
             return []
         return [
@@ -52,7 +52,7 @@ class ProcessCount:
 
 
 def complete_state(state: dict[str, Any], *, batch: int) -> dict[str, Any]:
-    """Add what detectron2's own checkpoints do not have: the owners' states, as far as they are known.
+    """Add the owners' states that are missing in a checkpoint of detectron2, as far as they are known.
 
     Args:
         state: of the trainer, from a checkpoint.
@@ -65,7 +65,7 @@ def complete_state(state: dict[str, Any], *, batch: int) -> dict[str, Any]:
 def check_state(
     state: dict[str, Any], *, cfg: CfgNode, optimizer: torch.optim.Optimizer, schedule: dict[str, Any]
 ) -> None:
-    """Check what PyTorch and detectron2 take without a look, and would fail on later.
+    """Check the values that PyTorch and detectron2 load without a check and that would fail later.
 
     Args:
         state: of the trainer, from a checkpoint.
@@ -75,9 +75,9 @@ def check_state(
 
     Raises:
         UserError: if the state is of another optimizer, or of a schedule for another number of processes.
-        ValueError: if it is damaged or hostile: it does not hold the numbers that belong there.
+        ValueError: if it is damaged or hostile: a field does not have the right kind of numbers.
     """
-    # Another version of PyTorch may have more settings, or fewer; another optimizer has both.
+    # Another version of PyTorch has more settings or fewer. Another optimizer lacks some and has others.
     groups = state[LOOP_STATE]["optimizer"]["param_groups"]
     ours, theirs = optimizer.param_groups[0].keys(), groups[0].keys()
     if ours - theirs and theirs - ours:
@@ -106,14 +106,14 @@ def check_state(
 
 
 class SolverSettings:
-    """Settings of optimizer and schedule as the config gives them. Checkpoints keep them, to notice changes.
+    """The config's settings of optimizer and schedule. Checkpoints keep them, so that changes are noticed.
 
-    PyTorch's optimizers take all their numbers from a checkpoint, and detectron2's schedule its base learning
-    rates. Here the config wins for every setting that has changed in it. The rest comes from the checkpoint,
-    also numbers that the user's own code changes during training.
+    PyTorch's optimizers load all their settings from a checkpoint, and detectron2's schedule loads its base
+    learning rates. Here, settings that changed in the config have the config's values. All others come from
+    the checkpoint, also those that code of the user changes during training.
 
-    It is no `Owner`: its saved state is needed before the optimizer's is loaded, because parameter groups may
-    have changed; see `merge`.
+    This class is no `Owner`: parameter groups may have changed, so its saved state is needed before the
+    optimizer's state is loaded; see `merge`.
     """
 
     def __init__(self, cfg: CfgNode, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -189,7 +189,7 @@ class SolverSettings:
         optimizer = state[LOOP_STATE]["optimizer"]
         groups, settings = optimizer["param_groups"], state.get("settings")
         if settings is None:
-            # An older checkpoint, or one of detectron2: take what its optimizer has.
+            # A checkpoint of an older version or of detectron2: use the settings of its optimizer.
             if [len(x["params"]) for x in groups] != [len(x["names"]) for x in self._groups]:
                 raise UserError(
                     f"--resume: the checkpoint in {self._folder} does not name its parameters, and its "
@@ -220,7 +220,7 @@ class SolverSettings:
         ours = {name: group["settings"] for group in self._groups for name in group["names"]}
         theirs = {name: saved.built[i] for name, (i, _) in saved.positions.items()}
         if not changes:
-            # An older checkpoint has no keys, and the user's own `build_optimizer` may read other ones.
+            # An older checkpoint has no keys, and a `build_optimizer` of the user may read other keys.
             changes += dict.fromkeys(
                 f"{key} from {theirs[name][key]} to {x}"
                 for name in ours
@@ -235,7 +235,7 @@ class SolverSettings:
 
 
 class _Saved(NamedTuple):
-    """What a checkpoint holds on optimizer and schedule. Its parameter groups are numbered from 0."""
+    """A checkpoint's state of optimizer and schedule. Its parameter groups are numbered from 0."""
 
     keys: dict[str, str]  # of SOLVER, as texts; empty if the checkpoint does not have them
     built: list[dict[str, Any]]  # each group's settings, as its config gave them
@@ -252,7 +252,7 @@ def _merge_group(
 
     Args:
         ours: the group's parameter names and settings in the config.
-        saved: what the checkpoint holds.
+        saved: the checkpoint's state.
         factor: the product of all halvings of the base learning rate, or None if they are dropped.
     """
     settings = ours["settings"]
@@ -279,14 +279,14 @@ def _has_same(a: dict[str, Any], b: dict[str, Any], key: str) -> bool:
 
 
 def follow_schedule(optimizer: torch.optim.Optimizer, schedule: Any, *, last: int) -> None:
-    """Set the next iteration's learning rates as the config's schedule gives them.
+    """Set the next iteration's learning rates to those of the config's schedule.
 
-    The optimizer has the rates of the checkpoint, which an earlier config's schedule may have given.
+    The optimizer has the checkpoint's rates, which may follow the schedule of an earlier config.
 
     Args:
         optimizer: with its loaded state.
-        schedule: with its loaded state. One that is not detectron2's is left as it is.
-        last: the iterations of the whole training; no schedule is defined beyond.
+        schedule: with its loaded state. A schedule that is not detectron2's is not read.
+        last: the iterations of the whole training, beyond which no schedule is defined.
     """
     if isinstance(schedule, LRMultiplier) and schedule.last_epoch <= last:
         for group, rate in zip(optimizer.param_groups, schedule.get_lr(), strict=True):
@@ -303,9 +303,9 @@ def set_aside(folder: Path) -> None:
             path.rename(earlier / path.name)
     metrics = folder / "metrics.json"
     if metrics.exists():
-        # The new run has the file open already, to append to it.
+        # The file is emptied, not moved: the new run has already opened it to append to it.
         shutil.copy(metrics, earlier)
         os.truncate(metrics, 0)
     logger.warning(
-        f"checkpoints of an earlier run in {folder} are now in {earlier}; --resume would go on with them"
+        f"checkpoints of an earlier run in {folder} are now in {earlier}; --resume would continue from them"
     )

@@ -1,4 +1,4 @@
-"""OUTPUT_DIR, logs and config.yaml of a job."""
+"""Set up a job: OUTPUT_DIR, its logs and its config.yaml."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def set_up_job(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: {error}") from error
     focal = cfg.MODEL.FOCAL
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = focal.TF32
-    # Our own records go where detectron2's go.
+    # focal_d2's log records go to the same files as detectron2's.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="focal_d2")
 
 

@@ -1,7 +1,7 @@
-"""One iteration of training, on top of detectron2's `SimpleTrainer`.
+"""One iteration of training, based on detectron2's `SimpleTrainer`.
 
-It adds batches in parts, loss scaling, an average of the weights, and checks for losses and gradients that
-are not finite and for failures in other processes.
+It adds batches in parts, loss scaling, a moving average of the weights, and checks for losses and gradients
+that are not finite and for failures in other processes.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Stopped(UserError):
 class FocalLoop(LoopParts, SimpleTrainer):
     """The training step.
 
-    Before the optimizer's step it changes only the model's buffers, of which it keeps a copy. If anything
-    fails until then, `undo` restores the state after the iteration before.
+    Until the optimizer's step only the model's buffers change, and the step keeps a copy of them. If the step
+    fails before that, `undo` restores the state after the last complete iteration.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class FocalLoop(LoopParts, SimpleTrainer):
             parts: the number of parts in which a batch is computed.
             precision: makes the autocast context of the model's forward pass.
             scale_loss: whether to scale the loss, so that gradients in float16 do not underflow.
-            average: of the model, updated after each step; None: there is none.
-            stopping: whether this process was asked to stop.
+            average: moving average of the model, updated after each step; None: no average.
+            stopping: returns whether this process was asked to stop.
             on_not_finite: called in all processes if the loss or gradient of any process is not finite, with
                 the model as it was before the step.
         """
@@ -114,7 +114,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
         *numbers, gradient_norm = torch.stack([*losses.values(), norm]).tolist()
         values = dict(zip(losses, numbers, strict=True))
         self.steps.append(Step(self.iter, self.optimizer.param_groups[0]["lr"], values, gradient_norm))
-        # Scaled gradients may overflow: the scaler then skips the step and takes a smaller scale.
+        # Scaled gradients may overflow: the scaler then skips the step and reduces the scale.
         finite = all(map(math.isfinite, values.values()))
         finite = finite and (self.scaler.is_enabled() or math.isfinite(gradient_norm))
         (bad,) = any_rank(not finite)
@@ -130,7 +130,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.average is not None and self.scaler.get_scale() >= scale:  # else the step was left out
+        if self.average is not None and self.scaler.get_scale() >= scale:  # else the scaler skipped the step
             self.average.update_parameters(self.bare)
         self._count_batch()
 
@@ -154,7 +154,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
 
     @property
     def normalizer(self) -> LossNormalizer | None:
-        """The model's loss normalizer; None for a model that is not ours."""
+        """The model's loss normalizer; None for a model that is no `FocalRetinaNet`."""
         normalizer = getattr(self.bare, "loss_normalizer", None)
         return normalizer if isinstance(normalizer, LossNormalizer) else None
 
@@ -215,7 +215,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
             self._kept = [torch.empty_like(x) for x in self._buffers]
         if self._buffers:
             copy_all(self._kept, self._buffers)
-        self._random = random_state()  # a model may draw
+        self._random = random_state()  # a model may draw random numbers
         self._begun = True
 
     def undo(self) -> None:
@@ -239,13 +239,13 @@ class FocalLoop(LoopParts, SimpleTrainer):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the state of `state_dict`, or what detectron2's own trainer saves."""
-        _fit(state["optimizer"], self.optimizer)
+        """Load the state of `state_dict`, or the state that detectron2's trainer saves."""
+        _adapt(state["optimizer"], self.optimizer)
         super().load_state_dict(state)
         self.steps_skipped = state.get("skipped", 0)
         if state.get("grad_scaler"):
             self.scaler.load_state_dict(state["grad_scaler"])
-        if "model" in state:  # otherwise there was no average, and the checkpoint's model was trained
+        if "model" in state:  # else there was no average, and the checkpoint's model is the trained one
             check_types(state["model"], self.bare)
             self.bare.load_state_dict(state["model"])
             check_finite(self.bare)
@@ -255,8 +255,8 @@ class FocalLoop(LoopParts, SimpleTrainer):
             self.average.n_averaged.fill_(state.get("averaged", 0))
 
 
-def _fit(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Lay out an optimizer's state like its parameters. PyTorch's fused steps do not check shapes.
+def _adapt(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Copy an optimizer's state into tensors like its parameters. PyTorch's fused steps check no shapes.
 
     Raises:
         ValueError: if the state is of other parameters, or its settings are of other types.
@@ -278,24 +278,24 @@ def _fit(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
 
 
 def _is_like(theirs: Any, ours: Any) -> bool:
-    """Say whether a setting of an optimizer is of the same kind as ours: PyTorch checks none."""
+    """Return whether a loaded setting of an optimizer has the type of ours. PyTorch does not check it."""
     if isinstance(ours, (list, tuple)):
         is_list = isinstance(theirs, (list, tuple)) and len(theirs) == len(ours)
         return is_list and all(map(_is_like, theirs, ours))
     if isinstance(ours, (int, float)) and not isinstance(ours, bool):
-        return type(theirs) in (int, float) and abs(theirs) < 2**63  # which holds for no NaN
+        return type(theirs) in (int, float) and abs(theirs) < 2**63  # False for NaN
     return theirs is None or isinstance(theirs, (bool, str)) or type(theirs) is type(ours)
 
 
 class MovingAverage(AveragedModel):
     """An exponential moving average of a model's parameters, with the model's buffers.
 
-    Step n keeps the share min(decay, (1 + n) / (10 + n)) of the average, so that the first weights are soon
-    forgotten (TensorFlow's `ExponentialMovingAverage` does the same when it gets the number of updates).
+    Step n keeps the share min(decay, (1 + n) / (10 + n)) of the average, so that the first weights lose their
+    influence soon. TensorFlow's `ExponentialMovingAverage` with `num_updates` does the same.
     """
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:
-        """Start from the model as it is, not yet in `DistributedDataParallel`; decay is in (0, 1)."""
+        """Start with the weights of a model without `DistributedDataParallel`; decay is in (0, 1)."""
 
         def update(averaged: Any, current: Any, count: Any) -> None:
             n = int(self.n_averaged)  # count is the same, on the model's device
@@ -308,7 +308,7 @@ class MovingAverage(AveragedModel):
 def stopping_between_batches(model: nn.Module, stop: StopRequest) -> Iterator[None]:
     """Let a signal end an evaluation of the model before its next batch; `--resume` repeats the evaluation.
 
-    One of several processes can't leave alone, so these finish it.
+    With several processes the evaluation ends first, because one process cannot leave it alone.
 
     Raises:
         Stopped: in the block, if a signal has come.

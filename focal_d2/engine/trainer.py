@@ -64,7 +64,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         Raises:
             UserError: for anything the user can correct.
         """
-        # Not DefaultTrainer's: that wraps the model for GPUs only, and has its own loop.
+        # Not DefaultTrainer's constructor: it wraps the model for GPUs only, and builds another loop.
         super(DefaultTrainer, self).__init__()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         run_checks(cfg, "config", "metrics", "processes")
@@ -77,7 +77,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         model = create_ddp_model(
             bare, broadcast_buffers=False, device_ids=None if on_cpu else [comm.get_local_rank()]
         )
-        # Only now do all processes have the first one's weights.
+        # DistributedDataParallel has now copied the first process's weights to all processes.
         self.average = MovingAverage(bare, decay=solver.EMA) if solver.EMA else None
         self._stop = stop = StopRequest(announce_stop)
         self.loop = FocalLoop(
@@ -93,7 +93,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         )
         self._settings = SolverSettings(cfg, bare, optimizer)
         self._random_states = RandomStates()
-        # All state of a run that is neither detectron2's nor a hook's, by its name in checkpoints.
+        # All owners of state besides detectron2's objects and the hooks, by their names in checkpoints.
         self.owners: dict[str, Owner] = {"random": self._random_states, "processes": ProcessCount()}
         if isinstance(loader, TrainingLoader):
             self.owners = {"data": loader, **self.owners}
@@ -106,17 +106,17 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
             trainer=weakref.proxy(self),
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
-        self.failed = False  # whether training ended before its end
+        self.failed = False  # whether a failure ended training
         self.register_hooks(self.build_hooks())
 
     @property
     def offered(self) -> torch.nn.Module:
-        """The model that is evaluated and that checkpoints hold: the average, if there is one."""
+        """The model that is evaluated and saved in checkpoints: the moving average if there is one."""
         return self.loop.bare if self.average is None else self.average.module
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
-        """Build the model; its printed structure goes to no log (detectron2's takes 200 lines)."""
+        """Build the model. Its structure is not logged: detectron2's log of it takes 200 lines."""
         model = build_model(cfg)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         logger.info(
@@ -199,7 +199,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume from OUTPUT_DIR, or load `MODEL.WEIGHTS`; see `DefaultTrainer.resume_or_load`.
 
-        What an earlier run left in OUTPUT_DIR is moved into a folder there when a new run begins.
+        If a new run begins, the files of an earlier run in OUTPUT_DIR are moved into a folder of it.
         """
         resumes = comm.all_gather(resume and self.checkpointer.has_checkpoint())[0]
         super().resume_or_load(resumes)
@@ -224,9 +224,9 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume, and log what is not exact; see detectron2's `DefaultTrainer`.
+        """Resume, and log why training does not continue exactly; see detectron2's `DefaultTrainer`.
 
-        If settings of optimizer or schedule have changed, the config's are used, and a line names them.
+        Settings of optimizer or schedule that changed have the config's values; a line of the log names them.
 
         Raises:
             UserError: if the checkpoint was written for another optimizer or schedule.
@@ -237,14 +237,16 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         super().load_state_dict(state)
         follow_schedule(self.optimizer, self.scheduler, last=self.max_iter)
         state = complete_state(state, batch=self.cfg.SOLVER.IMS_PER_BATCH)
-        differences = [] if "data" in self.owners else ["the data, no list of records, start anew"]
+        differences = []
+        if "data" not in self.owners:
+            differences = ["the data, no list of records, start from the beginning"]
         for name, owner in self.owners.items():
             differences += owner.load_state_dict(state[name])
         if changes and comm.is_main_process():
             logger.warning(f"--resume: the config has changed and is followed: {'; '.join(changes)}")
         if differences and comm.is_main_process():
             logger.warning(
-                f"--resume goes on, but not to the bit as without a stop: {'; '.join(differences)}"
+                f"--resume continues, but not to the bit as without a stop: {'; '.join(differences)}"
             )
 
     def train(self) -> Any:
@@ -268,27 +270,27 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
                 if (message := user_message(error)) is None:
                     raise
                 good = self.checkpointer.get_checkpoint_file()
-                rest = f"; --resume goes on from {good}" if good else ""
+                rest = f"; --resume continues from {good}" if good else ""
                 raise UserError(f"in OUTPUT_DIR {self.cfg.OUTPUT_DIR}: {message}{rest}") from error
             except Stopped as stopped:
-                # The launcher ends all processes when the first one ends. The main one must save before.
+                # The launcher ends all processes when the first one ends. The main process must save first.
                 comm.synchronize()
                 logger.info(str(stopped))
                 raise SystemExit(128 + (self._stop.number or signal.SIGTERM)) from None
 
     def before_step(self) -> None:
-        """Mark the state as complete, because all hooks of the last iteration have run."""
+        """Mark the state as complete: all hooks of the last iteration have run."""
         self.loop.stepping = False
         super().before_step()
 
     def after_step(self) -> None:
-        """See `TrainerBase.after_step`; after a failure here nothing is evaluated."""
+        """See `TrainerBase.after_step`. If a hook fails, there is no evaluation at the end."""
         failed, self.failed = self.failed, True
         super().after_step()
         self.failed = failed
 
     def run_step(self) -> None:
-        """Make a step. If it fails, save the state after the iteration before.
+        """Make a step. If it fails, save the state after the last complete iteration.
 
         Raises:
             UserError: for a failure of data, disk or memory; it names the checkpoint.
@@ -312,7 +314,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
             name = f"model_{last:07d}"
             try:
                 self.checkpointer.save(name, iteration=last)
-                kept = f"; training up to here is kept in {name}.pth: --resume goes on"
+                kept = f"; training so far is saved in {name}.pth: --resume continues"
             except UserError as not_saved:
                 kept = f"; {not_saved}"
         if stopped:
@@ -322,9 +324,9 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         raise UserError(f"{message}{kept}") from error
 
     def _evaluate(self) -> dict[str, Any]:
-        """Evaluate the model that is offered, and leave the state of training as it is."""
+        """Evaluate `offered`, without a change to the state of training."""
         if comm.get_world_size() > 1:
-            for buffer in self.offered.buffers():  # those of batch norm differ between processes
+            for buffer in self.offered.buffers():  # batch norm's buffers differ between processes
                 distributed.broadcast(buffer, 0)
         try:
             with kept_random_state(), stopping_between_batches(self.offered, self._stop):
@@ -332,12 +334,12 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         except Exception as error:
             # The iteration is complete: the schedule's hook has run.
             self.loop.stepping = False
-            last = self.iter if self.iter < self.max_iter else -1  # at the end all is saved
+            last = self.iter if self.iter < self.max_iter else -1  # model_final.pth is saved already
             self._save_and_raise(error, last=last)
         return self.last_results
 
     def _halve_rates(self) -> None:
-        # What detectron2's schedule multiplies is part of the checkpoint.
+        # The base rates of detectron2's schedule are part of the checkpoint.
         self.scheduler.base_lrs = [x / 2 for x in self.scheduler.base_lrs]
         for group in self.optimizer.param_groups:
             group["lr"] /= 2

@@ -1,6 +1,6 @@
-"""Modules of a user that register losses, backbones, datasets and other parts: `--import MODULE`.
+"""Import a user's modules that register losses, backbones, datasets and other parts: `--import MODULE`.
 
-A flag and not a config key: configs run no code. Checkpoints do not remember the modules either.
+It is a flag and no config key, because configs run no code. Checkpoints do not contain the modules' names.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from focal_d2.errors import UserError
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import modules for what they register. What an imported module raises is passed on.
+    """Import modules for what they register. Errors that an imported module raises are not caught.
 
     Args:
-        names: such as "my_losses" or "my_package.backbones". Python looks for them where it looks for all
-            modules, and last in the working folder.
+        names: such as "my_losses" or "my_package.backbones". Python searches them as it searches all modules,
+            and last in the working folder.
 
     Raises:
         UserError: if there is no such module.
@@ -33,7 +33,7 @@ def import_modules(names: Sequence[str]) -> None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise  # the module is there; one that it imports is not
+                raise  # the module exists, but a module that it imports does not
             raise UserError(
                 f"--import {name}: no module {error.name} in {folder}, PYTHONPATH or the installed packages"
             ) from None

@@ -88,7 +88,7 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
         Args:
             name: of the file in `save_dir`, without its ending.
             tag: let it be the one that `last_checkpoint` names.
-            kwargs: what else shall be in it.
+            kwargs: further content of the file.
 
         Raises:
             UserError: if it can't be written; the former checkpoints are as they were.
@@ -115,7 +115,9 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
 
     def _why_not_written(self, path: str, error: OSError) -> str:
         good = self.get_checkpoint_file()
-        rest = f"--resume goes on from {good}" if os.path.isfile(good) else "no checkpoint was written before"
+        rest = (
+            f"--resume continues from {good}" if os.path.isfile(good) else "no checkpoint was written before"
+        )
         free = f", {shutil.disk_usage(self.save_dir).free / 1e6:.1f} MB are free" if _is_folder(path) else ""
         return f"cannot write {path}: {reason(error)}{free}; {rest}"
 
@@ -136,7 +138,7 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
 
         Args:
             path: of the weights to start from, if not `resume` or there is no checkpoint.
-            resume: go on with the run in `save_dir`; no partial fit is accepted then.
+            resume: continue the run in `save_dir`; then all weights must fit.
 
         Returns:
             What else was in the file.
@@ -232,7 +234,7 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
         needed = {"model": dict, "iteration": int, **dict.fromkeys(self.checkpointables, dict)}
         for name, kind in needed.items() if self._must_be_whole else ():
             if not isinstance(content.get(name), kind):
-                raise ValueError(f"no {name} in it, so no run can go on from it")
+                raise ValueError(f"it has no {name}, so no run can continue from it")
         return content
 
     def load_model(self, checkpoint: dict[str, Any]) -> Any:

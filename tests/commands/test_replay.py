@@ -127,7 +127,7 @@ def test_mistakes_give_one_line_and_status_2(tmp_path, monkeypatch, capsys):
         assert error.count("\n") == 1
         assert line in error
 
-    refuses(tmp_path / "nowhere", line="nowhere: no saved step there")
+    refuses(tmp_path / "nowhere", line="nowhere has no saved step")
     folder = save(tmp_path)
     file = folder / "step_rank0.pth"
     good = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Runs that stop, in whatever way, and go on."""
+"""Runs that stop, for any reason, and continue."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same_to_the_bit(
             resume = [] if iteration == 2 else ["--resume"]
             assert run_main(patch, *resume, *common) == 128 + number
         assert (tmp_path / "out/last_checkpoint").read_text() == f"model_{iteration:07d}.pth"
-        assert f"{number.name}: this iteration ends, then a checkpoint" in capfd.readouterr().err
+        assert f"{number.name}: stopping after this iteration, with a checkpoint" in capfd.readouterr().err
         # No evaluation of a model that is not ready.
         assert not (tmp_path / "out/inference").exists()
     assert run_main(monkeypatch, "--resume", *common) == 0
@@ -93,7 +93,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same_to_the_bit(
     assert [m for m in metrics(tmp_path / "whole") if "bbox/AP" in m][-1]["bbox/AP"] == pytest.approx(
         metrics(tmp_path / "out")[-1]["bbox/AP"], abs=0, nan_ok=True
     )
-    # What is offered is the average; what training goes on from is beside it.
+    # The checkpoint's model is the average; the trained weights are beside it.
     offered, trained = whole["model"], whole["trainer"]["_trainer"]["model"]
     assert not torch.equal(offered["head.cls_score.bias"], trained["head.cls_score.bias"])
 
@@ -148,25 +148,30 @@ def test_resuming_says_what_is_not_exact(small_job, tmp_path, monkeypatch):
     lines: list[str] = []
     monkeypatch.setattr("focal_d2.engine.trainer.logger.warning", lines.append)
 
-    def told(change: dict[str, Any], *overrides: str) -> str:
+    def warning_after(change: dict[str, Any], *overrides: str) -> str:
         trainer = FocalTrainer(load_config(str(config), overrides))
         lines.clear()
         trainer.load_state_dict({**state, **change})
         assert trainer.iter == 2
         return lines[0].partition("without a stop: ")[2] if lines else ""
 
-    assert told({}) == ""
-    assert told({}, "SEED", "5") == "SEED 5 instead of 1"
-    assert told({}, "SOLVER.IMS_PER_BATCH", "3") == "SOLVER.IMS_PER_BATCH 3 instead of 2"
-    assert told({"processes": 4}).startswith("1 processes instead of 4: sums are rounded in another order")
+    assert warning_after({}) == ""
+    assert warning_after({}, "SEED", "5") == "SEED 5 instead of 1"
+    assert warning_after({}, "SOLVER.IMS_PER_BATCH", "3") == "SOLVER.IMS_PER_BATCH 3 instead of 2"
+    assert warning_after({"processes": 4}).startswith(
+        "1 processes instead of 4: sums are rounded in another order"
+    )
     state["data"] |= numbers
-    assert told({}) == ""
+    assert warning_after({}) == ""
     for what in ("image", "annotation"):
         change = {**state["data"], f"{what}_content": 7}
-        assert told({"data": change}) == f"other {what}s in DATASETS.TRAIN"
+        assert warning_after({"data": change}) == f"other {what}s in DATASETS.TRAIN"
     theirs = {key: state[key] for key in ("iteration", "hooks", "_trainer")}  # all that detectron2 writes
     state = {**theirs, "_trainer": {key: theirs["_trainer"][key] for key in ("iteration", "optimizer")}}
-    assert told({}) == "the checkpoint does not say which images were drawn; random generators start anew"
+    assert (
+        warning_after({})
+        == "the checkpoint does not say which images were drawn; random generators start from new states"
+    )
 
 
 def test_a_drawn_seed_is_the_resumed_runs_too(small_job, tmp_path, monkeypatch):
@@ -288,7 +293,7 @@ def test_lost_data_lose_no_iteration(small_job, job, tmp_path, monkeypatch, capf
     assert expected in line
     last = saved(tmp_path / "out" / (tmp_path / "out/last_checkpoint").read_text())["iteration"]
     assert last >= 2
-    assert f"; training up to here is kept in model_{last:07d}.pth: --resume goes on" in line
+    assert f"; training so far is saved in model_{last:07d}.pth: --resume continues" in line
     assert "Traceback" not in captured.err + captured.out
 
 
@@ -427,7 +432,7 @@ def test_a_full_disk_under_the_figures_is_one_line(small_job, monkeypatch, capfd
     assert run_main(monkeypatch, "--config-file", small_job) == 2
     captured = capfd.readouterr()
     (line,) = [x for x in captured.err.splitlines() if "error: " in x]
-    assert "out/metrics.json: No space left on device; --resume goes on from " in line
+    assert "out/metrics.json: No space left on device; --resume continues from " in line
     assert "Traceback" not in captured.err + captured.out
 
 

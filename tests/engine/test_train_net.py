@@ -50,7 +50,7 @@ def test_train_evaluate_resume(job, tmp_path, monkeypatch, capsys):
     assert after == before
     assert "SOLVER:" in (tmp_path / "eval/config.yaml").read_text()
 
-    # --resume goes on from the last checkpoint, normaliser included.
+    # --resume continues from the last checkpoint, normaliser included.
     saved = torch.load(out / "model_final.pth")
     assert saved["iteration"] == 7
     assert saved["model"]["loss_normalizer.ema"].item() != 100
@@ -64,7 +64,7 @@ def test_train_evaluate_resume(job, tmp_path, monkeypatch, capsys):
     # Three steps of the saved moving average, not of one that starts at 100 again.
     assert resumed["model"]["loss_normalizer.ema"].item() > 0.9**3 * 5000
 
-    # ... and refuses to go on with another optimizer.
+    # ... and refuses to continue with another optimizer.
     resume = ["--config-file", config, "--resume", "SOLVER.MAX_ITER", 12, "SOLVER.FOCAL.OPTIMIZER"]
     assert run_main(monkeypatch, *resume, "SGD") == 2
 
@@ -192,9 +192,9 @@ def test_full_disk_stops_training_with_one_line_and_the_last_checkpoint_intact(
     (line,) = error_lines(capfd)
     last = f"{small_output}/model_0000003.pth"
     assert f"cannot write {small_output}/model_0000007.pth: No space left on device, " in line
-    assert line.endswith(f"; --resume goes on from {last}")
+    assert line.endswith(f"; --resume continues from {last}")
     assert not list(small_output.glob("*.tmp"))
-    # With room again, the run goes on from there.
+    # With room again, the run continues from it.
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_output)], check=True)
     assert run_main(monkeypatch, *args, "SOLVER.MAX_ITER", 5, "--resume") == 2  # flags come first
     assert run_main(monkeypatch, "--resume", *args) == 0

@@ -500,7 +500,7 @@ def test_checkpoint_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     monkeypatch.undo()
     ours.save("model_0000001", iteration=1)
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(UserError, match=f"0000002.pth: No space left .*; --resume goes on from {path}$"):
+    with pytest.raises(UserError, match=f"0000002.pth: No space left .*; --resume continues from {path}$"):
         ours.save("model_0000002", iteration=2)
     assert files(tmp_path) == ["last_checkpoint", "model_0000001.pth"]
     assert resume(tmp_path) == 1

@@ -1,1 +1,1 @@
-"""What happens during training beside its steps: one file a hook, named by what it does."""
+"""The hooks of a training: one file for each hook, named by what it does."""

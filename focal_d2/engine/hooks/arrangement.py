@@ -21,24 +21,24 @@ def arrange_hooks(
     evaluation: hooks.EvalHook,
     random_states: RandomStates,
 ) -> list[HookBase]:
-    """Add our hooks to those of detectron2, where each must run.
+    """Insert our hooks into the list of detectron2's, each at the position where it must run.
 
     Args:
         built: detectron2's hooks of this process. Its writers, which the main process has, come last.
         cfg: full config.
         model: the model that is trained, without DistributedDataParallel.
-        evaluation: takes the place of detectron2's.
-        random_states: are collected before each checkpoint.
+        evaluation: replaces detectron2's evaluation hook.
+        random_states: collected before each checkpoint.
     """
     arranged = [evaluation if isinstance(hook, hooks.EvalHook) else hook for hook in built]
-    # The main process has a checkpointer, before which the states are collected. In the other processes the
-    # evaluation is next.
+    # Random states are collected before the checkpointer, which only the main process has. In the other
+    # processes the evaluation hook is at this position.
     saving = next(
         i for i, x in enumerate(arranged) if isinstance(x, (hooks.PeriodicCheckpointer, hooks.EvalHook))
     )
     arranged.insert(saving, CollectRandomStates(random_states, period=cfg.SOLVER.CHECKPOINT_PERIOD))
     if comm.is_main_process():
-        # Before the writers. detectron2's own models draw pictures themselves.
+        # Before the writers. detectron2's models draw pictures in their forward pass.
         if cfg.VIS_PERIOD > 0 and not hasattr(model, "vis_period"):
             pictures = TrainingPictures(model, period=cfg.VIS_PERIOD, input_format=cfg.INPUT.FORMAT)
             arranged.insert(-1, pictures)

@@ -24,18 +24,18 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingEnded(BaseException):
-    """Leaves detectron2's loop before its last iteration. No `Exception`: it would be logged as a failure."""
+    """Ends detectron2's loop early. It is no `Exception`, which detectron2 would log as a failure."""
 
 
 class Evaluation(EvaluationHooks, EvalHook):
     """detectron2's evaluation hook. It also saves the best model, and ends a training without improvement.
 
-    detectron2's `BestCheckpointer` is not enough: it forgets the best when training resumes, marks
+    detectron2's `BestCheckpointer` is not enough: it loses the best value when training resumes, marks
     model_best.pth as the checkpoint to resume from, and does not count evaluations.
 
-    Every process keeps the same state, from the main process's results. A checkpoint of the same iteration is
-    written before the evaluation if it is due, and after an evaluation that failed. A training that resumes
-    from it evaluates first.
+    All processes keep the same state, from the main process's results. A checkpoint that is due at the same
+    iteration is written before the evaluation; if the evaluation fails, one is always written. A training
+    that resumes from such a checkpoint starts with the evaluation.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Evaluation(EvaluationHooks, EvalHook):
         metric: str,
         patience: int,
     ) -> None:
-        """Begin with no best.
+        """Begin without a best value.
 
         Args:
             period: iterations between evaluations.
             evaluate: makes the trainer's `last_results`; see `DefaultTrainer.build_hooks`.
-            checkpointer: saves model_best, and model_final where training ends early.
-            metric: name as in metrics.json; larger is better. "": none is the best.
+            checkpointer: saves model_best, and model_final if training ends early.
+            metric: name as in metrics.json; larger is better. "": there is no best model.
             patience: evaluations without improvement after which training ends; 0: never.
         """
         super().__init__(period, evaluate)
@@ -63,7 +63,7 @@ class Evaluation(EvaluationHooks, EvalHook):
         self._patience = patience
         self._best = -math.inf
         self._best_iteration = 0  # iterations done at the best evaluation
-        self._evaluated = 0  # and at the last one
+        self._evaluated = 0  # iterations done at the last evaluation
         self._since = 0  # evaluations without improvement
 
     def state_dict(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class Evaluation(EvaluationHooks, EvalHook):
                 self.evaluate()
 
     def before_step(self) -> None:
-        """End training here if there were too many evaluations without improvement.
+        """End training if there were too many evaluations without improvement.
 
         Raises:
             TrainingEnded: with model_final.pth saved.
@@ -118,14 +118,14 @@ class Evaluation(EvaluationHooks, EvalHook):
 
     def after_train(self) -> None:
         """Evaluate, unless this model was evaluated already or training failed."""
-        # detectron2 counts one iteration too many if none was left to do.
+        # detectron2 counts one iteration too many if no iteration remained.
         self.trainer.iter = self.trainer.storage.iter = min(self.trainer.iter, self.trainer.max_iter)
         if self._evaluated < self.trainer.iter and not self.trainer.failed:
             super().after_train()
 
     @contextmanager
     def _after(self, done: int) -> Iterator[None]:
-        """Set the trainer to the last of `done` iterations, after which checkpoints and metrics are named."""
+        """Set the trainer to the last of `done` iterations, whose number checkpoints and metrics get."""
         self.trainer.iter = self.trainer.storage.iter = done - 1
         yield
         self.trainer.iter = self.trainer.storage.iter = done
@@ -142,7 +142,7 @@ class Evaluation(EvaluationHooks, EvalHook):
         if self._metric not in results:
             raise _unknown(self._metric, list(results))
         value = results[self._metric]
-        # NaN is no improvement: the dataset has no such boxes, or detectron2's evaluator no detections.
+        # NaN is no improvement. It means no such boxes in the dataset or, in detectron2, no detections.
         if value > self._best:
             self._best, self._best_iteration, self._since = value, done, 0
             logger.info(f"{self._metric} {value:.2f} after {done} iterations is the best: model_best.pth")
@@ -168,8 +168,8 @@ def check_best(cfg: CfgNode) -> None:
     if not test.BEST_METRIC:
         if test.PATIENCE:
             raise UserError(
-                f"TEST.FOCAL.PATIENCE is {test.PATIENCE}, but TEST.FOCAL.BEST_METRIC names no metric to wait "
-                "for, such as bbox/AP"
+                f"TEST.FOCAL.PATIENCE is {test.PATIENCE}, but TEST.FOCAL.BEST_METRIC is empty; it must name "
+                "a metric, such as bbox/AP"
             )
         return
     if cfg.TEST.EVAL_PERIOD < 1 or not cfg.DATASETS.TEST:
@@ -180,9 +180,9 @@ def check_best(cfg: CfgNode) -> None:
     for dataset in cfg.DATASETS.TEST:
         classes = known_class_names(dataset)
         if classes is None or MetadataCatalog.get(dataset).get("evaluator_type") == "lvis":
-            return  # the first evaluation will tell
+            return  # the names of the metrics are known only after the first evaluation
         if not is_annotated(dataset):
-            continue  # its predictions are written, and that is all
+            continue  # it has predictions but no metrics
         prefix = "" if len(cfg.DATASETS.TEST) == 1 else f"{dataset}/"
         known = metric_names(list(test.MAX_DETS) or max(100, cfg.TEST.DETECTIONS_PER_IMAGE), classes)
         names += [f"{prefix}bbox/{name}" for name in known]

@@ -16,20 +16,20 @@ from focal_d2.data.pixels import to_rgb
 
 logger = logging.getLogger(__name__)
 
-# As many of the best detections are drawn as there are boxes, but at least these: early ones are noise.
+# The number of best detections that are drawn is that of the boxes, but at least this.
 _FEWEST = 20
 
 
 class TrainingPictures(HookBase):
-    """Puts ground truth beside detections of a training image into the event storage, for TensorBoard.
+    """Puts a training image with its ground truth and its detections into the event storage, for TensorBoard.
 
-    detectron2's models draw in their forward pass, with colors from NumPy's global generator, from which
-    training draws too, and with batch statistics instead of the learned ones. This hook changes nothing in
-    training.
+    detectron2's models draw in their forward pass. They take colours from NumPy's global generator, which
+    training also uses, and normalise with batch statistics instead of the learned ones. This hook changes
+    nothing in training.
     """
 
     def __init__(self, model: nn.Module, *, period: int, input_format: str) -> None:
-        """Watch a model.
+        """Prepare to draw a model's detections.
 
         Args:
             model: in training; without DistributedDataParallel, which may be around it.
@@ -43,7 +43,7 @@ class TrainingPictures(HookBase):
         self._handle: Any = None
 
     def before_train(self) -> None:
-        """Start to keep images that the model gets."""
+        """Register the hook that keeps images from the model's input."""
         self._handle = self._model.register_forward_pre_hook(self._keep)
 
     def _keep(self, model: nn.Module, arguments: tuple[list[dict[str, Any]]]) -> None:
@@ -51,7 +51,7 @@ class TrainingPictures(HookBase):
             self._example = arguments[0][0]
 
     def after_step(self) -> None:
-        """Draw the first image of the batch, as the step has left the model."""
+        """Draw the first image of the batch with the model after the step."""
         if self._example is None:
             return
         example, self._example = self._example, None

@@ -13,7 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 
 def on_terminal() -> bool:
-    """Whether this is the main process and its output is seen on a terminal."""
+    """Return whether this is the main process and its output goes to a terminal."""
     return comm.is_main_process() and sys.stdout.isatty()
 
 

@@ -11,7 +11,7 @@ from focal_d2.data.seeding import random_state, set_random_state
 
 
 class RandomStates:
-    """The states of all processes' generators, collected in the main process, which writes checkpoints."""
+    """The states of all processes' random generators. The main process collects them for checkpoints."""
 
     def __init__(self) -> None:
         self._collected: list[dict[str, Any]] = []
@@ -29,13 +29,13 @@ class RandomStates:
         return self._collected or [random_state()]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> list[str]:
-        """Set this process's generators; return what is not exact, as a list of clauses.
+        """Set this process's generators; return a clause if they cannot be set.
 
         Raises:
             ValueError: if a state is damaged.
         """
         if len(states) != comm.get_world_size():
-            return ["random generators start anew"]
+            return ["random generators start from new states"]
         set_random_state(states[comm.get_rank()])
         return []
 
@@ -44,12 +44,12 @@ class CollectRandomStates(HookBase):
     """Collects the random states whenever a checkpoint is due. It must run before the checkpointer."""
 
     def __init__(self, states: RandomStates, *, period: int) -> None:
-        """Take where to collect them, and the iterations between checkpoints."""
+        """Collect into `states`; `period` is the number of iterations between checkpoints."""
         self._states = states
         self._period = period
 
     def after_step(self) -> None:
-        """Collect on all processes, or drop what belongs to an earlier iteration."""
+        """Collect the states if a checkpoint is due, else drop those of an earlier iteration."""
         done = self.trainer.iter + 1
         if done % self._period == 0 or done >= self.trainer.max_iter:
             self._states.collect()

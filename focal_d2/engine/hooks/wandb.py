@@ -20,10 +20,11 @@ _ID_FILE = "wandb_id.txt"
 
 
 class WeightsAndBiases(HookBase):
-    """Sends what detectron2's writers write. It must run before them: TensorBoard's clears the pictures.
+    """Sends the metrics and pictures of detectron2's writers.
 
-    It is a hook and no `EventWriter`, because a writer does not know whether training resumes. Once a run has
-    begun, wandb sends from its own process, which waits if the network is lost; training continues.
+    It must run before the writers, because TensorBoard's removes the pictures. It is a hook and no
+    `EventWriter`, because a writer does not know whether training resumes. wandb sends from a separate
+    process. If the network fails after the start, that process waits, and training continues.
     """
 
     def __init__(self, cfg: CfgNode, *, project: str) -> None:
@@ -46,7 +47,7 @@ class WeightsAndBiases(HookBase):
         """Begin a run, or continue the run of the training that resumes.
 
         Raises:
-            UserError: if wandb can't, because there is no login or network for instance.
+            UserError: if wandb cannot begin a run, for instance without a login or network.
         """
         known = Path(self._cfg.OUTPUT_DIR, _ID_FILE)
         resumed = None
@@ -69,7 +70,7 @@ class WeightsAndBiases(HookBase):
         known.write_text(self._run.id, encoding="utf-8")
 
     def after_step(self) -> None:
-        """Send when the writers write."""
+        """Send at the iterations at which detectron2's writers write."""
         done = self.trainer.iter + 1
         if done % PERIOD == 0 or done == self.trainer.max_iter:
             self._send()
@@ -98,7 +99,7 @@ def _import(project: str) -> Any:
         wandb = importlib.import_module("wandb")
     except ImportError:
         wandb = None
-    # A folder of that name, such as wandb itself leaves where a run began, imports as an empty package.
+    # A folder named wandb, which wandb makes in the working folder, is imported as an empty package.
     if not hasattr(wandb, "init"):
         raise UserError(
             f"SOLVER.FOCAL.WANDB_PROJECT is {project}, which needs the package wandb: pip install wandb"

@@ -1,1 +1,1 @@
-"""The processes of a job: starting them, ending them together, and what they tell each other."""
+"""The processes of a job: how they start, end together and communicate."""

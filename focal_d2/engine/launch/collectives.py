@@ -1,4 +1,4 @@
-"""What the processes of a job say to each other, apart from gradients and losses."""
+"""Communication between the processes of a job, apart from gradients and losses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from focal_d2.errors import UserError
 
 
 def any_rank(*flags: bool) -> tuple[bool, ...]:
-    """Return of each flag whether it is set in any process."""
+    """Return, for each flag, whether it is set in any process."""
     if comm.get_world_size() == 1:
         return flags
     numbers = torch.tensor(flags, dtype=torch.int32)
@@ -24,13 +24,13 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
 
 @functools.cache
 def _cpu_group() -> Any:
-    """All processes, talking without their GPUs."""
+    """Return the group of all processes that communicates through the CPU."""
     if distributed.get_backend() == "gloo":
         return distributed.group.WORLD
     return distributed.new_group(backend="gloo")
 
 
-# What Gloo, NCCL and PyTorch's store say when another process is gone.
+# Messages of Gloo, NCCL and PyTorch's store about a process that ended.
 _PEER_LOST = re.compile(
     r"connection (was )?(closed|reset|refused)|closed by peer|broken pipe|remote process|ncclRemoteError|"
     r"socket (closed|timeout)|timed out waiting|wait timeout|gloo.*(error|timed out)",
@@ -39,14 +39,14 @@ _PEER_LOST = re.compile(
 
 
 def peer_is_lost(error: BaseException) -> bool:
-    """Whether an error is another process's end, seen from this one."""
+    """Return whether an error means that another process of the job ended."""
     return (
         comm.get_world_size() > 1 and isinstance(error, RuntimeError) and bool(_PEER_LOST.search(str(error)))
     )
 
 
 def check_backend(device: str) -> None:
-    """Check that processes can exchange what lies on a device.
+    """Check that processes can exchange tensors on a device.
 
     Raises:
         UserError: for the CPU of a machine with GPUs, for which detectron2's launcher chooses NCCL.

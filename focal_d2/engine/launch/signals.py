@@ -15,19 +15,19 @@ from typing import Any
 from detectron2.utils import comm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Signals closer together than this are one: a terminal and a launcher may both pass one on.
+# Two signals within this time count as one: a terminal and a launcher may both send it.
 _SAME_SIGNAL = 0.5  # seconds
 
 
 class StopRequest:
-    """Remembers that SIGTERM or Ctrl-C came; a second one ends the process and its children at once.
+    """Records that SIGTERM or Ctrl-C came. A second signal kills the process and its children at once.
 
-    The first one continues children that were stopped (SIGSTOP), for which the job would wait. Outside the
-    main thread, where Python hands out no signals, it does nothing.
+    The first signal continues children that were stopped (SIGSTOP): the job would wait for them. Outside the
+    main thread this class does nothing, because Python handles no signals there.
     """
 
     def __init__(self, on_first: Callable[[int], None]) -> None:
-        """Take what to do when the first signal comes."""
+        """Begin without a signal; `on_first` is called with the number of the first one."""
         self.number: int | None = None  # of the first signal
         self._process = os.getpid()
         self._on_first = on_first
@@ -51,7 +51,7 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._process:
-            # A process forked off, to read images: Ctrl-C reaches all of a terminal's, and is for the first.
+            # A forked data worker. Ctrl-C reaches all processes of a terminal; only the parent handles it.
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
@@ -77,5 +77,6 @@ def announce_stop(number: int) -> None:
     """Print that a signal ends the training, in the main process."""
     if comm.is_main_process():
         name = signal.Signals(number).name
-        # Not print: the signal may come while that very stream is written to.
-        os.write(2, f"{name}: this iteration ends, then a checkpoint; once more stops at once\n".encode())
+        # Not print: the signal may come during a write to the same stream.
+        text = f"{name}: stopping after this iteration, with a checkpoint; a second {name} stops at once\n"
+        os.write(2, text.encode())

@@ -1,4 +1,4 @@
-"""Starting the processes of a job."""
+"""Start the processes of a job."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from focal_d2.engine.launch.signals import SIGNALS, StopRequest, signal_children
 from focal_d2.engine.launch.torchrun import run_under_torchrun
 from focal_d2.errors import UserError, user_message
 
-# Seconds after the first signal in which the processes may end their iteration or evaluation and save.
+# Seconds that the processes have after the first signal, to end their iteration or evaluation and save.
 _STOPPING = 600.0
 
 
@@ -32,7 +32,7 @@ def start(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -
         args: of `focal_d2.commands.train`.
 
     Raises:
-        UserError: for processes that can't be had, or if one ended.
+        UserError: if the processes cannot be started, or one of them ended.
     """
     if distributed.is_torchelastic_launched():
         run_under_torchrun(run, args)
@@ -49,18 +49,18 @@ def start(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -
 
 
 def check_devices(num_gpus: int, num_machines: int) -> None:
-    """Check that several processes can have a GPU each, or, where there is none, a core each.
+    """Check that there is a GPU for each of several processes or, on a machine without GPUs, a core.
 
     Raises:
-        UserError: for more processes than that.
+        UserError: if there are more processes.
     """
     if num_gpus < 1 or num_machines < 1:
         raise UserError(f"--num-gpus {num_gpus} --num-machines {num_machines}: both must be at least 1")
     devices, cores = torch.cuda.device_count(), os.cpu_count() or 1
     if num_gpus * num_machines > 1 and num_gpus > (devices or cores):
-        available = f"{devices} CUDA devices here, and several processes need one each"
+        available = f"{devices} CUDA devices, and each of several processes needs one"
         if not devices:
-            available = f"no CUDA device here, and {cores} cores for as many processes at most"
+            available = f"no CUDA device, and {cores} cores for at most as many processes"
         raise UserError(f"--num-gpus {num_gpus} --num-machines {num_machines}: PyTorch finds {available}")
 
 
@@ -88,7 +88,7 @@ def _launch(run: Callable[[argparse.Namespace], None], args: argparse.Namespace)
             how = error.signal_name or f"exit status {error.exit_code}"
             raise UserError(
                 f"process {error.error_index} of {args.num_gpus} ended with {how}, and the job with it; "
-                "--resume goes on from the last checkpoint"
+                "--resume continues from the last checkpoint"
             ) from error
         finally:
             limit.cancel()
@@ -109,7 +109,7 @@ def _run_in_child(run: Callable[[argparse.Namespace], None], args: argparse.Name
     except Exception as error:
         if (message := user_message(error)) is None:
             raise
-        # The parent shows the last line of what a child raises.
+        # The parent process shows the last line of a child's exception.
         raise UserError(message) from None
     distributed.destroy_process_group()
     sys.stdout.flush()

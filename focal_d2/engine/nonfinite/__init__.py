@@ -1,4 +1,4 @@
-"""Why a training step was not finite: what is examined, the report, and the step saved for a replay."""
+"""Find out why a training step was not finite: the examination, its report, and the saved step's replay."""
 
 from focal_d2.engine.nonfinite.examination import examine
 from focal_d2.engine.nonfinite.facts import Step

@@ -1,4 +1,4 @@
-"""Repeat a step that was not finite, look at everything on the way, and leave the model as it was."""
+"""Repeat a step that was not finite, examine every module and tensor, and restore the model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from focal_d2.engine.nonfinite.bad_anchors import find_bad_gradient_anchors, find_bad_loss_anchors
 from focal_d2.engine.nonfinite.facts import (
     BadBox,
     BadGradient,
@@ -24,18 +25,17 @@ from focal_d2.engine.nonfinite.facts import (
     LargestWeight,
     Step,
 )
-from focal_d2.engine.nonfinite.places import find_gradient_places, find_loss_places
 from focal_d2.engine.nonfinite.report import Report
 from focal_d2.modeling import FocalRetinaNet
 from focal_d2.modeling.all_reduce import alone
 from focal_d2.modeling.losses import DenseBatch
 
-# Beyond what 16-bit images hold.
+# Images of 16 bits have smaller values.
 _LARGEST_PIXEL = 65536.0
-# A box that lies farther out of its image than the image is wide or high is no box cut off by a crop.
+# A box may extend beyond its image, in widths and heights of the image; no crop leaves more of a box outside.
 _FAR = 1.0
 _HALF = (torch.float16, torch.bfloat16)
-# What turns the network's outputs into losses; `find_loss_places` looks into these.
+# The modules that compute losses from the network's outputs. `find_bad_loss_anchors` examines these.
 _LOSSES = ("cls_loss", "box_loss", "loss_normalizer")
 
 
@@ -48,30 +48,30 @@ def examine(
 ) -> Report:
     """Find out why a step's loss or gradient was not finite.
 
-    The step is repeated once, forward and backward, without compilation. Of a model other than
-    `FocalRetinaNet` anchors are not known; mixed precision is then the caller's autocast context. Of several
-    processes, where the model waits for the others (SyncBN, GHM), all must call this or none.
+    The step is repeated once, forward and backward, without compilation. In a job of several processes, all
+    of them or none must call this function: modules such as SyncBN and GHM wait for the other processes. For
+    a model that is not a `FocalRetinaNet`, anchors are not examined, and the caller sets autocast.
 
     Args:
         model: not wrapped, in training mode, with the parameters and buffers from before the step. Those,
-            its gradients and torch's random numbers are left as they are.
+            its gradients and torch's random state are not changed.
         batch: N mapped samples, as the model got them.
         steps: the last iterations, oldest first.
-        normalizer: what the losses were divided by, which several processes agree on; None: the model
-            computes it from this batch.
+        normalizer: the divisor of the losses, the same in all processes; None: the model computes it from
+            this batch.
     """
     names = [_name(i, sample) for i, sample in enumerate(batch)]
     with unchanged(model):
         trace = _repeat(model, batch, normalizer)
-        places = []
+        anchors = []
         if isinstance(model, FocalRetinaNet) and trace.dense is not None:
             instances = [sample["instances"] for sample in batch]
-            with alone():  # each process looks for its own
+            with alone():  # each process searches its own batch
                 if any(not x.isfinite() for x in trace.losses.values()):
-                    places = find_loss_places(model, trace.dense, names, instances)
+                    anchors = find_bad_loss_anchors(model, trace.dense, names, instances)
                 else:
                     gradients = trace.output_gradients
-                    places = find_gradient_places(model, trace.dense, gradients, names, instances)
+                    anchors = find_bad_gradient_anchors(model, trace.dense, gradients, names, instances)
     return Report(
         losses={name: float(x) for name, x in trace.losses.items()},
         normalizer=normalizer,
@@ -80,7 +80,7 @@ def examine(
         tensors=_bad_tensors(model),
         largest_weight=_largest_weight(model),
         module=trace.module,
-        places=places,
+        anchors=anchors,
         gradient=trace.gradient,
         gradient_norm=trace.gradient_norm,
         steps=list(steps),
@@ -89,8 +89,8 @@ def examine(
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put buffers, the numbers that modules remember, and torch's random state back afterwards."""
-    # detectron2's RetinaNet keeps its loss normaliser as a plain attribute.
+    """Restore buffers, numbers in modules' attributes, and torch's random state after the block."""
+    # detectron2's RetinaNet keeps its loss normaliser in such an attribute.
     buffers = [(m, name, x, x.clone()) for m in model.modules() for name, x in _buffers(m)]
     numbers = [(m, _numbers(m)) for m in model.modules()]
     devices = {x.device.index for x in model.parameters() if x.is_cuda}
@@ -118,7 +118,7 @@ def _numbers(module: nn.Module) -> dict[str, Any]:
 
 @dataclass
 class _Trace:
-    """What the repeated step left behind."""
+    """The observations of the repeated step."""
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     module: BadModule | None = None
@@ -132,7 +132,7 @@ class _Trace:
 def _repeat(model: nn.Module, batch: Sequence[dict[str, Any]], normalizer: float | None) -> _Trace:
     trace = _Trace()
     with ExitStack() as stack:
-        stack.enter_context(EventStorage())  # what models log here is not the job's
+        stack.enter_context(EventStorage())  # metrics of the repeated step are not the job's
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
         ours = isinstance(model, FocalRetinaNet)
@@ -144,7 +144,7 @@ def _repeat(model: nn.Module, batch: Sequence[dict[str, Any]], normalizer: float
                 stack.enter_context(model.loss_normalizer.held(normalizer))
         losses = model(list(batch))
         trace.losses = losses if isinstance(losses, dict) else {"total_loss": losses}
-        _go_back(model, trace)
+        _compute_gradients(model, trace)
     trace.losses = {name: x.detach() for name, x in trace.losses.items()}
     return trace
 
@@ -157,7 +157,7 @@ def _keep_dense(trace: _Trace) -> Any:
 
 
 def _watch(model: nn.Module, trace: _Trace, *, skip: tuple[str, ...]) -> Iterator[Any]:
-    """Hook all modules but the model itself and those in `skip`; yields the handles."""
+    """Hook all modules except for the model itself and those in `skip`; yield the handles."""
     clean: dict[str, bool] = {}
     for name, module in model.named_modules():
         if name and name.split(".")[0] not in skip:
@@ -166,7 +166,7 @@ def _watch(model: nn.Module, trace: _Trace, *, skip: tuple[str, ...]) -> Iterato
 
 
 def _look_at_inputs(name: str, trace: _Trace, clean: dict[str, bool]) -> Any:
-    # Before the module runs: it may work in place.
+    # Before the module runs, because it may change its inputs in place.
     def look(_module: nn.Module, *arguments: Any) -> None:
         clean[name] = trace.module is None and all(x.isfinite().all() for x in _tensors(arguments))
 
@@ -203,7 +203,7 @@ def _look_at_outputs(name: str, trace: _Trace, clean: dict[str, bool]) -> Any:
 def _in_float32(module: nn.Module, args: Any, kwargs: Any) -> float | None:
     """Return the largest magnitude that a module's output has without autocast."""
     if comm.get_world_size() > 1:
-        return None  # a norm in it may wait for the other processes, which do not come this way
+        return None  # a norm in the module may wait for the other processes, which do not run this
     device = next(_tensors((args, kwargs))).device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         outputs = module.forward(*_as_float32(args), **_as_float32(kwargs))
@@ -218,8 +218,8 @@ def _as_float32(value: Any) -> Any:
     return type(value)(map(_as_float32, value)) if type(value) in (list, tuple) else value
 
 
-def _go_back(model: nn.Module, trace: _Trace) -> None:
-    """Compute the gradients, also of losses that are not finite: other processes may wait for it."""
+def _compute_gradients(model: nn.Module, trace: _Trace) -> None:
+    """Compute the gradients, also if the losses are not finite: other processes may wait for them."""
     total = torch.stack([x.float().sum() for x in trace.losses.values()]).sum()
     named = [(name, x) for name, x in model.named_parameters() if x.requires_grad]
     outputs = [] if trace.dense is None else [*trace.dense.logits, *trace.dense.deltas]
@@ -233,13 +233,13 @@ def _go_back(model: nn.Module, trace: _Trace) -> None:
     trace.gradient_norm = float(
         nn.utils.get_total_norm([x for x in gradients[: len(named)] if x is not None])
     )
-    if not math.isfinite(trace.gradient_norm):  # which finite values may add up to
+    if not math.isfinite(trace.gradient_norm):  # also of finite values that are too large
         trace.gradient = BadGradient(trace.first_gradient, bad[::-1])
     trace.output_gradients = list(gradients[len(named) :])
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the floating-point tensors in what modules take and return."""
+    """Yield the floating-point tensors in a module's inputs or outputs."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -263,7 +263,7 @@ def _name(index: int, sample: dict[str, Any]) -> ImageName:
 
 
 def _bad_boxes(name: ImageName, sample: dict[str, Any]) -> Iterator[BadBox]:
-    """Look at an image's boxes; of rotated ones only at whether they are finite."""
+    """Yield the bad boxes of an image. Rotated boxes are only checked for values that are not finite."""
     height, width = sample["image"].shape[-2:]
     given = {"ignored_boxes": sample.get("ignored_boxes")}
     if "instances" in sample and sample["instances"].has("gt_boxes"):

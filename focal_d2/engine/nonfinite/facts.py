@@ -1,4 +1,4 @@
-"""What is known of a step that was not finite."""
+"""The facts about a step that was not finite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from focal_d2.engine.nonfinite.texts import box_text, many, number
 
 
 class Step(NamedTuple):
-    """An iteration as the training loop remembers it."""
+    """The numbers of an iteration that the training loop keeps."""
 
     iteration: int
     learning_rate: float
@@ -44,7 +44,7 @@ class BadBox(NamedTuple):
 
 
 class BadPixels(NamedTuple):
-    """Pixels of an image that are no colours."""
+    """Pixels of an image whose values are not finite, or too large for a colour."""
 
     image: ImageName
     why: str
@@ -55,9 +55,9 @@ class BadPixels(NamedTuple):
     value: float
 
     def __str__(self) -> str:
-        place = f"x {self.x}, y {self.y}, channel {self.channel}"
+        pixel = f"x {self.x}, y {self.y}, channel {self.channel}"
         count = many(self.values, "value")
-        return f"{self.image} has {count} {self.why}, first {number(self.value)} at {place}"
+        return f"{self.image} has {count} {self.why}, first {number(self.value)} at {pixel}"
 
 
 class BadTensor(NamedTuple):
@@ -88,10 +88,10 @@ class BadModule(NamedTuple):
     in_float32: float | None  # the output's largest magnitude without autocast; None: not computed
 
 
-class Place(NamedTuple):
-    """The first anchor whose loss, or gradient, is not finite by itself."""
+class BadAnchor(NamedTuple):
+    """The first anchor whose own loss, or whose gradient, is not finite."""
 
-    term: str
+    term: str  # the loss, or which gradient
     image: ImageName
     level: str  # as MODEL.RETINANET.IN_FEATURES names it
     stride: int  # pixels
@@ -103,8 +103,8 @@ class Place(NamedTuple):
     logits: list[float]
     deltas: list[float]
     value: float  # the anchor's own loss, or the first value of its gradient that is not finite
-    alike: int  # anchors like it, itself included
-    complete: bool  # whether `alike` is all of them
+    alike: int  # the anchors that were found to be like it, itself included
+    complete: bool  # whether all anchors were searched; if not, there may be more
 
     def __str__(self) -> str:
         x, y = self.cell
@@ -118,8 +118,8 @@ class Place(NamedTuple):
 class BadGradient(NamedTuple):
     """A gradient whose norm is not finite."""
 
-    first: str  # the module at whose output they first were, going backward; "" if at none
-    parameters: list[str]  # whose gradient has such values, the last of the network first; may be none
+    first: str  # in the backward pass, the first module whose output has such a gradient; "" if none has
+    parameters: list[str]  # those whose gradient is not finite, the network's last one first; may be empty
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,13 @@ class Facts:
     """What an examination measured; see `examine`."""
 
     losses: dict[str, float]  # of the step as it was repeated
-    normalizer: float | None  # what the losses were divided by; None: not told, the model's own was used
+    normalizer: float | None  # the divisor of the losses; None: not given, the model computed it
     boxes: list[BadBox]
     pixels: list[BadPixels]
     tensors: list[BadTensor]
     largest_weight: LargestWeight
     module: BadModule | None
-    places: list[Place]
+    anchors: list[BadAnchor]  # one for each loss or gradient that is not finite, if it was found
     gradient: BadGradient | None
     gradient_norm: float  # of all parameters together, of the step as it was repeated
     steps: list[Step]

@@ -1,4 +1,4 @@
-"""The page on a step that was not finite, for a person."""
+"""The page of text about a step that was not finite."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from focal_d2.engine.nonfinite.facts import Facts
 from focal_d2.engine.nonfinite.texts import box_text, loss_list, many, number, numbers
 from focal_d2.errors import escaped, first_few
 
-# Lines on weights; JSON has all of them.
+# Limit on the lines about weights; report.json has all of them.
 _MOST_LINES = 10
 
 
@@ -45,7 +45,7 @@ def _module_section(facts: Facts) -> list[str]:
     if x is None:
         return []
     lines = [
-        f"First module with finite inputs and other outputs: {x.name} ({x.type})",
+        f"First module with finite inputs and outputs that are not finite: {x.name} ({x.type})",
         f"  {x.values} of {x.size} values, in {x.precision}; inputs of at most {number(x.largest_input)}",
     ]
     if x.in_float32 is not None:
@@ -54,9 +54,9 @@ def _module_section(facts: Facts) -> list[str]:
     return lines
 
 
-def _places_section(facts: Facts) -> list[str]:
+def _anchors_section(facts: Facts) -> list[str]:
     lines: list[str] = []
-    for x in facts.places:
+    for x in facts.anchors:
         matched = "no box" if x.matched_box is None else f"box {x.matched_index}, {box_text(x.matched_box)}"
         lines += [
             str(x),
@@ -64,9 +64,13 @@ def _places_section(facts: Facts) -> list[str]:
             f"  logits {numbers(x.logits)}",
             f"  deltas {numbers(x.deltas)}",
         ]
-    located = {x.term for x in facts.places}
-    if facts.places or facts.module is None:
-        lines += [f"{x}: no single anchor's is; their sum is" for x in facts.bad_terms if x not in located]
+    located = {x.term for x in facts.anchors}
+    if facts.anchors or facts.module is None:
+        lines += [
+            f"{x}: the loss of each anchor is finite, but not their sum"
+            for x in facts.bad_terms
+            if x not in located
+        ]
     return lines
 
 
@@ -76,7 +80,7 @@ def _gradient_section(facts: Facts) -> list[str]:
         return [f"Gradients: all finite, of norm {number(facts.gradient_norm)}"]
     if not x.parameters:
         return ["Gradients: all values finite, but not their norm"]
-    first = [f"  going backward, first at the output of {x.first}"] if x.first else []
+    first = [f"  in the backward pass, first at the output of {x.first}"] if x.first else []
     return [f"Gradients that are not finite: {first_few(x.parameters, 3)}", *first]
 
 
@@ -96,7 +100,7 @@ _SECTIONS: tuple[Callable[[Facts], list[str]], ...] = (
     _inputs_section,
     _weights_section,
     _module_section,
-    _places_section,
+    _anchors_section,
     _gradient_section,
     _history_section,
 )

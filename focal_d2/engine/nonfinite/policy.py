@@ -1,4 +1,4 @@
-"""What `SOLVER.FOCAL.ON_NONFINITE` says is done about a step that is not finite."""
+"""Handle a step that is not finite as `SOLVER.FOCAL.ON_NONFINITE` says: stop, skip, or halve the rate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from focal_d2.errors import UserError, describe_error
 
 logger = logging.getLogger(__name__)
 
-# A training that skips such steps saves this many of them at most: each file holds the model.
+# A training that skips steps saves so many of them at most, because each file contains the model.
 _MOST_REPORTS = 5
 
 
@@ -58,7 +58,7 @@ class NonfinitePolicy:
         policy = self._cfg.SOLVER.FOCAL.ON_NONFINITE
         # All processes examine, because a model may exchange numbers with the others in its forward pass.
         failed_again, line = self._examine(step)
-        # Once gradients are averaged they are bad everywhere. The cause is where the step fails again.
+        # Averaged gradients are bad in every process. The cause is where the step fails again by itself.
         _, line = max(comm.all_gather((step.is_bad_here and failed_again, line if step.is_bad_here else "")))
         what = f"the loss or gradient became infinite or NaN at iteration {step.iteration}: {line}"
         if policy == "stop":
@@ -75,7 +75,7 @@ class NonfinitePolicy:
                     examine(step.model, part, steps=step.steps, normalizer=step.normalizer)
                     for part in step.parts
                 ]
-        except (RuntimeError, MemoryError) as error:  # there is no memory for it
+        except (RuntimeError, MemoryError) as error:  # such as too little memory for a second step
             return False, f"its cause could not be examined ({describe_error(error)})"
         bad = [bool(report.bad_terms or report.gradient) for report in reports]
         which = bad.index(True) if any(bad) else 0

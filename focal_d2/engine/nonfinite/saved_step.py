@@ -1,4 +1,4 @@
-"""A step that was not finite, on disk, and its replay: without a dataset, and executing nothing stored."""
+"""Save a step that was not finite, and replay it: without the dataset, and without code from the file."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def save_step(
         batch: N mapped samples, as the model got them.
         losses: of the step that failed.
         steps: the last iterations, oldest first.
-        normalizer: what the losses were divided by, or None.
+        normalizer: the divisor of the losses, or None.
         iteration: of the step that failed.
         rank: of this process.
         report: of `examine`.
@@ -110,11 +110,11 @@ def save_step(
 
 
 def _plain_sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """Keep of a mapped sample what can be loaded with `weights_only`; masks and the like are left out."""
+    """Return the parts of a mapped sample that `weights_only` can load; masks and others are left out."""
     plain: dict[str, Any] = {}
     for name, x in sample.items():
         if isinstance(x, Tensor):
-            plain[name] = _own(x)
+            plain[name] = _copy(x)
         elif isinstance(x, np.generic):
             plain[name] = x.item()
         elif isinstance(x, (int, float, str)):
@@ -123,14 +123,14 @@ def _plain_sample(sample: dict[str, Any]) -> dict[str, Any]:
         fields = sample["instances"].get_fields()
         plain["instances"] = {
             "image_size": [int(x) for x in sample["instances"].image_size],
-            "boxes": {name: _own(x.tensor) for name, x in fields.items() if isinstance(x, Boxes)},
-            "tensors": {name: _own(x) for name, x in fields.items() if isinstance(x, Tensor)},
+            "boxes": {name: _copy(x.tensor) for name, x in fields.items() if isinstance(x, Boxes)},
+            "tensors": {name: _copy(x) for name, x in fields.items() if isinstance(x, Tensor)},
         }
     return plain
 
 
-def _own(x: Tensor) -> Tensor:
-    return x.detach().cpu().clone()  # of a slice torch.save would write what it was cut from
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().cpu().clone()  # torch.save would write the whole storage of a slice
 
 
 def _plain_step(step: Step) -> list[Any]:
@@ -146,9 +146,7 @@ def load_step(folder: str | Path) -> SavedStep:
     """
     files = sorted(Path(folder).glob("step_rank*.pth"))
     if not files:
-        raise UserError(
-            f"{folder}: no saved step there (step_rank0.pth); give an OUTPUT_DIR/nonfinite_NNNNNNN"
-        )
+        raise UserError(f"{folder} has no saved step (step_rank0.pth); give an OUTPUT_DIR/nonfinite_NNNNNNN")
     saved = [_load(file) for file in files]
     return next((x for x in saved if not all(map(math.isfinite, x.losses.values()))), saved[0])
 
@@ -157,8 +155,8 @@ def _load(file: Path) -> SavedStep:
     try:
         content = read_torch(str(file), trusted=False)
     except Exception as error:
-        # A damaged file fails in whatever way its bytes bring about. PyTorch's further lines advise to load
-        # it unsafely.
+        # A damaged file may raise any exception. Only the first line is shown: PyTorch's other lines advise
+        # to load the file unsafely.
         raise UserError(f"{file} cannot be read: {describe_error(error, lines=1)}") from error
     if not isinstance(content, dict) or content.keys() != _FIELDS.keys():
         raise UserError(f"{file} is no saved step: it must hold {', '.join(sorted(_FIELDS))}")
@@ -181,7 +179,7 @@ def _sample(plain: dict[str, Any]) -> dict[str, Any]:
     return {**plain, "instances": instances}
 
 
-# What a saved step must be: another's file may hold anything that a checkpoint can.
+# Checks of a saved step's fields: a file of unknown origin may contain anything that `read_torch` accepts.
 
 
 def _is_whole(x: Any) -> bool:
@@ -240,7 +238,7 @@ def _is_state(x: Any) -> bool:
         return False
     try:
         torch.Generator().set_state(x)
-    except RuntimeError:  # of another length, or out of its range
+    except RuntimeError:  # of a wrong length, or with values out of range
         return False
     return True
 
@@ -300,7 +298,7 @@ def replay(saved: SavedStep, *, device: str | None = None) -> Replay:
 
 
 def _check_fit(saved: SavedStep, model: nn.Module) -> None:
-    """Check that the weights fit, before there is memory for a model as large as the config may say."""
+    """Check that the weights fit, before memory is allocated for a model of the config's size."""
     problem = "its weights do not fit its config"
     ours = model.state_dict()
     if differing := sorted(ours.keys() ^ saved.model.keys()):
@@ -328,7 +326,7 @@ def _read_config(saved: SavedStep, device: str | None) -> CfgNode:
 
 
 def _compare(before: float, now: float | None) -> str:
-    """Say how a loss compares with the one in training."""
+    """Describe how a loss compares with the one in training."""
     if now is None:
         return f"{before:.9g} in training, absent now"
     if not (math.isfinite(before) and math.isfinite(now)):

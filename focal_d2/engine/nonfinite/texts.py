@@ -1,10 +1,10 @@
-"""How numbers, boxes and losses are written in reports."""
+"""Numbers, boxes and losses as texts for reports."""
 
 from __future__ import annotations
 
 from focal_d2.errors import first_few
 
-# Numbers of a line; JSON has all of them.
+# Limit on the numbers in a line; report.json has all of them.
 _MOST_NUMBERS = 12
 
 

@@ -1,6 +1,6 @@
-"""The verdict on a step that was not finite: the first rule that has something to say.
+"""The verdict on a step that was not finite: the first rule that explains it.
 
-Causes come before their symptoms.
+Rules for causes come before rules for symptoms.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from focal_d2.engine.nonfinite.facts import Facts
 from focal_d2.engine.nonfinite.texts import loss_list, many, number
 from focal_d2.errors import first_few
 
-# No weight of a detector that trains is anywhere near this; those of a trained ResNet stay below 20.
+# Weights of a detector that trains are far smaller; those of a trained ResNet stay below 20.
 HUGE_WEIGHT = 1e3
-# Gradient norms and losses of neighbouring batches differ tenfold; a hundredfold of the usual is no batch's.
+# Gradient norms and losses of successive batches differ by a factor of 10 at most. A factor of 100 has
+# another cause than the batch.
 HUGE_GROWTH = 100.0
 # The last iterations, which are compared with those before.
 _LAST = 3
@@ -27,7 +28,7 @@ def judge(facts: Facts) -> tuple[str, str]:
         sentence = rule(facts)
         if sentence:
             return name, sentence
-    raise AssertionError("the last rule always has something to say")
+    raise AssertionError("the last rule explains every step")
 
 
 def _not_reproduced(facts: Facts) -> str | None:
@@ -50,7 +51,7 @@ def _weights(facts: Facts) -> str | None:
 
 
 def _pixel(facts: Facts) -> str | None:
-    # An image that is not finite can't give a finite loss; a merely absurd one is blamed if a module failed.
+    # Pixels that are not finite always explain the step; pixels that are only too large, if a module failed.
     bad = [x for x in facts.pixels if not math.isfinite(x.value) or facts.module]
     if not bad:
         return None
@@ -59,11 +60,11 @@ def _pixel(facts: Facts) -> str | None:
 
 def _annotation(facts: Facts) -> str | None:
     if facts.module:
-        return None  # the network failed before any box was looked at
-    matched = {(x.image.position, x.matched_index) for x in facts.places if x.matched_index is not None}
+        return None  # the network failed before the losses read the boxes
+    matched = {(x.image.position, x.matched_index) for x in facts.anchors if x.matched_index is not None}
     bad = [x for x in facts.boxes if x.field == "instances"]
-    # Where anchors are not known (a model of another kind), any bad box explains a loss that is not finite.
-    blamed = [x for x in bad if (x.image.position, x.position) in matched or not facts.places]
+    # If anchors were not examined (another kind of model), any bad box explains a loss that is not finite.
+    blamed = [x for x in bad if (x.image.position, x.position) in matched or not facts.anchors]
     if not blamed:
         return None
     return f"bad annotation: {blamed[0]}"
@@ -89,7 +90,7 @@ def _diverged(facts: Facts) -> str | None:
 
 
 def _growth(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return what was usual and the last iterations' highest, if that is a hundredfold."""
+    """Return the median and the last iterations' highest value, if that is 100 times the median."""
     values = [x for x in values if math.isfinite(x)]
     if len(values) < 2:
         return None
@@ -126,8 +127,8 @@ def _unknown(facts: Facts) -> str:
             f"cause unknown: {module.name} ({module.type}) made {module.values} of {module.size} values not "
             f"finite from finite inputs of at most {number(module.largest_input)}, with finite weights"
         )
-    if facts.places:
-        return f"cause unknown: {facts.places[0]}"
+    if facts.anchors:
+        return f"cause unknown: {facts.anchors[0]}"
     return (
         f"cause unknown: {first_few(facts.bad_terms, 3)} is not finite, and nothing that led to it is wrong"
     )

@@ -99,7 +99,7 @@ def test_patience_ends_training_in_the_ordinary_way(train, tmp_path, caplog):
     assert final["iteration"] == final["trainer"]["iteration"] == 7
     assert (out / "last_checkpoint").read_text() == "model_final.pth"
     assert scores_written(out) == {7: 4.0}  # the last of the writers' period
-    # Resumed, it has nothing to do; with more patience it goes on where it ended.
+    # Resumed, it has nothing to do; with more patience it continues.
     trainer, evaluated = train(scores, *options, resume=True)
     assert (evaluated, trainer.start_iter, trainer.iter) == ([], 8, 8)
     trainer, evaluated = train(scores, *options[:3], "3", resume=True)
@@ -145,7 +145,7 @@ def test_another_metric_starts_anew(train, caplog):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["TEST.FOCAL.PATIENCE", "2"], "PATIENCE is 2, but TEST.FOCAL.BEST_METRIC names no metric"),
+        (["TEST.FOCAL.PATIENCE", "2"], "PATIENCE is 2, but TEST.FOCAL.BEST_METRIC is empty"),
         (["TEST.FOCAL.PATIENCE", "-1"], "PATIENCE is -1; it must be at least 0"),
         (["TEST.FOCAL.BEST_METRIC", "bbox/AP"], "TEST.EVAL_PERIOD is 0: nothing is evaluated"),
         (

@@ -79,7 +79,7 @@ def test_processes_give_what_one_gives(command, tmp_path):
         assert metrics(folder)[-1]["bbox/AP"] == pytest.approx(figures["bbox/AP"], abs=1e-6)
         assert (folder / "log.txt.rank1").exists()
 
-    # From half-way, two go on where one stopped.
+    # From half-way, two processes continue the run of one.
     (tmp_path / "1/last_checkpoint").write_text("model_0000004.pth")
     done = run(sys.executable, one[0], "--num-gpus", "2", "--resume", *one[1:])
     assert done.returncode == 0, done.stderr[-2000:]
@@ -120,7 +120,7 @@ def test_the_end_of_a_process_ends_the_job(command, tmp_path, victim):
     assert process.returncode == 2
     (line,) = [x for x in errors.splitlines() if "error: " in x]
     # Which end the launcher sees first is a race that the victim all but always wins.
-    assert f"process {victim} of 2 ended with SIGKILL, and the job with it; --resume goes on" in line or (
+    assert f"process {victim} of 2 ended with SIGKILL, and the job with it; --resume continues" in line or (
         "another process of this job ended" in line
     )
     assert "Traceback" not in errors
@@ -275,7 +275,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(command, tmp_path):
 def test_more_processes_than_cores_are_refused(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     start.check_devices(2, 1)
-    with pytest.raises(UserError, match="--num-gpus 3 .* no CUDA device here, and 2 cores"):
+    with pytest.raises(UserError, match="--num-gpus 3 .* no CUDA device, and 2 cores"):
         start.check_devices(3, 1)
     with pytest.raises(UserError, match="both must be at least 1"):
         start.check_devices(0, 1)

@@ -91,9 +91,9 @@ def test_examine_names_the_box_that_is_not_finite(batch, value, loss, box_loss):
     report = examine(model, batch, steps=usual())
     assert report.cause == "annotation"
     assert "bad annotation: box 0 of image images/1.png (id 1) is (4, 4, " in report.verdict
-    (place,) = [x for x in report.places if x.term == "loss_box_reg"]
-    assert place.image.position == 1
-    assert place.matched_index == 0
+    (bad,) = [x for x in report.anchors if x.term == "loss_box_reg"]
+    assert bad.image.position == 1
+    assert bad.matched_index == 0
     assert [(x.image.position, x.position, x.why) for x in report.boxes] == [(1, 0, "not finite")]
 
 
@@ -165,7 +165,7 @@ def test_examine_names_the_buffer_that_is_not_finite(batch):
     model.loss_normalizer.ema.fill_(NAN)
     report = examine(model, batch, steps=usual())
     assert "1 of 1 value of the buffer loss_normalizer.ema" in report.verdict
-    assert report.places == []
+    assert report.anchors == []
 
 
 @pytest.mark.parametrize(
@@ -177,14 +177,14 @@ def test_examine_finds_the_anchor_of_a_bad_logit(batch, value, loss):
     # P4 is the second level: cell x 2, y 3, the 6th of its anchors, the class 1 of the second image.
     plant(model.head.cls_score, 1, at_one_place((1, 5 * logits + 1, 3, 2), value))
     report = examine(model, batch, steps=usual())
-    (place,) = report.places
-    assert (place.term, place.image.file_name) == ("loss_cls", "images/1.png")
-    assert (place.level, place.stride, place.cell) == ("p4", 16, (2, 3))
-    assert (place.alike, place.complete) == (1, True)
-    assert [math.isfinite(x) for x in place.logits] == [i != 1 for i in range(logits)]
+    (bad,) = report.anchors
+    assert (bad.term, bad.image.file_name) == ("loss_cls", "images/1.png")
+    assert (bad.level, bad.stride, bad.cell) == ("p4", 16, (2, 3))
+    assert (bad.alike, bad.complete) == (1, True)
+    assert [math.isfinite(x) for x in bad.logits] == [i != 1 for i in range(logits)]
     first = 8 * 8 * ANCHORS_A_CELL
     anchors = model.anchors_for(model.preprocess_image(batch)).boxes
-    assert place.anchor == anchors[first + (3 * 4 + 2) * ANCHORS_A_CELL + 5].tolist()
+    assert bad.anchor == anchors[first + (3 * 4 + 2) * ANCHORS_A_CELL + 5].tolist()
     assert report.cause == "unknown"
     assert report.module.name == "head.cls_score"
     assert "level p4 (stride 16), cell x 2, y 3" in report.text()
@@ -201,11 +201,11 @@ def test_examine_finds_the_anchor_of_a_bad_delta(batch, box_loss):
     cell, a = divmod(anchor, ANCHORS_A_CELL)
     plant(model.head.bbox_pred, 0, at_one_place((image, a * 4 + 2, cell // 8, cell % 8), NAN))
     report = examine(model, batch, steps=usual())
-    (place,) = report.places
-    assert (place.term, place.image.position, place.level) == ("loss_box_reg", image, "p3")
-    assert (place.cell, place.alike) == ((cell % 8, cell // 8), 1)
-    assert place.matched_box == targets.gt_boxes[p3][-1].tolist()
-    assert place.label == f"class {place.matched_index}"
+    (bad,) = report.anchors
+    assert (bad.term, bad.image.position, bad.level) == ("loss_box_reg", image, "p3")
+    assert (bad.cell, bad.alike) == ((cell % 8, cell // 8), 1)
+    assert bad.matched_box == targets.gt_boxes[p3][-1].tolist()
+    assert bad.label == f"class {bad.matched_index}"
 
 
 def test_examine_says_when_only_the_sum_overflows(batch, monkeypatch):
@@ -217,8 +217,8 @@ def test_examine_says_when_only_the_sum_overflows(batch, monkeypatch):
     )
     report = examine(model, batch, steps=usual())
     assert report.bad_terms == ["loss_cls"]
-    assert report.places == []
-    assert "loss_cls: no single anchor's is; their sum is" in report.text()
+    assert report.anchors == []
+    assert "loss_cls: the loss of each anchor is finite, but not their sum" in report.text()
 
 
 def test_examine_finds_a_gradient_that_is_not_finite(batch):
@@ -261,9 +261,9 @@ def test_examine_finds_the_anchor_of_a_gradient_that_is_not_finite(batch, monkey
     report = examine(model, batch, steps=usual())
     assert report.cause == "gradient"
     assert report.gradient.first == "head.cls_score"
-    (place,) = report.places
-    assert (place.term, place.level, place.cell) == ("the gradient of the logits", "p4", (0, 2))
-    assert (place.image.position, place.alike) == (1, 1)
+    (bad,) = report.anchors
+    assert (bad.term, bad.level, bad.cell) == ("the gradient of the logits", "p4", (0, 2))
+    assert (bad.image.position, bad.alike) == (1, 1)
 
 
 def train_until_it_breaks(model: nn.Module, batch: list[dict], rate: float) -> list[Step]:
@@ -320,7 +320,7 @@ def test_verdict_takes_usual_changes_for_no_divergence(norms, losses, cause):
         tensors=[],
         largest_weight=LargestWeight("head.cls_score.weight", 2.0),
         module=None,
-        places=[],
+        anchors=[],
         gradient=None,
         gradient_norm=3.0,
         steps=steps,
@@ -364,7 +364,7 @@ def test_examine_proves_overflow_of_half_precision(monkeypatch, processes):
 def test_examine_says_when_nothing_fails(batch):
     report = examine(make_model(), batch, steps=usual())
     assert report.cause == "not_reproduced"
-    assert (report.module, report.places, report.gradient) == (None, [], None)
+    assert (report.module, report.anchors, report.gradient) == (None, [], None)
 
 
 def test_examine_divides_by_the_normalizer_of_the_step(batch):
@@ -422,7 +422,7 @@ def test_examine_knows_less_of_other_models(batch):
     batch[0]["instances"].gt_boxes.tensor[0, 2] = INF
     report = examine(model, batch, steps=usual())
     assert report.cause == "annotation"
-    assert report.places == []
+    assert report.anchors == []
     with torch.no_grad():
         model.head.bbox_pred.weight[0] = NAN
     report = examine(model, batch, steps=usual())
@@ -461,7 +461,7 @@ def test_report_is_strict_json(batch):
     assert facts["cause"] == "annotation"
     assert facts["boxes"][0]["box"] == [4, 4, "nan", 30]
     assert facts["steps"][-1]["losses"] == {"loss_cls": "nan", "loss_box_reg": "inf"}
-    assert facts["places"][0]["image"]["file_name"] == "images/0.png"
+    assert facts["anchors"][0]["image"]["file_name"] == "images/0.png"
     assert "\n" not in report.verdict
     for line in ("Largest weight", "The last iterations", "Inputs that are wrong"):
         assert line in report.text()

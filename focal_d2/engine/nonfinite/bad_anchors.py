@@ -1,7 +1,7 @@
-"""Which anchors make a loss, or its gradient, not finite.
+"""Find the anchors that make a loss, or its gradient, not finite.
 
-Every loss is a sum over anchors. So the loss of half of the anchors is computed, and if that is not finite,
-the loss of each half of these, until single anchors are left.
+Every loss is a sum over anchors. The search computes the loss of half of the anchors. If it is not finite,
+the search divides this half again, until single anchors are left.
 
 Shapes: R anchors an image, C logits an anchor, E anchors that are not ignored, P positive ones. Boxes are
 XYXY.
@@ -16,12 +16,12 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor
 
-from focal_d2.engine.nonfinite.facts import ImageName, Place
+from focal_d2.engine.nonfinite.facts import BadAnchor, ImageName
 from focal_d2.modeling import FocalRetinaNet
 from focal_d2.modeling.losses import DenseBatch, gather_deltas, level_ranges
 from focal_d2.ops import IGNORE_LABEL
 
-# Sums that are computed for each term. They find the first anchor and some hundred others in about a second.
+# Limit on the sums for each loss. So many find the first anchor and about a hundred others in a second.
 _MOST_SUMS = 500
 
 
@@ -33,47 +33,47 @@ class _Anchors(NamedTuple):
     complete: bool
 
 
-def find_loss_places(
+def find_bad_loss_anchors(
     model: FocalRetinaNet, dense: DenseBatch, names: Sequence[ImageName], instances: Sequence[Instances]
-) -> list[Place]:
+) -> list[BadAnchor]:
     """Return, for each loss, the first anchor whose own loss is not finite.
 
-    A loss has none if it is finite, or if only the sum of finite values is not.
+    A loss has no such anchor if it is finite, or if every anchor's loss is finite and only their sum is not.
 
     Args:
-        model: the detector. Its losses may change their buffers here.
+        model: the detector. The search may change the buffers of its losses.
         dense: what the classification loss got in the step.
         names: of the N images.
         instances: N, the images' objects.
     """
-    places = []
+    bad_anchors = []
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         for term, anchors, value_of in (
             ("loss_cls", *_search_classification(model, dense)),
             ("loss_box_reg", *_search_boxes(model, dense)),
         ):
             if anchors.anchor:
-                places.append(_place(model, dense, names, instances, term, anchors, value_of(0)))
-    return places
+                bad_anchors.append(_describe(model, dense, names, instances, term, anchors, value_of(0)))
+    return bad_anchors
 
 
-def find_gradient_places(
+def find_bad_gradient_anchors(
     model: FocalRetinaNet,
     dense: DenseBatch,
     gradients: Sequence[Tensor | None],
     names: Sequence[ImageName],
     instances: Sequence[Instances],
-) -> list[Place]:
+) -> list[BadAnchor]:
     """Return the first anchor whose logits, and the first whose deltas, have a gradient that is not finite.
 
     Args:
-        model: that gave the outputs.
+        model: the detector that computed the outputs.
         dense: what the classification loss got in the step.
         gradients: of L logits, then of L deltas, in their shapes; None where there is none.
         names: of the N images.
         instances: N, the images' objects.
     """
-    places = []
+    bad_anchors = []
     levels = len(dense.logits)
     for term, outputs, of_outputs, per_anchor in (
         ("the gradient of the logits", dense.logits, gradients[:levels], dense.num_logits),
@@ -86,8 +86,8 @@ def find_gradient_places(
             row = values[image[0], anchor[0]]
             anchors = _Anchors(image.tolist(), anchor.tolist(), complete=True)
             value = float(row[~row.isfinite()][0])
-            places.append(_place(model, dense, names, instances, term, anchors, value))
-    return places
+            bad_anchors.append(_describe(model, dense, names, instances, term, anchors, value))
+    return bad_anchors
 
 
 def _search_classification(
@@ -96,7 +96,7 @@ def _search_classification(
     images: list[int] = []
     anchors: list[int] = []
     complete = True
-    # Image by image: a copy of all logits may not fit into memory beside the model.
+    # One image at a time: there may be no memory for a copy of all logits.
     for i in range(len(dense.labels)):
         counted = (dense.labels[i] != IGNORE_LABEL).nonzero().squeeze(1)
         sums = max(50, _MOST_SUMS // len(dense.labels))
@@ -193,12 +193,12 @@ def _search_boxes(model: FocalRetinaNet, dense: DenseBatch) -> tuple[_Anchors, C
     bad, complete = _bisect(
         len(deltas), lambda start, stop: not bool(loss(start, stop).isfinite()), _MOST_SUMS
     )
-    where = _Anchors(dense.image[bad].tolist(), dense.anchor[bad].tolist(), complete)
-    return where, lambda n: float(loss(bad[n], bad[n] + 1))
+    bad_anchors = _Anchors(dense.image[bad].tolist(), dense.anchor[bad].tolist(), complete)
+    return bad_anchors, lambda n: float(loss(bad[n], bad[n] + 1))
 
 
 def _bisect(count: int, is_bad: Callable[[int, int], bool], sums: int) -> tuple[list[int], bool]:
-    """Return the elements that are bad by themselves, in ascending order, and whether these are all.
+    """Return the elements that are bad by themselves, in ascending order, and whether the list is complete.
 
     Args:
         count: number of elements.
@@ -221,7 +221,7 @@ def _bisect(count: int, is_bad: Callable[[int, int], bool], sums: int) -> tuple[
     return bad, not todo
 
 
-def _place(
+def _describe(
     model: FocalRetinaNet,
     dense: DenseBatch,
     names: Sequence[ImageName],
@@ -229,7 +229,7 @@ def _place(
     term: str,
     anchors: _Anchors,
     value: float,
-) -> Place:
+) -> BadAnchor:
     """Describe the first of the bad anchors."""
     image, anchor = anchors.image[0], anchors.anchor[0]
     shapes = model.backbone.output_shape()
@@ -242,7 +242,7 @@ def _place(
     label = int(part.labels[0, 0])
     box = part.gt_boxes[0] if len(part.gt_boxes) else None
     feature = model.head_in_features[level]
-    return Place(
+    return BadAnchor(
         term=term,
         image=names[image],
         level=feature,
