@@ -1,4 +1,4 @@
-"""COCO evaluation behind the interface of detectron2's evaluator."""
+"""COCO evaluation with the interface of detectron2's evaluator."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 
 class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
-    """detectron2's evaluator for boxes, on a fast library, with average recall.
+    """detectron2's evaluator for boxes, with a fast library and with average recall.
 
-    It is 0 where a model finds nothing of the boxes there are, reads files without area or iscrowd, writes no
-    conversion of datasets that have no COCO file, and counts an image once, however many processes saw it.
+    AP is 0, not NaN, for a model without detections. The evaluator reads files without area or iscrowd. It
+    writes no COCO file for datasets that have none. An image counts once, also if several processes saw it.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
             dataset_name: registered; see `read_ground_truth`.
             tasks: boxes only.
             distributed: gather the predictions of all processes.
-            output_dir: where predictions and the analysis go; None: nowhere.
+            output_dir: folder for predictions and the analysis; None: they are not written.
             backend: "hotcoco" or "pycocotools".
             max_dets_per_image: limits on the detections of a class in an image; AP takes the last. A number n
                 is those of [1, 10] that are lower, and n; None is [1, 10, 100].
@@ -67,7 +67,7 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
         Raises:
             UserError: for a mistake in these, or for a dataset's file that can't be read.
         """
-        # Not detectron2's constructor, which would write a conversion and knows only one limit.
+        # Not detectron2's constructor: it would write a COCO file, and it takes only one limit.
         if tuple(tasks or ("bbox",)) != ("bbox",):
             raise UserError(f'tasks is {tasks}: FocalCOCOEvaluator evaluates boxes, ("bbox",)')
         self._name = dataset_name
@@ -80,7 +80,7 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
             logger=logger,
             metadata=self.metadata,
             output_dir=output_dir,
-            # Test sets may keep their boxes secret; predictions are then only written.
+            # A test set may have no annotations. Its predictions are then written and not evaluated.
             has_annotations=self._ground_truth.truth is not None,
         )
 
@@ -88,10 +88,10 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
         """Compute the metrics from all processes' predictions; see detectron2's `COCOEvaluator`.
 
         Args:
-            img_ids: images that count; None: all.
+            img_ids: the images to evaluate; None: all.
 
         Returns:
-            {"bbox": metric -> per cent} on the main process, elsewhere nothing. NaN: there are no such boxes.
+            {"bbox": metric -> per cent} in the main process, {} in others. NaN if there are no such boxes.
         """
         if self._gathers:
             comm.synchronize()
@@ -120,9 +120,9 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
             logger.info("Annotations are not available for evaluation.")
             return
         if img_ids is not None:
-            counts = np.isin(np.arange(len(ids)), [ids.index(i) for i in img_ids])
-            truth = _of_images(truth, counts)
-            detections = _of_images(detections, counts)
+            chosen = np.isin(np.arange(len(ids)), [ids.index(i) for i in img_ids])
+            truth = _of_images(truth, chosen)
+            detections = _of_images(detections, chosen)
         logger.info(f"Evaluating {len(instances)} boxes with {self._backend} ...")
         curves = coco_curves(truth, detections, backend=self._backend, max_dets=self._max_dets)
         self.results["bbox"] = self.derive_results(
@@ -136,15 +136,15 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
 
     def _write_analysis(self, truth: Truth, detections: Detections, curves: Curves) -> None:
         names = self.metadata.get("thing_classes") or [str(k) for k in range(truth.classes)]
-        figures = analyse(truth, detections, curves, names=names, max_dets=self._max_dets)
-        figures["coco"] = {**finite(self.results["bbox"]), **figures["coco"]}
-        figures = {"dataset": self._name, "backend": self._backend, **figures}
+        analysis = analyse(truth, detections, curves, names=names, max_dets=self._max_dets)
+        analysis["coco"] = {**finite(self.results["bbox"]), **analysis["coco"]}
+        analysis = {"dataset": self._name, "backend": self._backend, **analysis}
         path = str(Path(self.output_dir or "") / "analysis.json")
-        write_aside(path, lambda file: file.write(msgspec.json.encode(figures)))
+        write_aside(path, lambda file: file.write(msgspec.json.encode(analysis)))
 
     def coco_api(self) -> COCO:
-        """Return pycocotools' object of the boxes, which detectron2's evaluation of proposals reads."""
-        assert self._ground_truth.truth is not None  # detectron2 asks for annotations first
+        """Return pycocotools' object with the boxes, which detectron2's evaluation of proposals reads."""
+        assert self._ground_truth.truth is not None  # detectron2 calls this only if there are annotations
         return as_coco(self._ground_truth.truth, self._ground_truth.image_ids)
 
     def _detections(self, instances: list[dict[str, Any]], ids: list[Any], classes: int) -> Detections:
@@ -183,11 +183,11 @@ def detection_limits(limits: int | Sequence[int] | None) -> tuple[int, ...]:
 
 
 def metric_names(limits: int | Sequence[int] | None, classes: Sequence[str]) -> list[str]:
-    """List what `FocalCOCOEvaluator` gives under "bbox".
+    """Return the names of the metrics that `FocalCOCOEvaluator` returns under "bbox".
 
     Args:
         limits: its max_dets_per_image.
-        classes: names; a single one has no AP of its own.
+        classes: names; for a single class there is no separate AP.
     """
     of_classes = classes if len(classes) > 1 else ()
     return [
@@ -197,14 +197,14 @@ def metric_names(limits: int | Sequence[int] | None, classes: Sequence[str]) -> 
     ]
 
 
-def _of_images(columns: Any, counts: np.ndarray) -> Any:
-    """Keep the rows of images that count, (N,) bool."""
-    kept = counts[columns.image]
+def _of_images(columns: Any, chosen: np.ndarray) -> Any:
+    """Keep the rows of the chosen images, (N,) bool."""
+    kept = chosen[columns.image]
     return columns._replace(**{k: v[kept] for k, v in columns._asdict().items() if isinstance(v, np.ndarray)})
 
 
 def _mean(values: np.ndarray) -> float:
-    """pycocotools' average, -1 where nothing is defined."""
+    """Return the mean of the defined values, as pycocotools does; -1 if there are none."""
     values = values[values > -1]
     return float(np.mean(values)) if values.size else -1.0
 
@@ -214,20 +214,20 @@ def _per_cent(value: float) -> float:
 
 
 def _average_precisions(curves: Curves) -> list[float]:
-    """AP, AP50, AP75, and AP of small, medium and large boxes, as pycocotools' summary starts, 0 to 1."""
+    """Return AP, AP50, AP75, and AP of small, medium and large boxes: pycocotools' first six, from 0 to 1."""
     last = curves.precision[..., -1]
     by_iou = [_mean(last[np.isclose(IOUS, iou)][..., 0]) for iou in (0.5, 0.75)]
     return [_mean(last[..., 0]), *by_iou, *(_mean(last[..., i]) for i in range(1, len(AREAS)))]
 
 
 def format_results(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Draw a Markdown table of the box metrics.
+    """Return a Markdown table of the box metrics.
 
     Args:
         results: dataset name -> task ("bbox") -> metric -> per cent.
 
     Returns:
-        One row a dataset, one column a metric; per-class figures are left to the log.
+        A row for each dataset and a column for each metric, without the AP of classes, which is in the log.
     """
     rows = [
         {"dataset": escaped(dataset), **{k: v for k, v in tasks["bbox"].items() if not k.startswith("AP-")}}

@@ -1,4 +1,4 @@
-"""Counts over all processes of a job."""
+"""Sums over all processes of a job."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor
 
-_alone: list[None] = []  # as often as `alone` is entered
+_alone: list[None] = []  # an element for each `alone` block that is entered
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Count this process only: where others don't come the same way, and nobody would answer."""
+    """Make `sum_over_ranks` use this process only, for code that the other processes do not run."""
     _alone.append(None)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Anchors of an image shape, made once, and where they stand."""
+"""The anchors of an image shape and their positions. They are computed once for each shape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from focal_d2.ops.matching.match import AnchorGrid
 
-# Multi-scale training meets a few dozen shapes; of 800 × 1333 pixels each takes 3 MB.
+# Multi-scale training has a few dozen shapes. One of 800 × 1333 pixels takes 3 MB.
 _MOST_SHAPES = 32
 
 
@@ -27,20 +27,20 @@ class Anchors(NamedTuple):
 
 
 class AnchorLayout(NamedTuple):
-    """What says where a model's anchors stand in an image, the model aside."""
+    """The properties of a model that determine its anchors in an image."""
 
     generator: nn.Module  # detectron2's
     strides: list[int]  # L, pixels between cells
     divisibility: int  # the network's input is padded to multiples of it
 
     def cells(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Return L × (height, width) in cells, of an image of these pixels that is a batch of its own."""
+        """Return L × (height, width) in cells, for a batch with one image of this size in pixels."""
         height, width = (-(-side // self.divisibility) * self.divisibility for side in (height, width))
         return [(-(-height // stride), -(-width // stride)) for stride in self.strides]
 
 
 def build_layout(cfg: CfgNode) -> AnchorLayout:
-    """Read `MODEL.ANCHOR_GENERATOR`; strides and padding are those of the backbone, which is built."""
+    """Read `MODEL.ANCHOR_GENERATOR`, and build the backbone to know its strides and padding."""
     backbone = build_backbone(cfg)
     shapes = backbone.output_shape()
     features = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
@@ -49,7 +49,7 @@ def build_layout(cfg: CfgNode) -> AnchorLayout:
 
 
 class AnchorCache:
-    """Makes the anchors of an image shape when it is first met; forgets the shape met longest ago."""
+    """Computes the anchors of each image shape once; removes the shape that was not used for longest."""
 
     def __init__(self, generator: nn.Module) -> None:
         self.generator = generator
@@ -59,7 +59,7 @@ class AnchorCache:
         """Return the anchors of L levels of (height, width) cells."""
         key = (tuple(sizes), device, next(self.generator.buffers()).dtype)
         if key not in self._known:
-            # The generator looks at nothing but shapes and device.
+            # The generator reads only the shapes and the device of the features.
             features = [torch.empty(1, 1, height, width, device=device) for height, width in sizes]
             boxes = Boxes.cat(self.generator(features)).tensor
             self._known[key] = Anchors(boxes, grid_of(self.generator, sizes))
@@ -70,7 +70,7 @@ class AnchorCache:
 
 
 def grid_of(generator: nn.Module, sizes: Sequence[Sequence[int]]) -> AnchorGrid | None:
-    """Say where a generator's anchors stand.
+    """Return the positions of a generator's anchors.
 
     Args:
         generator: detectron2's.

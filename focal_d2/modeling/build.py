@@ -1,4 +1,4 @@
-"""What building a model needs: its device, and one line where it cannot be built."""
+"""Build a model: resolve its device, and turn errors into one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def resolve_device(cfg: CfgNode) -> None:
         cfg: full config that is not frozen, changed in place.
 
     Raises:
-        UserError: if the device does not exist here.
+        UserError: if this machine does not have the device.
     """
     has_cuda = torch.cuda.is_available()
     if cfg.MODEL.DEVICE == "auto":
@@ -38,7 +38,7 @@ def resolve_device(cfg: CfgNode) -> None:
         raise UserError(f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}"; {one_of("auto", "cpu", "cuda").words}')
     if device.type == "cuda" and not has_cuda:
         raise UserError(
-            f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}" but PyTorch finds no CUDA device here: '
+            f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}" but PyTorch finds no CUDA device: '
             "set MODEL.DEVICE cpu (or auto)"
         )
     devices = torch.cuda.device_count() if device.type == "cuda" else 1
@@ -61,8 +61,8 @@ def build_without_memory(cfg: CfgNode) -> nn.Module:
 
 @contextmanager
 def quiet_console(logger: logging.Logger) -> Iterator[None]:
-    """Let only warnings through to the console; log files still get everything."""
-    # detectron2 writes its log file through a plain stream handler as well.
+    """Print only warnings on the console inside the block; log files still get all records."""
+    # Handlers are compared with stdout, because detectron2's log file has a stream handler as well.
     console = [h for h in logger.handlers if getattr(h, "stream", None) is sys.stdout]
     levels = [h.level for h in console]
     for handler in console:
@@ -76,14 +76,12 @@ def quiet_console(logger: logging.Logger) -> Iterator[None]:
 
 @contextmanager
 def building(what: str) -> Iterator[None]:
-    """Turn detectron2's checks of config values, mostly bare asserts and look-ups, into one line.
+    """Turn errors of detectron2 about config values, mostly asserts and missing keys, into one line.
 
-    An assert is quoted: often it has the legal values.
-
-    The traceback is in OUTPUT_DIR/log.txt.
+    The line quotes an assert, which often has the legal values. The traceback is in OUTPUT_DIR/log.txt.
 
     Raises:
-        UserError: naming what could not be built, and why.
+        UserError: it names the part that could not be built, and the reason.
     """
     try:
         yield
@@ -109,7 +107,9 @@ def _failed_check(error: AssertionError) -> str:
         with open(frame.filename, encoding="utf-8") as file:
             statements = ast.walk(ast.parse(file.read()))
     except (OSError, SyntaxError):
-        return "a check without a message; log.txt has its place"
+        return "a check without a message; its traceback is in log.txt"
     checks = [x for x in statements if isinstance(x, ast.Assert)]
     at = next((x for x in checks if x.lineno <= (frame.lineno or 0) <= (x.end_lineno or 0)), None)
-    return f"assert {ast.unparse(at.test)}" if at else "a check without a message; log.txt has its place"
+    return (
+        f"assert {ast.unparse(at.test)}" if at else "a check without a message; its traceback is in log.txt"
+    )

@@ -1,4 +1,4 @@
-"""Scores high enough to become detections.
+"""Find the scores that are high enough for detections.
 
 Shapes: N images, L levels, A anchors a cell, C logits an anchor, K classes, E candidates.
 """
@@ -38,16 +38,16 @@ class _Scores(NamedTuple):
 def find_candidates(
     logits: list[Tensor], deltas: list[Tensor], cls_loss: ClassificationLoss, threshold: float, most: int
 ) -> Candidates:
-    """Find what scores above the threshold; of each image and level the best.
+    """Find the scores above the threshold, of each image and level at most the `most` best.
 
-    Of equal logits on a level those are kept that come first in memory.
+    If logits of a level are equal, those that come first in memory are kept.
 
     Args:
         logits: L × (N, A·C, H, W).
         deltas: L × (N, A·4, H, W).
-        cls_loss: says what logits mean.
+        cls_loss: computes probabilities from logits.
         threshold: candidates have a higher score.
-        most: so many of an image and level at most.
+        most: limit on the candidates of an image and level.
     """
     parts = []
     for (x, start, _), level in zip(level_ranges(logits, cls_loss.num_logits), deltas, strict=True):
@@ -67,24 +67,24 @@ def _above_threshold(logits: Tensor, cls_loss: ClassificationLoss, threshold: fl
     if cut is None:
         level = logits.unflatten(1, (-1, num_logits)).permute(0, 3, 4, 1, 2)  # (N, H, W, A, C)
         scores = cls_loss.probabilities(level.float()).flatten(1)  # (N, H · W · A · K)
-        place = indices_of_best(scores, threshold, most)
-        score = scores.flatten()[place]
+        position = indices_of_best(scores, threshold, most)
+        score = scores.flatten()[position]
         num_logits, by_anchor = cls_loss.num_classes, True
     else:
-        # Few logits are above it: probabilities of the others are never computed. Half precision rounds the
-        # number it is compared with.
+        # Few logits are above the threshold, so only their probabilities are computed. The comparison rounds
+        # the threshold to the logits' precision, so it is lowered by the rounding error.
         cut -= abs(cut) * torch.finfo(logits.dtype).eps if math.isfinite(cut) else 0.0
         flat = in_memory_order(logits)
-        place = indices_of_best(flat.view(num_images, cells * logits.shape[1]), cut, most)
-        score = cls_loss.probabilities(flat[place].float())
+        position = indices_of_best(flat.view(num_images, cells * logits.shape[1]), cut, most)
+        score = cls_loss.probabilities(flat[position].float())
         by_anchor = not logits.is_contiguous()
-    certain = score > threshold
-    place, score = place[certain], score[certain]
+    above = score > threshold
+    position, score = position[above], score[above]
     if by_anchor:
-        rest, label = divide(place, num_logits)
+        rest, label = divide(position, num_logits)
         image, anchor = divide(rest, cells * anchors)
         return _Scores(image, anchor, label, score)
-    rest, cell = divide(place, cells)
+    rest, cell = divide(position, cells)
     rest, label = divide(rest, num_logits)
     image, a = divide(rest, anchors)
     return _Scores(image, cell * anchors + a, label, score)

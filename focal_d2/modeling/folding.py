@@ -12,11 +12,11 @@ from focal_d2.modeling.traced import is_recording
 class FoldedConv2d(Conv2d):
     """detectron2's convolution whose frozen norm scales the weights instead of the output.
 
-    The same function of the same parameters, but no passes over the output, forward or backward. Instead
-    there are passes over the weights and, until backward, a copy of them: so the norm is applied to whichever
-    is smaller. The norm stays a submodule: names in checkpoints do not change, and what is loaded into it
-    counts at the next call. In a recorded network the norm is always applied to the weights, which are
-    constants there: the choice must not depend on the image.
+    The result is the same function of the same parameters, without passes over the output. Scaling the
+    weights takes passes over the weights, and a copy of them until the backward pass. So the norm is applied
+    to the weights or to the output, whichever is smaller. The norm stays a submodule: names in checkpoints do
+    not change, and values that are loaded into it are used at the next call. In a recorded network the norm
+    is always applied to the weights, because the recorded choice must not depend on the image.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class FoldedConv2d(Conv2d):
 
 def fold_norms(module: nn.Module) -> int:
     """Turn every convolution with a frozen batch norm into a `FoldedConv2d`, in place; return how many."""
-    found = [m for m in module.modules() if type(m) is Conv2d and isinstance(m.norm, FrozenBatchNorm2d)]
-    for convolution in found:
+    foldable = [m for m in module.modules() if type(m) is Conv2d and isinstance(m.norm, FrozenBatchNorm2d)]
+    for convolution in foldable:
         convolution.__class__ = FoldedConv2d
-    return len(found)
+    return len(foldable)

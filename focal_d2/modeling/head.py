@@ -19,7 +19,7 @@ class FocalRetinaNetHead(RetinaNetHead):
 
     It has the paper's initialisation: N(0, 0.01) weights and zero biases, and -log((1 - π) / π) as the
     bias of the last classification convolution, so that every anchor starts at score π (paper, 3.3).
-    With norm "BN" each level keeps its own statistics and all share the affine part.
+    With norm "BN" each level has separate statistics, and all levels share weight and bias of the norm.
 
     Departure from the paper: norms are possible (`MODEL.RETINANET.NORM`), which training from scratch needs.
     """
@@ -29,7 +29,7 @@ class FocalRetinaNetHead(RetinaNetHead):
         """Build the head.
 
         Args:
-            prior_bias: (C,) logits that every anchor starts at.
+            prior_bias: (C,) the logits of every anchor at the start of training.
             num_anchors: A.
             kwargs: of detectron2's `RetinaNetHead`; its num_classes is C, the logits an anchor.
         """

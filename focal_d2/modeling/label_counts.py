@@ -1,4 +1,4 @@
-"""How many anchors a training set makes positive and negative: for α, and for the doctor.
+"""Count the positive and negative anchors of a training set, for α and for the doctor.
 
 Shapes: N images, L levels, M boxes, K classes. Boxes are XYXY in absolute pixels.
 """
@@ -19,12 +19,12 @@ _MOST_IMAGES = 1000
 
 
 class LabelCounts(NamedTuple):
-    """How many anchors of L levels the matcher makes positive and negative."""
+    """The numbers of positive and negative anchors on L levels."""
 
     positives: list[int]  # L
     negatives: list[int]  # L
     images: int  # that were counted
-    boxes: int  # on them
+    boxes: int  # in these images
     by_class: list[int]  # positives of each class, up to the highest that a box has; [] without classes
 
 
@@ -38,18 +38,18 @@ def count_labels(
     matcher: Matcher,
     classes: np.ndarray | None = None,
 ) -> LabelCounts:
-    """Count positive and negative anchors, each image a batch of its own, without looking at pixels.
+    """Count positive and negative anchors. Only sizes are needed; every image is padded as a batch of one.
 
     Args:
         boxes: (M, 4) XYXY in the pixels of `sizes`.
         image: (M,) the image of each, ascending.
         sizes: (N, 2) height and width of the images; of more than 1000 images, 1000 evenly spread are taken.
-        layout: where anchors stand.
+        layout: the model's anchors.
         matcher: its thresholds, labels and allow_low_quality_matches; see `match_anchors`.
         classes: (M,) int64 class of each box; None: positives are not counted by class.
     """
     spread = np.linspace(0, len(sizes) - 1, min(len(sizes), _MOST_IMAGES)).round().astype(np.int64)
-    # Images of a shape share their anchors; the shapes come one after the other.
+    # Sorted by shape: images of the same shape use the same cached anchors.
     chosen = spread[np.lexsort(sizes[spread].T)].tolist()
     ends = np.searchsorted(image, np.arange(len(sizes) + 1))
     anchors_of = AnchorCache(layout.generator)

@@ -1,4 +1,4 @@
-"""FocalRetinaNet for detectron2's LazyConfig, where a model is a call instead of YAML."""
+"""FocalRetinaNet for detectron2's LazyConfig, in which a function call instead of YAML builds the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from focal_d2.modeling.losses.elementwise import AUTO, AUTO_PER_CLASS, best_alph
 from focal_d2.modeling.parts import build_focal_parts
 from focal_d2.modeling.retinanet import FocalRetinaNet
 
-# Keys of MODEL.FOCAL that say how to build a part which a LazyConfig hands over as it is.
+# Keys of MODEL.FOCAL for parts that a LazyConfig passes as finished modules.
 _KEYS_OF_PARTS = {
     "FPN.INIT": "backbone",
     "FPN.P6_FROM": "backbone.top_block",
@@ -44,8 +44,8 @@ def build_focal_retinanet(*, focal: Mapping[str, Any] | None = None, **arguments
         arguments: detectron2's, with its defaults; `vis_period` and `input_format` change nothing.
 
     Raises:
-        UserError: for a key that does not exist or has no effect here, a value outside its choices, or a head
-            without the logits that the loss needs.
+        UserError: for a key that does not exist or has no effect in a LazyConfig, a value outside its
+            choices, or a head without the logits that the loss needs.
         TypeError: for an argument that detectron2's RetinaNet does not have, and for one that is missing.
     """
     signature = inspect.signature(RetinaNet.__init__).bind(None, **arguments)
@@ -95,9 +95,9 @@ def _plain(value: Any, default: Any, key: str) -> Any:
 
 
 def _resolve_alpha(cfg: CfgNode) -> None:
-    """Replace ALPHA "auto" of the focal loss by the best α for its γ; refuse to count a dataset.
+    """Replace ALPHA "auto" of the focal loss by the best α for its γ; refuse values that need a dataset.
 
-    Other losses refuse a text that they do not take.
+    A loss that takes no such text refuses it when it is built.
     """
     node = cfg.MODEL.FOCAL.LOSS
     if node.ALPHA == AUTO and node.NAME == "focal":
@@ -112,7 +112,7 @@ def _resolve_alpha(cfg: CfgNode) -> None:
 
 
 def _fit_head(head: nn.Module, cls_loss: ClassificationLoss, num_anchors: int) -> None:
-    """Check that a head of detectron2's has the loss's logits, and start them as the loss wants."""
+    """Check that a head of detectron2 has the loss's logits, and set their bias as the loss needs it."""
     last: Any = head.cls_score
     if last.out_channels != num_anchors * cls_loss.num_logits:
         raise UserError(
@@ -121,6 +121,6 @@ def _fit_head(head: nn.Module, cls_loss: ClassificationLoss, num_anchors: int) -
             f"set model.head.num_classes to {cls_loss.num_logits}"
         )
     if cls_loss.num_logits != cls_loss.num_classes:
-        with torch.no_grad():  # the head started all classes, background too, at the prior
+        with torch.no_grad():  # detectron2's head gave the prior to all logits, background included
             prior = last.bias[0].sigmoid().item()
             last.bias.copy_(cls_loss.prior_bias(prior).repeat(num_anchors))

@@ -1,4 +1,4 @@
-"""The metrics of training beside its losses; docs/monitoring.md explains each.
+"""Metrics of training in addition to its losses; docs/monitoring.md explains each.
 
 Shapes: N images, L levels, r anchors of an image on a level, E examples an anchor: K classes with a sigmoid,
 1 with a softmax.
@@ -52,7 +52,7 @@ def measure(
 ) -> dict[str, float]:
     """Compute the metrics of all processes' batches; see `put_metrics`. Undefined metrics are NaN."""
     by_level, sides = _sums(loss, batch)
-    # The examples' parts may lack a factor that they share, such as the normaliser.
+    # The examples' losses may lack a common factor, such as the normaliser.
     total = by_level.sum()
     scale = torch.where(total == 0, 0.0, loss_cls.double() / total)
     sides[:, 3:] *= scale
@@ -83,11 +83,11 @@ def _share(part: float, whole: float) -> float:
 
 
 def _sums(loss: ClassificationLoss, batch: DenseBatch) -> tuple[Tensor, Tensor]:
-    """Sum over examples, one image at a time: all pairs of a large batch take too much memory.
+    """Sum over examples, one image at a time: all pairs of a large batch would take too much memory.
 
     Returns:
-        The loss of each level (L,) float64, NaN if the loss can't say. Of positives and negatives (2, 5)
-        float64: examples, easy ones, hard ones, loss, loss of the hard ones.
+        The loss of each level (L,) float64, NaN if the loss has no `example_losses`. And (2, 5) float64, a
+        row for positives and one for negatives: examples, easy ones, hard ones, loss, loss of hard ones.
     """
     by_level = batch.anchors.new_zeros(len(batch.logits), dtype=torch.float64)
     sides = by_level.new_zeros(2, 5)
@@ -102,11 +102,11 @@ def _sums(loss: ClassificationLoss, batch: DenseBatch) -> tuple[Tensor, Tensor]:
             part = part.expand_as(p_t)
             positive = (level_labels >= 0) & (level_labels < loss.num_classes)
             index, label = positive.nonzero(as_tuple=True), level_labels[positive]
-            place = (*index, label if p_t.shape[-1] > 1 else torch.zeros_like(label))
-            sides[0] += _side(p_t[place].unsqueeze(-1), part[place].unsqueeze(-1), label)
+            pair_index = (*index, label if p_t.shape[-1] > 1 else torch.zeros_like(label))
+            sides[0] += _side(p_t[pair_index].unsqueeze(-1), part[pair_index].unsqueeze(-1), label)
             # NaN is neither easy nor hard. Masks of all negative pairs would take as long as the loss.
-            p_t = p_t.index_put(place, p_t.new_tensor(math.nan))
-            part = part.index_put(place, part.new_zeros(()))
+            p_t = p_t.index_put(pair_index, p_t.new_tensor(math.nan))
+            part = part.index_put(pair_index, part.new_zeros(()))
             sides[1] += _side(p_t, part, level_labels)
             sides[1, 0] -= len(label)
     return by_level, sides

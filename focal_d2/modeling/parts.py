@@ -1,4 +1,4 @@
-"""The parts of `FocalRetinaNet` that detectron2's RetinaNet does not have, from `MODEL.FOCAL`."""
+"""Build the parts of `FocalRetinaNet` that detectron2's RetinaNet does not have, from `MODEL.FOCAL`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def build_focal_parts(cfg: CfgNode, box2box_transform: Box2BoxTransform) -> dict[str, Any]:
-    """Build what detectron2's RetinaNet does not have: the arguments of `FocalRetinaNet` from `MODEL.FOCAL`.
+    """Return the arguments of `FocalRetinaNet` that detectron2's RetinaNet does not have.
 
     Args:
-        cfg: full config; of `MODEL.RETINANET` the class count and the losses' keys are read.
+        cfg: full config; it reads `MODEL.FOCAL`, and of `MODEL.RETINANET` the class count and losses' keys.
         box2box_transform: the model's.
 
     Raises:
@@ -59,7 +59,7 @@ def build_focal_parts(cfg: CfgNode, box2box_transform: Box2BoxTransform) -> dict
 
 
 def _use_kernels(cfg: CfgNode) -> bool:
-    """Whether `MODEL.FOCAL.KERNELS` asks for Triton kernels; "auto" does not until they have run on a GPU."""
+    """Return whether to use Triton kernels. "auto" does not use them: they have not run on a GPU yet."""
     value = focal_config(cfg).KERNELS
     if value != "on":
         return False

@@ -1,9 +1,9 @@
-"""In which number format backbone and head compute: `MODEL.FOCAL.AMP.*`; which convolutions a CPU gets wrong.
+"""The precision of backbone and head, `MODEL.FOCAL.AMP.*`, and convolutions that PyTorch computes wrongly.
 
-With the vector instructions of `avx512_bf16` alone, a step of R50 in bfloat16 took 1 / 2.4 of detectron2's
-float32 time on an AMD EPYC. On an Intel CPU it took 1.6 times our own float32 time, and convolutions of odd
-widths wrote outside their memory (PyTorch 2.14.1). So bfloat16 is trusted on AMD CPUs, where it was measured,
-and on CPUs with matrix units for it (`amx_bf16`); every other CPU computes in float32.
+Measured with `avx512_bf16` and without matrix units: on an AMD EPYC, a step of R50 in bfloat16 took 1 / 2.4
+of the time of detectron2's float32. On an Intel CPU it took 1.6 times the time of this package's float32, and
+convolutions of odd widths wrote outside their memory (PyTorch 2.14.1). So "auto" uses bfloat16 on AMD CPUs
+with `avx512_bf16`, and on CPUs with matrix units for it (`amx_bf16`). All other CPUs compute in float32.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ _TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 def bfloat16_support() -> Bfloat16Support:
     """Judge the CPU of this machine; see `judge_cpu`."""
-    # Missing in the oldest versions of PyTorch that we accept.
+    # The oldest versions of PyTorch that the package accepts do not have the function.
     get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
     return judge_cpu(get_capabilities(), cpu_facts().get("vendor_id"))
 
 
 def autocast_type(name: str, *, enabled: bool, device: str) -> torch.dtype | None:
-    """Return the type that backbone and head compute in under autocast, None for that of their weights.
+    """Return autocast's type for backbone and head; None: no autocast, they compute in their weights' type.
 
-    On a CPU the log says what "auto" decides and why; "bfloat16" on one that is not trusted gives a warning.
+    On a CPU, the log says which type "auto" chooses and why. "bfloat16" on a CPU for which "auto" chooses
+    float32 gives a warning.
 
     Args:
         name: `MODEL.FOCAL.AMP.DTYPE`.
@@ -57,7 +58,7 @@ def autocast_type(name: str, *, enabled: bool, device: str) -> torch.dtype | Non
     if not trusted:
         logger.warning(
             f"MODEL.FOCAL.AMP.DTYPE is bfloat16, but this CPU {reason}: bfloat16 may be slower than float32 "
-            "there, and wrong; auto computes in float32"
+            "and give wrong results; auto computes in float32"
         )
     return _TYPES[name]
 
@@ -69,11 +70,11 @@ def configured_type(cfg: CfgNode) -> torch.dtype | None:
 
 
 def is_narrow(images: Tensor, *, coarsest_stride: int) -> bool:
-    """Whether images on a CPU are too narrow to train on in bfloat16: the network must compute in float32.
+    """Return whether images are too narrow for training in bfloat16 on a CPU: then float32 must be used.
 
-    If a convolution of stride 2 reads a map that is one cell wide, some of its weights see padding only. On a
-    CPU, PyTorch 2.14.1 never writes the bfloat16 gradient of those weights: it is what was in memory before.
-    Seen on an AMD EPYC with 3 × 3 and 7 × 7 kernels, at any height and number of channels.
+    If a convolution of stride 2 reads a map that is one cell wide, some of its weights read only padding. On
+    a CPU, PyTorch 2.14.1 does not write the bfloat16 gradient of those weights: it has whatever was in the
+    memory. Seen on an AMD EPYC with 3 × 3 and 7 × 7 kernels, at any height and number of channels.
 
     Args:
         images: (N, C, H, W).

@@ -108,7 +108,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
             box_loss: the box loss.
             loss_normalizer: number of positives -> divisor of both losses.
             test_score_thresh: detections need a higher score.
-            test_topk_candidates: at most so many candidates of a level go on to NMS.
+            test_topk_candidates: at most so many candidates of a level are the input of NMS.
             test_nms_thresh: IoU above which NMS drops the lower-scored box of the same class.
             max_detections_per_image: at most so many detections are returned.
             pixel_mean: a value for each channel, subtracted from the image.
@@ -116,10 +116,10 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
             amp: run backbone and head under autocast to this type; None: in the weights' precision.
             channels_last: keep weights and images in NHWC.
             fold_frozen_norms: compute convolution and frozen batch norm as one convolution.
-            use_kernels: match anchors with Triton kernels on a GPU; the loss has its own such argument.
+            use_kernels: match anchors with Triton kernels on a GPU; the loss has a separate such argument.
             compile_network: hand backbone and head to `torch.compile`.
         """
-        # Not RetinaNet's own constructor: it would store settings of losses that this class does not use.
+        # Not RetinaNet's constructor: it would store settings of losses that this class does not use.
         super(RetinaNet, self).__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
         )
@@ -211,10 +211,10 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
                     return traced.detect(self, batched_inputs)
                 return super().forward(batched_inputs)
         if not all("instances" in x for x in batched_inputs) or not batched_inputs:
-            raise UserError("training needs images with instances, which this batch has not")
+            raise UserError("training needs images with instances, which this batch does not have")
         images = self.preprocess_image(batched_inputs)
         boxes = ([x["instances"] for x in batched_inputs], [x.get("ignored_boxes") for x in batched_inputs])
-        # Before the network runs: by the time that a GPU's host needs the positives' number, it is there.
+        # Before the network runs, so that a GPU has counted the positives when the host needs their number.
         anchors = self.anchors_for(images)
         targets = self.label_anchors(anchors, *boxes)
         with self.precision():
@@ -227,7 +227,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
 
     @torch.no_grad()
     def count_positives(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
-        """Return the number, a scalar, of positive anchors of some images; see `forward` for those."""
+        """Return the number of positive anchors, a scalar; see `forward` for the images."""
         images = self.preprocess_image(batched_inputs)
         return self.label_anchors(
             self.anchors_for(images), [x["instances"] for x in batched_inputs]
@@ -248,7 +248,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
         backbone, head = self.backbone, self.head
         if self.compiled and traced.is_recording():  # compiled modules refuse to be traced
             backbone, head = backbone.forward, head.forward
-        # In evaluation nothing needs gradients, which are what is wrong there.
+        # Only gradients are wrong for narrow images, so evaluation may compute in bfloat16.
         narrow = self.training and self.amp == torch.bfloat16
         narrow = narrow and is_narrow(images.tensor, coarsest_stride=self._strides[-1])
         with torch.autocast(self.device.type, enabled=False) if narrow else nullcontext():
@@ -268,7 +268,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
         return ImageList(images.tensor.contiguous(memory_format=torch.channels_last), images.image_sizes)
 
     def anchors_for(self, images: ImageList) -> Anchors:
-        """Return the anchors of a batch, from the strides that the backbone states."""
+        """Return the anchors of a batch, from the strides that the backbone declares."""
         height, width = images.tensor.shape[-2:]
         return self.anchors_of([(-(-height // s), -(-width // s)) for s in self._strides], self.device)
 
@@ -346,22 +346,22 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
         with torch.autocast(self.device.type, enabled=False):
             logits, deltas = predictions
             anchors = self._anchors_of(features)
-            found = find_candidates(
+            candidates = find_candidates(
                 logits, deltas, self.cls_loss, self.test_score_thresh, self.test_topk_candidates
             )
-            boxes = self.box2box_transform.apply_deltas(found.deltas, anchors.boxes[found.anchor])
+            boxes = self.box2box_transform.apply_deltas(candidates.deltas, anchors.boxes[candidates.anchor])
             usable = boxes.isfinite().all(1)
             if not (usable.all() and _are_finite(logits)):
                 log_first_n(logging.WARNING, _NOT_FINITE, name=__name__)
-                found, boxes = Candidates(*(field[usable] for field in found)), boxes[usable]
+                candidates, boxes = Candidates(*(field[usable] for field in candidates)), boxes[usable]
             results = []
             for i, image_size in enumerate(images.image_sizes):
-                own = (found.image == i).nonzero().squeeze(1)
-                own = own[
+                of_image = (candidates.image == i).nonzero().squeeze(1)
+                of_image = of_image[
                     best_boxes(
-                        boxes[own],
-                        found.score[own],
-                        found.label[own],
+                        boxes[of_image],
+                        candidates.score[of_image],
+                        candidates.label[of_image],
                         self.test_nms_thresh,
                         self.max_detections_per_image,
                     )
@@ -369,9 +369,9 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
                 results.append(
                     Instances(
                         image_size,
-                        pred_boxes=Boxes(boxes[own]),
-                        scores=found.score[own],
-                        pred_classes=found.label[own],
+                        pred_boxes=Boxes(boxes[of_image]),
+                        scores=candidates.score[of_image],
+                        pred_classes=candidates.label[of_image],
                     )
                 )
             return results
@@ -383,14 +383,15 @@ def _are_finite(outputs: list[Tensor]) -> bool:
 
 
 def _seed_of(sample: dict[str, Any]) -> int:
-    """Return a sample's seed, or draw one where another loader than ours gave none."""
+    """Return a sample's seed, or draw one if the sample is from another loader than ours."""
     return sample["sampling_seed"] if "sampling_seed" in sample else int(torch.randint(2**62, ()))
 
 
 def precision_around(cfg: CfgNode, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
-    """Return what makes the autocast context in which another model than `FocalRetinaNet` is trained.
+    """Return a function that makes the autocast context of a training step.
 
-    `FocalRetinaNet` has its own inside. As with detectron2's trainer, evaluation of others is in float32.
+    For `FocalRetinaNet` the context does nothing, because the model enters autocast itself. Other models are
+    evaluated in float32, as with detectron2's trainer.
 
     Raises:
         UserError: for a type that the device does not have.

@@ -1,4 +1,4 @@
-"""What the anchors of a batch shall predict.
+"""The targets of a batch: what each anchor must predict.
 
 Shapes: N images, R anchors an image (all levels), K classes, M boxes of an image, B of all images, P positive
 anchors of the batch. Boxes are XYXY in absolute pixels. Labels are int64: [0, K) a class, K background, -1
@@ -33,16 +33,16 @@ class Positives(NamedTuple):
 
 
 class AnchorTargets(NamedTuple):
-    """What the anchors of a batch shall predict."""
+    """The targets of all anchors of a batch."""
 
     labels: Tensor  # (N, R) int64
     positive: Tensor  # (N, R) bool
-    matched: Tensor  # (N, R) int64: which of `boxes`; read where positive
+    matched: Tensor  # (N, R) int64: index into `boxes`; valid for positive anchors only
     boxes: Tensor  # (B, 4) float
     num_positives: Callable[[], int]  # P
 
     def positives(self) -> Positives:
-        """List them. Knowing their number, a GPU need not be waited for."""
+        """Return the positive anchors. Their number is counted before, so that the host waits for no GPU."""
         if self.positive.is_cuda:
             image, anchor = torch.nonzero_static(self.positive, size=self.num_positives()).unbind(1)
         else:
@@ -72,11 +72,11 @@ def label_anchors(
 ) -> AnchorTargets:
     """Match every anchor to at most one box by IoU (paper, section 4).
 
-    Anchors without a box that lie in a region (a crowd, an object too difficult to count) are ignored
-    instead of background, as COCO's evaluation ignores detections there. detectron2 has no regions.
+    Anchors without a box inside an ignored region (a crowd, or an object too difficult to count) are ignored,
+    not background: COCO's evaluation ignores detections in such regions too. detectron2 has no regions.
 
-    Departure from the paper, as in detectron2: each box also gets its best anchors, however low their IoU,
-    unless `MODEL.FOCAL.LOW_QUALITY_MATCHES` is false.
+    Departure from the paper, as in detectron2: the anchors with the highest IoU with a box are positive, also
+    if this IoU is low, unless `MODEL.FOCAL.LOW_QUALITY_MATCHES` is false.
 
     Args:
         anchors: of the batch's image shape.
@@ -88,8 +88,8 @@ def label_anchors(
         use_kernels: see `match_anchors`.
 
     Raises:
-        UserError: for a class that the model has not; where classes are on a GPU they are not looked at,
-            which would wait for it.
+        UserError: for a class that the model does not have. Classes on a GPU are not checked: the host would
+            have to wait for them.
     """
     device = anchors.boxes.device
     shape = (len(gt_instances), len(anchors.boxes))
@@ -136,7 +136,7 @@ def matching(anchors: Anchors, matcher: Matcher, *, use_kernels: bool) -> Callab
 
 
 def _count(positive: Tensor) -> Callable[[], int]:
-    """Count them; on a GPU without waiting before the number is asked for."""
+    """Count the positives. On a GPU, only the call of the returned function waits for the number."""
     number = positive.sum()
     if not number.is_cuda:
         return number.item  # type: ignore[return-value]

@@ -1,7 +1,7 @@
-"""Detection while PyTorch records it: `torch.jit.trace`, `torch.export` and both ONNX exporters.
+"""Detection in a form that PyTorch can record: `torch.jit.trace`, `torch.export` and both ONNX exporters.
 
-What is recorded must be right for images of other sizes, and for more or fewer candidates. So nothing that
-depends on the image becomes a number in Python, and every step exists as an operator of ONNX.
+The recorded graph must be right for images of other sizes and for other numbers of candidates. So no value
+that depends on the image becomes a Python number, and every step exists as an operator of ONNX.
 
 Shapes: N images, L levels, A anchors a cell, C logits an anchor, R anchors a level, K classes, E logits above
 the threshold, T candidates of an image and level (`test_topk_candidates`).
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 def is_recording() -> bool:
-    """Whether PyTorch records the operators that run now, in order to run them again on other images."""
+    """Return whether PyTorch records the operators that run now, to run them later on other images."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def detect(model: FocalRetinaNet, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
-    """Return what the model returns in evaluation; every step can be recorded.
+    """Return the same detections as the model in evaluation; every step can be recorded.
 
     Args:
         model: in evaluation mode.
@@ -53,7 +53,7 @@ def detect(model: FocalRetinaNet, batched_inputs: list[dict[str, Any]]) -> list[
 
 def _pad(model: FocalRetinaNet, batched_inputs: list[dict[str, Any]]) -> ImageList:
     """Normalise, pad and batch as `preprocess_image` does."""
-    if torch.jit.is_tracing():  # detectron2's code keeps sizes as tensors then
+    if torch.jit.is_tracing():  # then detectron2's code keeps sizes as tensors
         return model.preprocess_image(batched_inputs)
     images = [(x["image"].to(model.device) - model.pixel_mean) / model.pixel_std for x in batched_inputs]
     sizes = [(x.shape[-2], x.shape[-1]) for x in images]
@@ -73,10 +73,10 @@ def _pad(model: FocalRetinaNet, batched_inputs: list[dict[str, Any]]) -> ImageLi
 def _candidates(
     model: FocalRetinaNet, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Find what may become a detection of one image.
+    """Find the candidates for detections in one image.
 
     Args:
-        model: says what logits and deltas mean, and what is enough.
+        model: defines the meaning of logits and deltas, the threshold and T.
         logits: L × (A·C, H, W).
         deltas: L × (A·4, H, W).
         anchors: L × (R, 4) XYXY.
@@ -102,8 +102,8 @@ def _best_of_level(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the anchors, labels and scores, each (T,), of the best logits (A·C, H, W) of an image and level.
 
-    Where fewer than T scores are above the threshold, the score of the rest is -inf. So the results have a
-    constant length, and E, which depends on the image, appears in one place.
+    If fewer than T scores are above the threshold, the remaining scores are -inf. So the results have a
+    constant length, and only one operator has the length E, which depends on the image.
     """
     by_anchor = logits.unflatten(0, (-1, cls_loss.num_logits)).permute(2, 3, 0, 1)  # (H, W, A, C)
     cut = cls_loss.least_logit(threshold)
@@ -111,37 +111,37 @@ def _best_of_level(
         values = cls_loss.probabilities(by_anchor.float()).flatten(0, 2)  # (R, K)
         anchor, label = (values > threshold).nonzero().unbind(1)
         score = values[anchor, label]
-    else:  # most logits are far below: the probability is computed of the others only
-        # Half precision rounds the number that it is compared with.
+    else:  # most logits are far below the threshold: probabilities are computed of the others only
+        # The comparison rounds the threshold to the logits' type, so it is lowered by the rounding error.
         cut -= abs(cut) * torch.finfo(logits.dtype).eps if math.isfinite(cut) else 0.0
         values = by_anchor.flatten(0, 2)
         anchor, label = (values > cut).nonzero().unbind(1)
         score = cls_loss.probabilities(values[anchor, label].float())
         score = torch.where(score > threshold, score, -math.inf)
-    nothing = score.new_full((most,), -math.inf)
-    score, best = torch.cat([score, nothing]).topk(most)
+    filler_scores = score.new_full((most,), -math.inf)
+    score, best = torch.cat([score, filler_scores]).topk(most)
     filler = anchor.new_zeros(most)
     return torch.cat([anchor, filler])[best], torch.cat([label, filler])[best], score
 
 
 def _suppress(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, num_classes: int) -> Tensor:
-    """Suppress, class by class, what overlaps a better box; return the indices of the rest, best first.
+    """Suppress boxes that overlap a better box of their class; return the indices of the others, best first.
 
-    Every class gets a region of its own in the plane. The regions form a square: in a row, the coordinates of
-    the last of 1,203 classes would be so large that float32, which is all that ONNX has here, rounds them to
-    quarters of a pixel.
+    The boxes of each class are moved to a separate region of the plane. The regions form a square. If they
+    formed a row, coordinates of the last of 1,203 classes would be so large that float32 rounds them to
+    quarters of a pixel; ONNX has no NMS in float64.
 
     Args:
         boxes: (n, 4) XYXY.
         scores: (n,).
         labels: (n,) int64, in [0, K).
-        threshold: IoU above which the lower score goes.
+        threshold: IoU above which the box with the lower score is suppressed.
         num_classes: K.
     """
     side = math.ceil(math.sqrt(num_classes))
     sizes = torch.where(boxes.isfinite(), boxes.abs(), 0.0).flatten()
-    reach = torch.cat([sizes, sizes.new_zeros(1)]).max() * 2 + 1
-    corner = torch.stack([labels % side, labels // side], dim=1) * reach
+    region_side = torch.cat([sizes, sizes.new_zeros(1)]).max() * 2 + 1
+    corner = torch.stack([labels % side, labels // side], dim=1) * region_side
     return nms(boxes + corner.repeat(1, 2), scores, threshold)
 
 
@@ -155,7 +155,7 @@ def _resize(boxes: Tensor, scores: Tensor, labels: Tensor, size: Any, wanted: tu
     y = (boxes[:, 1::2] * y_scale).clamp(min=0, max=wanted[0])
     boxes = torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
     solid = ((x[:, 1] > x[:, 0]) & (y[:, 1] > y[:, 0])).nonzero().squeeze(1)
-    # Assignment would compare the fields' lengths, which `torch.export` does not know; so would Boxes(…).
+    # Assigning the fields would compare their lengths, which `torch.export` does not know; so would Boxes(…).
     result = Instances(_as_tensor(wanted))
     wrapped = Boxes(boxes.new_zeros(0, 4))
     wrapped.tensor = boxes[solid]

@@ -207,7 +207,7 @@ def _read_record(run: Run) -> dict[str, Any] | None:
 
 
 def _is_record(record: Any) -> bool:
-    """Return whether the content of a file has the fields of a record; another program may have written it."""
+    """Return whether a file's content has the fields of a record; another program may have written it."""
     if not isinstance(record, dict) or not {*Result._fields, "config"} <= record.keys():
         return False
     metrics = record["metrics"]

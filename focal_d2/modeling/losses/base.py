@@ -45,7 +45,7 @@ class DenseBatch(NamedTuple):
             yield anchors, self.labels[:, start:stop]
 
     def of_image(self, index: int) -> DenseBatch:
-        """Return one image as a batch of its own."""
+        """Return one image as a batch of one."""
         in_image = self.image == index
         image = slice(index, index + 1)
         return self._replace(
@@ -68,9 +68,9 @@ class DenseBatch(NamedTuple):
         parts = []
         for level, (x, start, stop) in enumerate(level_ranges(self.logits, self.num_logits)):
             index = torch.arange(stop - start, device=self.labels.device)
-            cell, place = divide(index, x.shape[1] // self.num_logits)
+            cell, index_in_cell = divide(index, x.shape[1] // self.num_logits)
             row, column = divide(cell, max(1, x.shape[3]))
-            parts.append((((level << 20) + row << 20) + column << 16) + place)
+            parts.append((((level << 20) + row << 20) + column << 16) + index_in_cell)
         return torch.cat(parts)
 
     def inside(self, image: int) -> Tensor:
@@ -105,7 +105,7 @@ class DenseBatch(NamedTuple):
 
 
 def gather_deltas(deltas: list[Tensor], image: Tensor, anchor: Tensor) -> Tensor:
-    """Read the deltas of some anchors from the head's output.
+    """Read the deltas of E anchors from the head's output.
 
     Args:
         deltas: L × (N, A·4, H, W).
@@ -261,7 +261,7 @@ def build_loss(
 
     Raises:
         UserError: for an unknown name, a parameter that this loss does not read, or an implementation that
-            it has not.
+            it does not have.
     """
     check_choice("MODEL.FOCAL.LOSS.NAME", name, sorted(LOSSES))
     reads = parameter_names(LOSSES[name])
@@ -274,7 +274,8 @@ def build_loss(
     if implementation == "fused" and not LOSSES[name].has_fused:
         fused = ", ".join(sorted(key for key, loss in LOSSES.items() if loss.has_fused))
         raise UserError(
-            f"MODEL.FOCAL.LOSS.IMPLEMENTATION is fused, but {name} has no such; these have: {fused}"
+            f"MODEL.FOCAL.LOSS.IMPLEMENTATION is fused, but {name} has no such implementation; these have "
+            f"one: {fused}"
         )
     arguments = {key.lower(): value for key, value in parameters.items()}
     try:

@@ -82,7 +82,7 @@ class BoxLoss(nn.Module):
         """
         if self.kind in _IOU_LOSSES:
             boxes = self.transform.apply_deltas(deltas, anchors)
-            # fvcore asserts on boxes that are NaN; the trainer's own check names the iteration.
+            # fvcore stops with an assertion if a box is NaN. The trainer's check names the iteration instead.
             finite = boxes.isfinite().all()
             loss = _IOU_LOSSES[self.kind](torch.where(finite, boxes, gt_boxes), gt_boxes, reduction="sum")
             return torch.where(finite, loss, float("nan"))
@@ -94,7 +94,7 @@ class BoxLoss(nn.Module):
         norms = (difference / root).abs().detach()
         valid = torch.ones_like(norms, dtype=torch.bool)
         density = harmonise(norms, valid, self.histogram, self.ghm_momentum, sum_over_ranks)
-        # The sum over all processes; their gradients are averaged.
+        # Times the number of processes, because their gradients are averaged.
         return ((root - self.ghm_mu) / density).sum() * comm.get_world_size()
 
     def extra_repr(self) -> str:

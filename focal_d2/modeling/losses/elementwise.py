@@ -1,4 +1,4 @@
-"""Losses that are a sum over anchors and classes: cross entropy, focal loss and their kin."""
+"""Losses that are a sum over anchors and classes: cross entropy, focal loss and similar losses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from focal_d2.ops.common import (
 _NO_WEIGHTING = -1.0
 # ALPHA that `focal_d2.engine.resolve_alpha` turns into numbers.
 AUTO, AUTO_PER_CLASS = "auto", "auto_per_class"
-# The γ that the paper tried and the α that was best for each (table 1b). α 0.25 is kept beyond γ 5.
+# The values of γ in the paper and the best α for each (table 1b). Beyond γ 5, α stays at 0.25.
 PAPER_GAMMAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _BEST_ALPHAS = (0.75, 0.75, 0.75, 0.5, 0.25, 0.25, 0.25)
 
@@ -41,11 +41,10 @@ _BEST_ALPHAS = (0.75, 0.75, 0.75, 0.5, 0.25, 0.25, 0.25)
 def best_alpha(gamma: float) -> float:
     """Return the α that the paper found best for a γ of the focal loss (table 1b).
 
-    That is 0.75 for γ up to 0.2, 0.5 at 0.5 and 0.25 from 1. In between, where the paper has no
-    figure, it is linear.
+    α is 0.75 for γ up to 0.2, 0.5 for γ = 0.5, and 0.25 from γ = 1. In between it is interpolated linearly.
 
     Raises:
-        ValueError: if γ is no finite number, or below 0.
+        ValueError: if γ is not a finite number or is below 0.
     """
     check_at_least_0("GAMMA", gamma)
     return float(np.interp(gamma, PAPER_GAMMAS, _BEST_ALPHAS))
@@ -69,15 +68,14 @@ class _Elementwise(ClassificationLoss):
 
 
 class _AlphaBalanced(_Elementwise):
-    """Keeps α: a number, or one a class as a buffer that moves with the model."""
+    """Base of losses with α: a number, or a buffer with a number for each class."""
 
     alpha: Any
-    # Whether ALPHA may be "auto" or "auto_per_class".
-    counts_alpha = False
+    takes_auto_alpha = False  # whether ALPHA may be "auto" or "auto_per_class"
 
     def __init__(self, *, num_classes: int, alpha: float | list[float] | str) -> None:
         super().__init__(num_classes=num_classes)
-        if alpha in (AUTO, AUTO_PER_CLASS) and self.counts_alpha:
+        if alpha in (AUTO, AUTO_PER_CLASS) and self.takes_auto_alpha:
             self.alpha = alpha
             return
         if isinstance(alpha, (list, tuple)):
@@ -88,7 +86,7 @@ class _AlphaBalanced(_Elementwise):
             self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float32), persistent=False)
             return
         if isinstance(alpha, (str, bool)):
-            auto = f", {AUTO} or {AUTO_PER_CLASS}" if self.counts_alpha else ""
+            auto = f", {AUTO} or {AUTO_PER_CLASS}" if self.takes_auto_alpha else ""
             raise ValueError(f"ALPHA is {alpha!r}; it must be a number, a list of one for each class{auto}")
         check_weight("ALPHA", alpha)
         self.alpha = float(alpha)
@@ -96,7 +94,7 @@ class _AlphaBalanced(_Elementwise):
     def forward(self, batch: DenseBatch) -> Tensor:
         """Return the sum over all anchors that are not ignored."""
         if isinstance(self.alpha, str):
-            # Evaluation never comes here, and needs no training set to count.
+            # Only training computes losses. So evaluation needs no training set to count anchors.
             raise UserError(
                 f"MODEL.FOCAL.LOSS.ALPHA is {self.alpha}: focal_d2's trainer turns it into numbers; "
                 "elsewhere call focal_d2.engine.resolve_alpha(cfg)"
@@ -147,14 +145,14 @@ class CrossEntropy(_SigmoidFocal):
 class BalancedCrossEntropy(_SigmoidFocal):
     """α-balanced sigmoid cross entropy (paper, eq. 3)."""
 
-    counts_alpha = True
+    takes_auto_alpha = True
 
 
 @register_loss("focal")
 class FocalLoss(_SigmoidFocal):
     """α-balanced sigmoid focal loss (paper, eq. 5)."""
 
-    counts_alpha = True
+    takes_auto_alpha = True
 
     def __init__(self, *, num_classes: int, alpha: float | list[float], gamma: float) -> None:
         super().__init__(num_classes=num_classes, alpha=alpha)
@@ -203,20 +201,20 @@ class SoftmaxFocalLoss(_Elementwise):
         return self.num_classes + 1
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Softmax, without background's."""
+        """Return the softmax without the probability of background."""
         return logits.softmax(-1)[..., :-1]
 
     def prior_bias(self, prior: float) -> Tensor:
-        """Background starts at 1 - π, the classes share π."""
+        """Return logits with which background has the probability 1 - π and all classes together π."""
         bias = torch.zeros(self.num_logits)
         bias[-1] = math.log(self.num_classes * (1 - prior) / prior)
         return bias
 
     def correctness(self, batch: DenseBatch) -> Iterator[Tensor]:
-        """Yield the probability of each anchor's class, background's included: E = 1."""
+        """Yield the probability of each anchor's class, which may be background: E = 1."""
         for logits, labels in batch.levels():
-            own = torch.where(labels < 0, self.num_classes, labels).unsqueeze(-1)
-            yield logits.float().softmax(-1).gather(-1, own)
+            classes = torch.where(labels < 0, self.num_classes, labels).unsqueeze(-1)
+            yield logits.float().softmax(-1).gather(-1, classes)
 
     def term(self, logits: Tensor, labels: Tensor, *, reduction: str = "sum") -> Tensor:
         """See `focal_d2.ops.softmax_focal_loss`."""
@@ -250,15 +248,15 @@ class FixedWeights(_SigmoidFocal):
         super().__init__(num_classes=num_classes, alpha=positive_weight / self.total)
 
     def forward(self, batch: DenseBatch) -> Tensor:
-        """Return the sum; the two weights are α and 1 - α times their sum."""
+        """Return the sum over all anchors. The weights are α and 1 - α, times the sum of both weights."""
         return self.total * super().forward(batch)
 
 
 class _Quality(ClassificationLoss):
-    """The positives' target is the IoU of the predicted box."""
+    """Base of losses in which the target of a positive is the IoU of the predicted box."""
 
     def correctness(self, batch: DenseBatch) -> Iterator[Tensor]:
-        """Yield 1 - |y - p|, the target y of an anchor's class being its box's quality."""
+        """Yield 1 - |y - p|. The target y of an anchor's class is the IoU of its predicted box."""
         for (logits, labels), quality in zip(batch.levels(), batch.split(batch.quality()), strict=True):
             x, is_class, _ = prepare_targets(
                 logits, labels, num_classes=self.num_classes, num_logits=self.num_logits

@@ -17,10 +17,10 @@ from focal_d2.ops.losses.ghm import gradient_density, harmonise
 
 @register_loss("ghm")
 class GradientHarmonisedLoss(ClassificationLoss):
-    """Cross entropy divided by the density of gradient norms, of a moving average where momentum is above 0.
+    """Cross entropy divided by the density of gradient norms; with momentum above 0, by its moving average.
 
-    The moving average is a buffer, so it is part of the checkpoint; it counts the examples of all processes.
-    The loss is not divided by the positives' number: the density already is a number of examples.
+    The moving average is a buffer and therefore part of the checkpoint. It includes the examples of all
+    processes. The loss is not divided by the number of positives: the density is a number of examples.
     """
 
     divided_by_positives = False
@@ -39,19 +39,19 @@ class GradientHarmonisedLoss(ClassificationLoss):
         with torch.no_grad():
             norms, valid = self._norms(logits, batch.labels)
             density = harmonise(norms, valid, self.histogram, self.momentum, sum_over_ranks)
-        # The sum over all processes; their gradients are averaged.
+        # Times the number of processes, because their gradients are averaged.
         loss = sigmoid_cross_entropy(logits, batch.labels, num_classes=self.num_classes)
         return (loss / density).sum() * comm.get_world_size()
 
     def example_losses(self, batch: DenseBatch) -> Iterator[Tensor]:
-        """Yield each pair's part, with the densities that `forward` left in the histogram."""
+        """Yield each pair's part of the loss, with the densities from the histogram after `forward`."""
         for logits, labels in batch.levels():
             norms, _ = self._norms(logits, labels)
             loss = sigmoid_cross_entropy(logits, labels, num_classes=self.num_classes)
             yield loss / gradient_density(norms, self.histogram)
 
     def _norms(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient norms g = |p - y| (N, r, K), and bool (N, r, K): the pair takes part."""
+        """Return gradient norms g = |p - y| (N, r, K), and which pairs are not ignored, (N, r, K) bool."""
         x, is_class, valid = prepare_targets(
             logits, labels, num_classes=self.num_classes, num_logits=self.num_classes
         )

@@ -1,4 +1,4 @@
-"""Losses over chosen examples: random sampling, OHEM and SSD's hard negative mining."""
+"""Losses over a selection of anchors: random sampling, OHEM and SSD's hard negative mining."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from focal_d2.ops.mining import random_numbers, suppress, top_negatives
 
 
 class _Mining(ClassificationLoss):
-    """Cross entropy over the examples that `choose` marks, image by image."""
+    """Cross entropy over the anchors that `choose` selects in each image."""
 
     def forward(self, batch: DenseBatch) -> Tensor:
-        """Return the sum over the chosen examples of all images."""
+        """Return the sum over the chosen anchors of all images."""
         pairs = sigmoid_cross_entropy(batch.all_logits(), batch.labels, num_classes=batch.num_logits)
         loss = pairs.sum(-1)  # (N, R)
         return torch.where(self._chosen(loss, batch), loss, 0.0).sum()
@@ -32,17 +32,26 @@ class _Mining(ClassificationLoss):
 
     @torch.no_grad()
     def _chosen(self, loss: Tensor, batch: DenseBatch) -> Tensor:
-        """Mark the examples (N, R) bool."""
+        """Return the chosen anchors as a mask (N, R) bool."""
         chosen = [self.choose(image, row, batch) for image, row in enumerate(loss)]
         return torch.stack(chosen) if chosen else torch.zeros_like(loss, dtype=torch.bool)
 
     def choose(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
-        """Mark the examples (R,) bool of an image with losses (R,)."""
+        """Return the chosen anchors of an image, (R,) bool.
+
+        Args:
+            image: index in the batch.
+            loss: (R,) loss of each anchor.
+            batch: all images.
+        """
         raise NotImplementedError
 
 
 class _AtRatio(_Mining):
-    """All positives, and for each so many negatives of its image; an image without positives adds nothing."""
+    """Base of losses with all positives and a fixed number of negatives for each, image by image.
+
+    An image without positives has no loss.
+    """
 
     def __init__(self, *, num_classes: int, negatives_per_positive: float) -> None:
         super().__init__(num_classes=num_classes)
@@ -50,27 +59,27 @@ class _AtRatio(_Mining):
         self.negatives_per_positive = negatives_per_positive
 
     def choose(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
-        """All positives and the first negatives."""
+        """Return all positives, and the negatives with the highest `score`."""
         positive = batch.positive[image]
         count = int(self.negatives_per_positive * int(positive.sum()))
         negative = self.negatives(image, batch)
         return positive | top_negatives(self.score(image, loss, batch), negative, count=count)
 
     def negatives(self, image: int, batch: DenseBatch) -> Tensor:
-        """Return (R,) bool: the anchors of an image that negatives are chosen from."""
+        """Return (R,) bool: the anchors of an image from which negatives are chosen."""
         return batch.labels[image] == self.num_classes
 
     def score(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
-        """Return (R,) numbers of an image with losses (R,); the negatives of the highest are chosen."""
+        """Return a number (R,) for each anchor of an image, from its losses (R,); the highest are chosen."""
         raise NotImplementedError
 
 
 @register_loss("hard_negative_mining")
 class HardNegativeMining(_AtRatio):
-    """All positives and the negatives of the highest loss, in a ratio (SSD, arXiv 1512.02325)."""
+    """All positives and the negatives with the highest loss, in a ratio (SSD, arXiv 1512.02325)."""
 
     def score(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
-        """The loss."""
+        """Return the loss."""
         return loss
 
 
@@ -78,33 +87,33 @@ class HardNegativeMining(_AtRatio):
 class RandomSampling(_AtRatio):
     """All positives and random negatives, in a ratio, as two-stage detectors do (paper, section 2).
 
-    The numbers come from each image's seed, which our loader derives from the number of its draw, and from
-    each anchor's level, cell and place in it; anchors in the padding take no part. So the negatives are the
-    same whatever size the image is padded to, in any number of processes, workers and parts of a batch, on
-    any device, and after a resumption.
+    The random numbers are computed from the image's seed and from each anchor's level, cell and index in the
+    cell. The loader derives the seed from the number of the draw. Anchors in the padding are never chosen. So
+    the negatives do not depend on the padded size, on the device, or on the number of processes, workers and
+    parts of a batch, and a resumed training chooses the same ones.
 
-    Departure from the region proposal network of Faster R-CNN: that draws 256 anchors of an image, positives
-    too where there are many, and fills up with negatives where positives are few.
+    Departure from the region proposal network of Faster R-CNN: that samples 256 anchors of an image, at most
+    half of them positives, and replaces missing positives by negatives.
     """
 
     samples = True
 
     def score(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
-        """Random numbers."""
+        """Return random numbers."""
         return random_numbers(batch.seeds[image], batch.positions())
 
     def negatives(self, image: int, batch: DenseBatch) -> Tensor:
-        """Those outside the padding."""
+        """Return the negatives outside the padding."""
         return super().negatives(image, batch) & batch.inside(image)
 
 
 @register_loss("ohem")
 class OnlineHardExampleMining(_Mining):
-    """The examples of the highest loss in each image after suppression on predicted boxes (paper, table 1d).
+    """The anchors with the highest loss in each image after NMS on predicted boxes (paper, table 1d).
 
     Shrivastava, Gupta, Girshick, "Training Region-based Object Detectors with Online Hard Example Mining",
-    CVPR 2016. With `negatives_per_positive` above 0, the examples that survive suppression are drawn from
-    in that ratio (the paper's "OHEM 1:3"); 0 leaves the ratio to the losses.
+    CVPR 2016. With `negatives_per_positive` above 0, the anchors that remain after NMS are chosen in that
+    ratio (the paper's "OHEM 1:3"); with 0, by their loss alone.
     """
 
     def __init__(
@@ -120,15 +129,15 @@ class OnlineHardExampleMining(_Mining):
         self.negatives_per_positive = negatives_per_positive
 
     def choose(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
-        """The hardest examples that survive suppression."""
+        """Return the anchors with the highest loss that remain after NMS."""
         positive = batch.positive[image]
         keep = torch.zeros_like(positive)
         if self.negatives_per_positive > 0:
-            # Suppression runs over all examples together; only then is the ratio enforced.
+            # NMS is computed over all anchors together, before the ratio is applied.
             survivors = self._survivors(image, loss, batch, count=len(loss))
             positives = survivors[positive[survivors]]
-            quota = round(self.examples / (1 + self.negatives_per_positive))
-            positives = positives[:quota]
+            most_positives = round(self.examples / (1 + self.negatives_per_positive))
+            positives = positives[:most_positives]
             negatives = survivors[~positive[survivors]]
             keep[positives] = True
             keep[negatives[: int(self.negatives_per_positive * len(positives))]] = True

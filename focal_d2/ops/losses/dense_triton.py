@@ -1,12 +1,12 @@
 """Triton kernels for GPUs: the one-pass losses of a level.
 
-Nothing here waits for the GPU: no number is read back, and no shape depends on values. The sum does not
-depend on the order in which programs run: each writes a partial sum of its own.
+The host never waits for the GPU: no number is read back, and no shape depends on values. The sum does not
+depend on the order in which programs run, because each program writes its partial sum to a separate element.
 
 Only `common.find_kernels` imports this module, where Triton is installed. If TRITON_INTERPRET=1 is set,
 Triton's interpreter runs the kernels on CPU tensors; the tests do that.
 
-Shapes: see `dense`. A program is one block of threads, a tile the elements it works on.
+Shapes: see `dense`. A program is one block of threads, and a tile is the elements that it computes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# To be tuned on a GPU: elements of a program of the loss, at most so many classes of them where cells are
-# contiguous (a label is read once for these classes), and its warps.
+# Not tuned on a GPU yet: the elements of a program, its warps, and the largest number of classes in a tile
+# of a contiguous level. A label is read once for the classes of a tile.
 _LOSS_TILE = 2048
 _LOSS_CLASSES = 16
 _LOSS_WARPS = 4
@@ -122,7 +122,8 @@ def _tile(x: Tensor, num_classes: int, rows: int) -> _Tiling:
     return _Tiling(programs, blocks, cells, per_cell, size)
 
 
-# What changes from level to level is no reason to compile another kernel, unless it makes wider loads.
+# Triton compiles a kernel for each kind of an argument's value (1, or a multiple of 16), which allows wider
+# loads. These arguments change from level to level and allow none, so they cause no further kernels.
 @triton.jit(do_not_specialize=["anchors", "start", "first_partial", "blocks"])
 def _loss_kernel(
     logits,
@@ -161,26 +162,26 @@ def _loss_kernel(
         image = outer.to(tl.int64)
         first = block.to(tl.int64) * TILE
         step = tl.arange(0, TILE)
-        known = step < size - first
-        inside = known
+        has_anchor = step < size - first
+        inside = has_anchor
         # 32-bit divisions in the tile, 64-bit ones once.
         element = (first % K).to(tl.int32) + step
         k = element % K
-        own = first // K + element // K
-        place = image * size + first + step
+        anchor_in_level = first // K + element // K
+        offset = image * size + first + step
     else:
         GROUPS: tl.constexpr = (K + ROWS - 1) // ROWS
         shape = outer // GROUPS  # n · A + a
         k = (outer % GROUPS) * ROWS + tl.arange(0, ROWS)[:, None]
         cell = block * (TILE // ROWS) + tl.arange(0, TILE // ROWS)[None, :]
         image = (shape // per_cell).to(tl.int64)
-        known = cell < cells
-        inside = known & (k < K)
-        own = cell * per_cell + shape % per_cell
-        place = (shape.to(tl.int64) * K + k) * cells + cell
-    anchor = image * anchors + start + own
-    x = tl.load(logits + place, mask=inside, other=0.0).to(tl.float32)
-    label = tl.load(labels + anchor, mask=known, other=-1).to(tl.int32)
+        has_anchor = cell < cells
+        inside = has_anchor & (k < K)
+        anchor_in_level = cell * per_cell + shape % per_cell
+        offset = (shape.to(tl.int64) * K + k) * cells + cell
+    anchor = image * anchors + start + anchor_in_level
+    x = tl.load(logits + offset, mask=inside, other=0.0).to(tl.float32)
+    label = tl.load(labels + anchor, mask=has_anchor, other=-1).to(tl.int32)
     is_class = label == k
     if PER_CLASS:
         negative = tl.load(negative_weight + k, mask=k < K, other=0.0)
@@ -194,7 +195,7 @@ def _loss_kernel(
         value = tl.where(is_class, positive, negative) * value
         slope = tl.where(is_class, -positive, negative) * slope
     else:
-        has_class = known & (label >= 0) & (label < K)
+        has_class = has_anchor & (label >= 0) & (label < K)
         target = tl.load(quality + anchor, mask=has_class, other=0.0).to(tl.float32)
         target = tl.where(is_class, target, 0.0)
         if KIND == "quality":
@@ -204,10 +205,10 @@ def _loss_kernel(
             value, slope = _focal(x, gamma, POWER)
             value = tl.where(target > 0, target * entropy, negative * value)
             slope = tl.where(target > 0, target * difference, negative * slope)
-    counts = inside & (label >= 0)
+    valid = inside & (label >= 0)
     if gradient is not None:
-        tl.store(gradient + place, tl.where(counts, gradient_scale * slope, 0.0), mask=inside)
-    tl.store(partial + first_partial + program, tl.sum(tl.where(counts, value, 0.0)))
+        tl.store(gradient + offset, tl.where(valid, gradient_scale * slope, 0.0), mask=inside)
+    tl.store(partial + first_partial + program, tl.sum(tl.where(valid, value, 0.0)))
 
 
 @triton.jit
@@ -267,7 +268,8 @@ def _sigmoid(x):
 
     On a GPU the relative error of e grows with |x| as if the last bit of x had changed. With t = e / (2 + e),
     log(1 + e) is 2 artanh(t) = 2 t (1 + t²/3 + t⁴/5 + ...): t is at most 1/3, where the first term left out
-    is 1.4e-8 of the sum. There is nothing to lose here: no difference, no logarithm near 1.
+    is 1.4e-8 of the sum. The series loses no digits: it has no difference, and no logarithm of a number
+    near 1.
     """
     e = tl.exp(-tl.abs(x))
     large = 1.0 / (1.0 + e)

@@ -571,7 +571,11 @@ def test_alpha_as_a_list(implementation):
 @pytest.mark.parametrize(
     "name, implementation, message",
     [
-        ("ohem", "fused", "ohem has no such; these have: balanced_ce, ce, fixed_weights, focal, "),
+        (
+            "ohem",
+            "fused",
+            "ohem has no such implementation; these have one: balanced_ce, ce, fixed_weights, focal, ",
+        ),
         ("focal", "quick", 'IMPLEMENTATION is "quick"; legal values: auto, reference, fused'),
     ],
 )
