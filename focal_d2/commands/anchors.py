@@ -1,7 +1,7 @@
 """Propose anchor sizes and aspect ratios that fit a config's training set.
 
-They are searched on half of the training images and compared on the other half and on the test sets, all at
-training resolution. Whether AP follows, only a training shows.
+The search uses half of the training images. The proposal is compared with the config's anchors on the other
+half and on the test sets, all at training resolution. Only a training shows the effect on AP.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     write(json.dumps(result.as_dict(), indent=2) if args.json else result.as_text())
     if args.output is not None:
         base = args.config_file
-        if os.path.exists(base):  # else it is one of this package's, found by its name from everywhere
+        if os.path.exists(base):  # else it is a config of this package, which every folder finds by its name
             base = os.path.relpath(base, args.output.parent)
         with create_file(args.output) as file:
             file.write(f"_BASE_: {json.dumps(base)}\n{result.chosen.as_yaml()}".encode())

@@ -1,7 +1,7 @@
-"""Time and memory beside detectron2's RetinaNet, in one process, turn by turn.
+"""Compare time and memory with detectron2's RetinaNet, in one process and in alternating order.
 
-Each figure has a limit beside it: a part of the work that remains, whatever is done to the rest. Ratios mean
-something on a busy machine, seconds do not. docs/benchmark.md has the results of a real run.
+Each number comes with a limit: the time of a part of the work that no implementation can leave out. On a busy
+machine only the ratios are meaningful, not the seconds. docs/benchmarks.md has results.
 """
 
 from __future__ import annotations
@@ -75,5 +75,5 @@ def run(args: argparse.Namespace) -> None:
     else:
         result["rows"] = [row.as_dict() for row in benchmark.BENCHMARKS[args.what](cfg, setting)]
     write(json.dumps(result, indent=2) if args.json else as_text(result))
-    if args.what == "sweep":  # after the figures are out: a path that can't be written loses none
+    if args.what == "sweep":  # after the results are printed, in case the path can't be written
         plot_sweep(result["rows"], args.plot)

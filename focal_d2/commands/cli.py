@@ -1,4 +1,4 @@
-"""What the commands share: parser, options, and one line for a user's mistake."""
+"""Shared parts of the commands: the parser, options, and one line for a user's mistake."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_command(name: str, arguments: Sequence[str] | None = None, *, program: s
     Args:
         name: of a module of this package, which has `add_options(parser)` and `run(args)`.
         arguments: of the command; None: those of this process.
-        program: what messages call it; None: `focal-d2 NAME`.
+        program: the program's name in messages; None: `focal-d2 NAME`.
 
     Returns:
         The exit status: 0, or what the command returns.
@@ -65,7 +65,7 @@ def command_line(program: str) -> Iterator[None]:
         raise SystemExit(130) from None
     except Exception as error:
         if isinstance(error, BrokenPipeError) and reader_is_gone():
-            raise SystemExit(0) from None  # who read the output has seen enough (`| head`)
+            raise SystemExit(0) from None  # the reader of the output has ended (`| head`)
         message = user_message(error)
         if message is None:
             raise
@@ -78,8 +78,9 @@ def command_line(program: str) -> Iterator[None]:
 class Parser(argparse.ArgumentParser):
     """The parser of the commands: Python's, with three differences.
 
-    A description keeps its lines. An option among the KEY VALUE pairs is named as that. `~` becomes the
-    user's folder in `--config-file` and options of the type `Path`: a shell leaves `--output=~/x` as it is.
+    A description keeps its line breaks. The error about an option among the KEY VALUE pairs names the option.
+    `~` becomes the user's folder in `--config-file` and in options of the type `Path`, because a shell does
+    not replace it in `--output=~/x`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -133,7 +134,7 @@ def add_import_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_trust_flag(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that trust files and addresses. No config has such keys: it may itself be hostile."""
+    """Add the flags that trust files and addresses. No config has such keys, because it may be hostile."""
     parser.add_argument(
         "--trust-files",
         action="store_true",
@@ -154,14 +155,14 @@ def positive(text: str) -> int:
 
 
 def check_writable(path: Path, config_file: str) -> None:
-    """See that a file can be written, before the work whose result it shall hold.
+    """Check that a file can be written, before the work whose result it will contain.
 
     Args:
         path: of the file.
-        config_file: which it must not replace.
+        config_file: the config, which the file must not replace.
 
     Raises:
-        UserError: if not.
+        UserError: if the file cannot be written.
     """
     if path.exists() and os.path.exists(config_file) and path.samefile(config_file):
         raise UserError(f"{path} is the config itself: choose another file")

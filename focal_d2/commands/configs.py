@@ -1,7 +1,7 @@
 """List the configs that come with this package.
 
-Each name is one that --config-file and _BASE_ take in any folder, and --grid of a study those under grids/. A
-file of that name which is at hand comes first.
+--config-file and _BASE_ accept these names in any folder, and --grid of a study those under grids/. If a file
+with such a path exists, it is used instead.
 """
 
 import argparse

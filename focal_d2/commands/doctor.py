@@ -1,7 +1,7 @@
-"""Examine a config's datasets, and what training would make of them, before it costs a night.
+"""Examine a config, its datasets and how they fit the model, before a training costs hours.
 
-It reads images and annotations and changes neither. Exit status: 0 if no error is found, 1 if one is, 2 for a
-mistake in the config or the command. docs/doctor.md lists what can be found.
+It reads images and annotations and does not change them. Exit status: 0 if there is no error, 1 if there is
+one, 2 for a mistake in the config or the command. docs/doctor.md lists all findings.
 """
 
 import argparse
@@ -33,11 +33,11 @@ def run(args: argparse.Namespace) -> int:
     from focal_d2.engine import load_config
     from focal_d2.modeling.build import build_without_memory, building
 
-    # What detectron2 logs while it reads is no part of the report.
+    # detectron2's log records are not part of the report.
     logging.getLogger("detectron2").addHandler(logging.NullHandler())
     if args.html:
         check_writable(args.html, args.config_file)
-    # Nothing is computed, so the device may be one that is not here.
+    # Nothing is computed, so the config's device need not exist.
     cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
     with building("model"):
         model = build_without_memory(cfg)

@@ -1,6 +1,6 @@
-"""Say which versions are installed, and what this machine's CPU and GPUs can do.
+"""Print the installed versions, and the abilities of this machine's CPU and GPUs.
 
-It imports none of the packages: a broken one does not stop it, and it answers at once.
+It imports none of the packages. So it answers at once, also if one of them is broken.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def add_options(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what is here."""
+    """Print the facts."""
     facts = _facts()
     if args.json:
         write(json.dumps(facts, indent=1))
@@ -103,14 +103,14 @@ def _facts() -> dict[str, Any]:
 
 
 def _version(name: str, module: str) -> str | None:
-    """Return the version of a package, "?" if it is here without one, None if it is not here."""
+    """Return the version of a package, "?" if it has none, None if it is not installed."""
     spec = importlib.util.find_spec(module)
     if spec is None:
         return None
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        # detectron2 may lie in a folder without the registry's facts: read its source.
+        # detectron2 may be a source folder without package metadata: read the version from the source.
         source = Path(spec.origin).read_text() if spec.origin else ""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":

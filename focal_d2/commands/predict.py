@@ -23,7 +23,7 @@ def add_options(parser: Parser) -> None:
         "--threshold",
         type=float,
         default=0.3,
-        help="lowest score that is shown; the model returns none below its own SCORE_THRESH_TEST",
+        help="lowest score that is shown; the model returns none below SCORE_THRESH_TEST",
     )
     parser.add_argument("--json", action="store_true", help="print the detections as JSON lines")
     add_trust_flag(parser)
@@ -50,12 +50,12 @@ def run(args: argparse.Namespace) -> None:
     paths = list(truth) or list_images(args.input)
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     if limit > 0:
-        # One more than is shown tells whether there are more.
+        # One detection above the limit shows that the limit cuts detections off.
         cfg = cfg.clone()
         cfg.defrost()
         cfg.TEST.DETECTIONS_PER_IMAGE = limit + 1
     predictor = Predictor(cfg, **trust)
-    # Pictures have colours, whatever the model is given.
+    # The pictures have colours, whatever INPUT.FORMAT the model reads.
     in_colours = ImageReader("BGR", "pil", cfg.INPUT.FOCAL.MAX_PIXELS)
     targets = picture_files(paths, args.output)
     cut: list[Path] = []

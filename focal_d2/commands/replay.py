@@ -1,8 +1,7 @@
 """Repeat a training step that was not finite, from the folder in which training saved it.
 
-It prints whether the step fails again and the report on it. Exit status: 0 if the same losses, or the
-gradient, are not finite again, 1 if not, 2 for a mistake in the command or a damaged file. See
-docs/nonfinite.md.
+It prints whether the step fails again, and the report. Exit status: 0 if the same losses, or the gradient,
+are not finite again, 1 if not, 2 for a mistake in the command or a damaged file. See docs/nonfinite.md.
 """
 
 import argparse
@@ -20,14 +19,14 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("folder", type=Path, help="OUTPUT_DIR/nonfinite_NNNNNNN")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     add_import_flag(parser)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: as in training, if it is here")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: as in training, if it exists")
 
 
 def run(args: argparse.Namespace) -> int:
     """Repeat the step, and print the report."""
     from focal_d2.engine.nonfinite import load_step, replay
 
-    # What detectron2 logs while it builds is no part of the report.
+    # detectron2's log records are not part of the report.
     logging.getLogger("detectron2").addHandler(logging.NullHandler())
     saved = load_step(args.folder)
     result = replay(saved, device=args.device)

@@ -25,13 +25,13 @@ def add_options(parser: Parser) -> None:
     add_config_options(parser, help="what all cells start from")
     parser.add_argument("--grid", required=True, type=Path, help="YAML of cells and seeds (configs/grids/)")
     parser.add_argument("--output", required=True, type=Path, help="the study's folder")
-    parser.add_argument("--seeds", metavar="SEED,SEED,…", help="instead of the grid's")
+    parser.add_argument("--seeds", metavar="SEED,SEED,…", help="seeds that replace the grid's")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes of each run (1)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run what is missing, and print the results."""
+    """Run the runs without a result, and print all results."""
     from focal_d2.analysis.study import as_json, check_seeds, load_grid, plan, run_study, write_report
     from focal_d2.engine import check_job
     from focal_d2.storage.configs import find_config

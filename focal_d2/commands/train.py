@@ -20,7 +20,7 @@ def add_options(parser: Parser) -> None:
 def add_job_options(parser: Parser) -> None:
     """Add the options of a job that trains or evaluates: those of detectron2's `default_argument_parser`.
 
-    They are written here once more, because importing detectron2 takes seconds.
+    This module repeats them, because importing detectron2 takes seconds.
     """
     add_config_options(parser, default="")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, if any")
