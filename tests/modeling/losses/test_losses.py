@@ -472,9 +472,9 @@ def test_mistakes_name_the_key(name, parameters, match):
 
 
 def example_in_the_docs() -> tuple[str, str]:
-    """The Python and the YAML that docs/losses.md shows for a loss of one's own."""
-    own = (REPOSITORY / "docs/losses.md").read_text().split("## Your own")[1]
-    python, yaml_text = (own.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "yaml"))
+    """The Python and the YAML that docs/losses.md shows for a new loss."""
+    section = (REPOSITORY / "docs/losses.md").read_text().split("## A new loss")[1]
+    python, yaml_text = (section.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "yaml"))
     assert len(python.splitlines()) <= 22
     return python, yaml_text
 
