@@ -24,7 +24,7 @@ class Bfloat16Support(NamedTuple):
 
 
 def judge_cpu(capabilities: Mapping[str, Any], vendor: str | None) -> Bfloat16Support:
-    """Decide whether convolutions on a CPU shall compute in bfloat16.
+    """Decide whether convolutions on a CPU should compute in bfloat16.
 
     Args:
         capabilities: of `torch.cpu.get_capabilities()`; empty if PyTorch does not report them.

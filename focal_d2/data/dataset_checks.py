@@ -192,7 +192,7 @@ def count_classes(cfg: CfgNode, key: str) -> int:
         try:
             classes = known_class_names(name)
         except UserError:
-            continue  # who trains on it is told so; evaluation and the doctor go on without
+            continue  # training reports it; evaluation and the doctor continue without the dataset
         if classes is not None:
             return len(classes)
     for key in ("TRAIN", "TEST"):

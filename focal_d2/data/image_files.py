@@ -89,7 +89,7 @@ def open_image(file: IO[bytes], *, max_pixels: int | None) -> Image.Image:
                 if width * height > max_pixels:
                     raise OSError(_too_large(f"{what} {width} × {height} pixels,", f" {max_pixels}"))
             if image.info.get("progressive") and image.fp and _has_many_scans(image.fp):
-                raise OSError(f"a JPEG of more than {MOST_SCANS} scans: save it anew")
+                raise OSError(f"a JPEG of more than {MOST_SCANS} scans: save it again")
     return image
 
 

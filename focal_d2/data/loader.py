@@ -32,7 +32,7 @@ from focal_d2.data.workers import (
 from focal_d2.detectron2_compat import infinite_indices
 from focal_d2.errors import UserError
 
-# More images than any training draws: to go on after so many would take an hour of counting.
+# More images than any training draws: to continue after so many would take an hour of counting.
 _MOST_DRAWS = 10**9
 
 # Tells the seed that a sample has for its losses from that of its augmentation.

@@ -56,7 +56,7 @@ def decode(data: bytes, max_pixels: int | None) -> np.ndarray | None:
         return None
     orientation = None
     if header.format == "JPEG" and _is_whole_jpeg(data, progressive="progressive" in header.info):
-        # Broken EXIF raises many kinds; detectron2, too, goes on without.
+        # Broken EXIF raises many kinds of errors. detectron2 also continues without it.
         with contextlib.suppress(Exception):
             orientation = header.getexif().get(ExifTags.Base.Orientation)
     elif not (header.format == "PNG" and _is_plain_png(data)):

@@ -32,7 +32,7 @@ from focal_d2.storage.files import check_output
 
 
 class Job(NamedTuple):
-    """What is going to run."""
+    """The job that is checked."""
 
     training: bool  # False: evaluation only
     processes: int

@@ -103,7 +103,7 @@ def _of_records(
     classes: Sequence[str] | None,
     labels: Mapping[int, int] | None,
 ) -> GroundTruth:
-    """Take detectron2's records; the place of a record stands for an image id that is missing."""
+    """Read detectron2's records; a missing image id is replaced by the record's index."""
     image_ids = [record.get("image_id", i) for i, record in enumerate(records)]
     boxes = [
         _box(

@@ -1,4 +1,4 @@
-"""From an image to detections."""
+"""Detect objects in single images with a trained model."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from focal_d2.storage.checkpoint import FocalCheckpointer
 
 
 class Detections(NamedTuple):
-    """What was found in one image, best first."""
+    """The detections of one image, best first."""
 
-    boxes: np.ndarray  # (D, 4) float32, XYXY in the image's own pixels
+    boxes: np.ndarray  # (D, 4) float32, XYXY in pixels of the image
     scores: np.ndarray  # (D,) float32 in (0, 1)
     classes: np.ndarray  # (D,) int64 in [0, K)
 
@@ -45,12 +45,12 @@ class Predictor:
 
         Args:
             cfg: full config; see `focal_d2.engine.load_config`. The class names are those of the first
-                of `DATASETS.TEST`, or numbers where that is not here or has others.
-            trust_files: let the checkpoint import and run what it names.
+                dataset of `DATASETS.TEST`, or numbers if it is missing or has another number of classes.
+            trust_files: let the checkpoint import and run code.
             allow_download: let `MODEL.WEIGHTS` be an address outside detectron2's stores.
 
         Raises:
-            UserError: if the weights are missing or do not fit, the device does not exist here, or
+            UserError: if the weights are missing or do not fit, the machine does not have the device, or
                 detectron2 refuses the config.
         """
         self.reader = build_reader(cfg)

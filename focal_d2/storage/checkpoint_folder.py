@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointFolder:
-    """A folder of checkpoints, which need not exist. Every call looks at the files anew."""
+    """A folder of checkpoints, which need not exist. Every call reads the list of files again."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -156,7 +156,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in lines:
                     first = lines[key.tag, key.value]
-                    raise self._mistake(key, f"{key.value} stands in line {first} already")
+                    raise self._mistake(key, f"{key.value} is in line {first} already")
                 lines[key.tag, key.value] = key.start_mark.line + 1
         return node
 

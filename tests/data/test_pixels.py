@@ -576,7 +576,7 @@ def test_jpeg_of_many_scans_is_refused_before_it_is_decoded(tmp_path, monkeypatc
     path.write_bytes(scans(64, 201))
     for decode in ("PIL.ImageFile.ImageFile.load", "cv2.imdecode"):
         monkeypatch.setattr(decode, lambda *_: pytest.fail("it is decoded"))
-    with pytest.raises(OSError, match="a JPEG of more than 200 scans: save it anew"):
+    with pytest.raises(OSError, match="a JPEG of more than 200 scans: save it again"):
         read(str(path), "BGR")
 
 

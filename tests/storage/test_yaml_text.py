@@ -57,7 +57,7 @@ def test_bombs_are_refused_wherever_yaml_is_read(tmp_path, name, reader):
 @pytest.mark.parametrize(
     "text, match",
     [
-        ("names: [a]\nnames: [b]", "line 2: names stands in line 1 already"),
+        ("names: [a]\nnames: [b]", "line 2: names is in line 1 already"),
         ("names: [!!python/name:os.system '']", "os.system is refused"),
         ("names: [" + "[" * 60 + "]" * 60 + "]", "or 50 levels"),
         ("names: " + "[" * 100_000, "not readable as YAML"),

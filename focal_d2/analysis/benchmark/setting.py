@@ -14,7 +14,7 @@ PRECISIONS = ("fp32", "bf16")
 
 
 class Setting(NamedTuple):
-    """What is timing.timed."""
+    """The sizes, device and precision of a measurement."""
 
     device: str
     size: int  # pixels, height and width of an image

@@ -27,7 +27,7 @@ SPLITS, CLASSES, _ = SETS["digits"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How scenes are drawn; cached scenes of another recipe are drawn anew."""
+    """How scenes are drawn; cached scenes of another recipe are replaced."""
 
     version: int = 1
     seed: int = 0

@@ -41,7 +41,7 @@ _OTHER = ("OSBS_029", "SOAP_061")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the pictures are cut; cached tiles of another recipe are cut anew."""
+    """How the pictures are cut; cached tiles of another recipe are replaced."""
 
     version: int = 1
     tile: int = 400  # pixels

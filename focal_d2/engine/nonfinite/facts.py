@@ -124,7 +124,7 @@ class BadGradient(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What an examination measured; see `examine`."""
+    """The measurements of an examination; see `examine`."""
 
     losses: dict[str, float]  # of the step as it was repeated
     normalizer: float | None  # the divisor of the losses; None: not given, the model computed it

@@ -13,7 +13,7 @@ from focal_d2.engine.nonfinite.verdict import judge
 
 @dataclass(frozen=True)
 class Report(Facts):
-    """What an examination found; see `examine`."""
+    """The result of an examination; see `examine`."""
 
     @property
     def cause(self) -> str:

@@ -78,9 +78,9 @@ def _match_kernel(
     BEST: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The best box of each anchor; and, if BEST, the best IoU of each box, as the bits of a float32 ≥ 0.
+    """Store the best box of each anchor and, if BEST, the best IoU of each box as the bits of a float32 ≥ 0.
 
-    Such bits rise with the number, so an integer maximum is the numbers' maximum.
+    As integers, such bits have the order of the numbers, so the largest integer is the largest number.
     """
     index = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = index < total
@@ -100,14 +100,14 @@ def _match_kernel(
 
 @triton.jit(do_not_specialize=["count", "total"])
 def _best_kernel(boxes, anchors, best, is_best, count, total, TILE: tl.constexpr):
-    """Which anchors have the best IoU of some box, to the bit."""
+    """Store for each anchor whether it has the best IoU of a box, to the bit."""
     index = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = index < total
     x0, y0, x1, y1 = _corners(anchors, index, inside)
-    found = tl.zeros([TILE], tl.int1)
+    is_best_of_any = tl.zeros([TILE], tl.int1)
     for m in range(count):
-        found = found | (_iou(boxes, m, x0, y0, x1, y1) == tl.load(best + m))
-    tl.store(is_best + index, found, mask=inside)
+        is_best_of_any = is_best_of_any | (_iou(boxes, m, x0, y0, x1, y1) == tl.load(best + m))
+    tl.store(is_best + index, is_best_of_any, mask=inside)
 
 
 @triton.jit
