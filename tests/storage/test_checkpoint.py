@@ -470,9 +470,14 @@ def test_checkpoints_of_a_longer_run_are_let_be(tmp_path):
 def test_old_checkpoint_goes_after_the_new_one_is_written(tmp_path, monkeypatch):
     save_run(tmp_path, 1)
     remove, seen = os.remove, []
-    monkeypatch.setattr(os, "remove", lambda path: (seen.append(files(tmp_path)), remove(path)))
+
+    def recorded(path):
+        remove(path)
+        seen.append(files(tmp_path))
+
+    monkeypatch.setattr(os, "remove", recorded)
     save_run(tmp_path, 2, keep=1)
-    assert seen == [["last_checkpoint", "model_0000001.pth", "model_0000002.pth"]]
+    assert seen == [["last_checkpoint", "model_0000002.pth"]]  # the new one is there when the old one goes
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
 
 
