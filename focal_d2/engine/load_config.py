@@ -26,6 +26,7 @@ from focal_d2.modeling.build import resolve_device
 from focal_d2.modeling.losses import LOSSES, parameter_names
 from focal_d2.storage.configs import find_config
 from focal_d2.storage.downloads import is_address
+from focal_d2.storage.yaml_text import LONGEST_NUMBER
 
 _CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f]")
 _KERNELS = "MODEL.FOCAL.KERNELS"
@@ -37,6 +38,8 @@ _MISMATCH = re.compile(
     r"with values \(.* vs\. (?P<value>.*)\) for config key: (?P<key>\S+)",
     re.DOTALL,
 )
+# Python writes no number of more than 4,300 decimal digits, and reads those of other bases of any length.
+_LONG_NUMBER = re.compile(rf"\b0[xob][\da-f_]{{{LONGEST_NUMBER + 1},}}", re.IGNORECASE)
 # A list of texts without quotes, as in YAML; it is no literal of Python.
 _PLAIN_LIST = re.compile(r"\[[^][(){}:]*\]")
 _TYPES = {"bool": "True or False", "int": "a whole number", "str": "a text", "CfgNode": "a section"}
@@ -173,13 +176,16 @@ def _check_pairs(overrides: Sequence[str]) -> None:
     """Check that overrides are KEY VALUE pairs.
 
     Raises:
-        UserError: for an option among the pairs, which argparse does not notice, or a key without a value.
+        UserError: for an option among the pairs, which argparse does not notice, a key without a value, or a
+            number that is too long.
     """
     for i, text in enumerate(overrides):
         if re.match(r"--[A-Za-z]" if i % 2 else "-", text):
             raise UserError(f"{text} must come before the KEY VALUE pairs, which begin with {overrides[0]}")
         if i % 2 == 0 and re.match(r"[\w.]+=", text):
             raise UserError(f"{text}: write {text.replace('=', ' ', 1)}, without =")
+        if i % 2 and _LONG_NUMBER.search(text):
+            raise UserError(f"{overrides[i - 1]} has a number of more than {LONGEST_NUMBER} digits")
     if len(overrides) % 2:
         raise UserError(f"overrides must be KEY VALUE pairs; {overrides[-1]} has no value")
 

@@ -137,7 +137,14 @@ def test_hostile_yaml_on_the_command_line(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "value", ["__import__('os').system('touch PLANTED')", "!!python/name:os.system", "[" * 5000, "-" * 50_000]
+    "value",
+    [
+        "__import__('os').system('touch PLANTED')",
+        "!!python/name:os.system",
+        "[" * 5000,
+        "-" * 50_000,
+        "0x" + "f" * 10_000,
+    ],
 )
 def test_overrides_run_nothing(tmp_path, value):
     planted = tmp_path / "planted"
