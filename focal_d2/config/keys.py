@@ -182,7 +182,23 @@ KEYS: dict[str, tuple[Any, Range]] = {
 _SIZES = number(least=0.001, most=MOST_PIXELS)
 _WIDTH = whole(1, MOST_CHANNELS)
 _ITERATIONS = whole(0, MOST_ITERATIONS)
-_NOT_NEGATIVE = number(least=0)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value)
+
+
+def _are_results(value: Any) -> bool:
+    def is_result(x: Any) -> bool:
+        if not (isinstance(x, (list, tuple)) and len(x) == 4):
+            return False
+        return _are_texts(x[:2]) and all(map(number().holds, x[2:]))
+
+    return isinstance(value, (list, tuple)) and all(map(is_result, value))
+
+
+_NAMES = Range("it must be a list of names", _are_texts)
+_NOT_NEGATIVE = number(least=0, most=1e9)  # above, and multiplied, float32 has no such number
 _SHARE = number(least=0, most=1)
 DETECTRON2_RANGES: dict[str, Range] = {
     **{key: either(one_of("auto"), whole(1, 10**6)) for key in CLASS_KEYS},
@@ -239,6 +255,12 @@ DETECTRON2_RANGES: dict[str, Range] = {
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of("value", "norm"),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": number(above=0),
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": either(number(above=0), one_of(math.inf)),  # the largest
+    "DATASETS.TRAIN": _NAMES,
+    "DATASETS.TEST": _NAMES,
+    "TEST.EXPECTED_RESULTS": Range(
+        "it must be a list of [task, metric, value, tolerance], such as [[bbox, AP, 38.5, 0.2]], or []",
+        _are_results,
+    ),
     "TEST.EVAL_PERIOD": whole(0, MOST_ITERATIONS, note="0: at the end only"),
     "TEST.PRECISE_BN.NUM_ITER": whole(1, MOST_ITERATIONS),
     "VIS_PERIOD": whole(0, MOST_ITERATIONS, note="0: no pictures"),

@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 
+from focal_d2.config.architectures import is_retinanet
 from focal_d2.config.legal_values import check_values
 from focal_d2.data.dataset_checks import check_datasets, check_has_training_data
 from focal_d2.data.mapper import FocalDatasetMapper
@@ -70,6 +72,16 @@ def _output_dir(cfg: CfgNode, _: Job) -> None:
     check_output(cfg.OUTPUT_DIR)
 
 
+def _expected_results(cfg: CfgNode, _: Job) -> None:
+    """Check that there will be results to compare. detectron2 looks for them when all the work is done."""
+    expected, tests = cfg.TEST.EXPECTED_RESULTS, cfg.DATASETS.TEST
+    if expected and len(tests) != 1:
+        raise UserError(f"TEST.EXPECTED_RESULTS needs one dataset in DATASETS.TEST, not {len(tests)}")
+    for task, *_ in expected:
+        if is_retinanet(cfg) and task != "bbox":
+            raise UserError(f'TEST.EXPECTED_RESULTS names the task "{task}"; legal values: bbox')
+
+
 def _training_values(cfg: CfgNode, job: Job) -> None:
     """Check the keys that training reads, also for architectures of other packages."""
     if job.training:
@@ -112,6 +124,10 @@ def _training_data(cfg: CfgNode, job: Job) -> None:
 
 def _datasets(cfg: CfgNode, job: Job) -> None:
     check_datasets(cfg, training=job.training)
+    if job.training and cfg.MODEL.KEYPOINT_ON:
+        for name in cfg.DATASETS.TRAIN:
+            if "keypoint_names" not in MetadataCatalog.get(name).as_dict():
+                raise UserError(f'MODEL.KEYPOINT_ON is True, but dataset "{name}" has no keypoints')
 
 
 def _best_metric(cfg: CfgNode, job: Job) -> None:
@@ -156,6 +172,7 @@ def _weights(cfg: CfgNode, _: Job) -> None:
 PHASES = ("config", "datasets", "metrics", "processes", "input", "build")
 CHECKS: tuple[tuple[str, Callable[[CfgNode, Job], None]], ...] = (
     ("config", _output_dir),
+    ("config", _expected_results),
     ("config", _training_values),
     ("config", _batch),
     ("config", _sampler),

@@ -136,6 +136,8 @@ class _Loader(yaml.SafeLoader):
             if id(node) not in self._extents:
                 raise self._mistake(node, "it holds an alias of itself")
             return node
+        if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
+            raise self._mistake(node, "a text with a NUL character, which no name or path has")
         children: list[yaml.Node] = node.value if isinstance(node, yaml.CollectionNode) else []
         if isinstance(node, yaml.MappingNode):
             children = [x for pair in node.value for x in pair]

@@ -64,6 +64,7 @@ def test_bombs_are_refused_wherever_yaml_is_read(tmp_path, name, reader):
         ("names: [" + "9" * 5000 + "]", "a number of more than 64 characters"),
         ("names: !!set {[a]: 1}", "line 1"),
         ("names: [!!timestamp x]", "not readable as YAML"),
+        ('names: ["a\\0b"]', "line 1: a text with a NUL character"),
         ("names: [!!bool maybe]", "not readable as YAML: 'maybe'"),
         ("names: [!!int '']", "not readable as YAML"),
         ("names: [!!float '']", "not readable as YAML"),
