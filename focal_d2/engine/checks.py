@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
@@ -124,10 +124,14 @@ def _training_data(cfg: CfgNode, job: Job) -> None:
 
 def _datasets(cfg: CfgNode, job: Job) -> None:
     check_datasets(cfg, training=job.training)
-    if job.training and cfg.MODEL.KEYPOINT_ON:
-        for name in cfg.DATASETS.TRAIN:
-            if "keypoint_names" not in MetadataCatalog.get(name).as_dict():
-                raise UserError(f'MODEL.KEYPOINT_ON is True, but dataset "{name}" has no keypoints')
+
+
+def _keypoints(cfg: CfgNode, job: Job) -> None:
+    """Check that the training sets have the keypoints that detectron2's mapper asks for."""
+    names = cfg.DATASETS.TRAIN if job.training and cfg.MODEL.KEYPOINT_ON else []
+    for name in set(names).intersection(DatasetCatalog.list()):
+        if "keypoint_names" not in MetadataCatalog.get(name).as_dict():
+            raise UserError(f'MODEL.KEYPOINT_ON is True, but dataset "{name}" has no keypoints')
 
 
 def _best_metric(cfg: CfgNode, job: Job) -> None:
@@ -177,6 +181,7 @@ CHECKS: tuple[tuple[str, Callable[[CfgNode, Job], None]], ...] = (
     ("config", _batch),
     ("config", _sampler),
     ("config", _training_data),
+    ("config", _keypoints),
     ("datasets", _datasets),
     ("metrics", _best_metric),
     ("processes", _exchange),

@@ -270,8 +270,10 @@ def _adapt(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
     for number, parameter in zip(numbers, parameters, strict=True):
         tensors = state["state"].get(number, {})
         for name, x in tensors.items():
-            if not isinstance(x, Tensor) or (name == "step" and x.dim() == 0):
+            if x is None or (name == "step" and (type(x) in (int, float) or x.dim() == 0)):
                 continue
+            if not isinstance(x, Tensor):
+                raise ValueError(f"the optimizer's {name} is a {type(x).__name__}")
             if x.shape != parameter.shape or not x.is_floating_point():
                 raise ValueError(f"the optimizer's {name} has the shape {tuple(x.shape)}")
             tensors[name] = torch.empty_like(parameter, dtype=x.dtype, device=x.device).copy_(x)

@@ -365,6 +365,7 @@ CASES: dict[str, tuple[str, Callable[[Broken], object], str | None]] = {
     ),
     "coco: no name": ("coco", image(0, file_name=""), r"images\[0\].*not a path"),
     "coco: a name with a zero": ("coco", image(0, file_name="a\0.jpg"), r"images\[0\].*not a path"),
+    "coco: a name of half a letter": ("coco", image(0, file_name="a\ud800.jpg"), r"images\[0\].*not a path"),
     "coco: spaces and Unicode": ("coco", rename_image("ein Bild – é 図.jpg", "coco"), None),
     "csv: spaces, Unicode, a comma": ("csv", rename_image("ein Bild, é 図.jpg", "csv"), None),
     "voc: spaces and Unicode": ("voc", rename_image("ein Bild é 図.jpg", "voc"), None),

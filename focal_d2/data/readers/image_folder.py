@@ -27,11 +27,19 @@ def path_under(root: str, name: str, *, outside: bool = False) -> str | None:
         name: of the image.
         outside: it may leave the folder.
     """
-    if not name.strip() or "\0" in name:
+    if not name.strip() or "\0" in name or not _is_encodable(name):
         return None
     path = os.path.normpath(os.path.join(root, name))
     inside = os.path.join(os.path.abspath(root), "")
     return path if outside or os.path.abspath(path).startswith(inside) else None
+
+
+def _is_encodable(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half of a letter of UTF-16, which JSON can write
+        return False
+    return True
 
 
 class ImageFolder:
