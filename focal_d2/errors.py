@@ -14,6 +14,7 @@ from typing import Any
 
 # How a traceback's last line begins; a message that quotes a file may have several lines.
 _RAISED = re.compile(r"^[\w.]*UserError: ", re.MULTILINE)
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory: "  # of PyTorch
 _LONGEST = 2000  # characters of a line that is printed
 # Ends the line that refuses a file: the flag is that of focal_d2.commands.cli.add_trust_flag.
 UNLESS_TRUSTED = " (unless you trust the file: --trust-files of train, eval and predict)"
@@ -30,9 +31,10 @@ class UserError(ValueError):
 def user_message(error: BaseException) -> str | None:
     """Find the user's line in `error`, or None if it is a fault of the program.
 
-    A disk that is full or read-only is the user's as well. Data loader workers and spawned ranks re-raise
-    with a formatted traceback as the message; its end then carries the original error. The line is
-    cut in the middle if it is long: a hostile file may have a name of a megabyte in it.
+    A disk that is full or read-only, and memory that is too small, are the user's as well. Data loader
+    workers and spawned ranks re-raise with a formatted traceback as the message; its end then carries the
+    original error. The line is cut in the middle if it is long: a hostile file may have a name of a megabyte
+    in it.
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return f"{error.filename or 'output'}: {error.strerror}"
@@ -41,6 +43,8 @@ def user_message(error: BaseException) -> str | None:
             f"{error.object!a} can't be written in this system's encoding {error.encoding}: set PYTHONUTF8=1"
         )
     text = str(error).strip()
+    if isinstance(error, RuntimeError) and _NO_MEMORY in text:
+        return f"out of memory: {text.split(_NO_MEMORY, 1)[1]}"
     raised = [*_RAISED.finditer(text)] if "\n" in text else []
     if raised and "\nTraceback" not in text[raised[-1].end() :]:
         return one_line(text[raised[-1].end() :], _LONGEST)

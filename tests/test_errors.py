@@ -4,6 +4,7 @@ import errno
 import os
 
 import pytest
+import torch
 
 from focal_d2.errors import UserError, describe_error, first_few, one_line, reason, user_message
 
@@ -49,3 +50,11 @@ def test_user_message_is_cut_where_a_file_made_it_long():
     assert len(message) < 2010
     assert message.startswith("a.yaml: the key kkk")
     assert message.endswith("k is unknown; did you mean SEED?")
+
+
+def test_user_message_tells_of_memory():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**61, dtype=torch.uint8)
+    message = user_message(error.value)
+    assert message is not None
+    assert message.startswith("out of memory: you tried to allocate 2305843009213693952 bytes")

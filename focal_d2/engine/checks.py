@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from focal_d2.config.architectures import is_retinanet
 from focal_d2.config.legal_values import check_values
 from focal_d2.data.dataset_checks import check_datasets, check_has_training_data
+from focal_d2.data.datasets import load_table
 from focal_d2.data.mapper import FocalDatasetMapper
 from focal_d2.data.sampling import check_sampler
 from focal_d2.data.workers import check_handles
@@ -134,6 +135,24 @@ def _keypoints(cfg: CfgNode, job: Job) -> None:
             raise UserError(f'MODEL.KEYPOINT_ON is True, but dataset "{name}" has no keypoints')
 
 
+def _image_sizes(cfg: CfgNode, job: Job) -> None:
+    """Check the sizes in annotations: such an image could not be read, and its anchors would fill memory."""
+    most = cfg.INPUT.FOCAL.MAX_PIXELS
+    for name in dict.fromkeys([*(cfg.DATASETS.TRAIN if job.training else []), *cfg.DATASETS.TEST]):
+        try:
+            table = load_table(name)
+        except UserError:
+            continue  # the doctor goes on with the other datasets, and a job ends where it reads this one
+        pixels = table.sizes.astype(float).prod(1)
+        if len(table) and pixels.max() > most:
+            i = int(pixels.argmax())
+            height, width = table.sizes[i].tolist()
+            raise UserError(
+                f'dataset "{name}": {table.file_names[i]} has {height} × {width} pixels by its annotations, '
+                f"more than INPUT.FOCAL.MAX_PIXELS {most}"
+            )
+
+
 def _best_metric(cfg: CfgNode, job: Job) -> None:
     if job.training:
         check_best(cfg)
@@ -183,6 +202,8 @@ CHECKS: tuple[tuple[str, Callable[[CfgNode, Job], None]], ...] = (
     ("config", _training_data),
     ("config", _keypoints),
     ("datasets", _datasets),
+    ("datasets", _image_sizes),
+    ("input", _image_sizes),
     ("metrics", _best_metric),
     ("processes", _exchange),
     ("processes", _file_handles),

@@ -67,3 +67,15 @@ def test_a_study_checks_the_batch_of_several_processes(job, monkeypatch):
 
 def test_every_check_is_in_a_phase():
     assert {phase for phase, _ in CHECKS} == set(PHASES)
+
+
+def test_an_image_that_annotations_make_huge_is_refused(job):
+    """Its anchors would take 68 GB."""
+    path, data = job
+    text = data.annotations.read_text().replace('"width": 64', '"width": 1048576')
+    data.annotations.write_text(text.replace('"height": 64', '"height": 1048576'))
+    for program in (doctor, check_job):
+        with pytest.raises(
+            UserError, match="1048576 pixels by its annotations, more than INPUT"
+        ):
+            program(str(path), [])
