@@ -100,7 +100,8 @@ def check_state(
         if (
             name not in schedule
             or type(value) is not type(schedule[name])
-            or not all(isinstance(x, (int, float)) for x in numbers)
+            or not all(isinstance(x, (int, float)) and abs(x) < math.inf for x in numbers)
+            or (type(value) is int and not 0 <= value <= MOST_ITERATIONS + 1)  # it counts them
         ):
             raise ValueError(one_line(f"the schedule's {name} {value!r}", 100))
 

@@ -75,7 +75,5 @@ def test_an_image_that_annotations_make_huge_is_refused(job):
     text = data.annotations.read_text().replace('"width": 64', '"width": 1048576')
     data.annotations.write_text(text.replace('"height": 64', '"height": 1048576'))
     for program in (doctor, check_job):
-        with pytest.raises(
-            UserError, match="1048576 pixels by its annotations, more than INPUT"
-        ):
+        with pytest.raises(UserError, match="1048576 pixels by its annotations, more than INPUT"):
             program(str(path), [])

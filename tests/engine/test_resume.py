@@ -639,6 +639,8 @@ SPOILT = {
         exp_avg=torch.zeros(1).expand(10**6, 10**6)
     ),
     "weight decay": lambda s: s["_trainer"]["optimizer"]["param_groups"][0].update(weight_decay=2**70),
+    "schedule": lambda s: s["hooks"]["LRScheduler"].update(last_epoch=2**70),
+    "evaluation": lambda s: s["hooks"]["Evaluation"].update(evaluated=None),
     "moment": lambda s: s["_trainer"]["optimizer"]["state"][0].update(exp_avg=2**70),
     "betas": lambda s: s["_trainer"]["optimizer"]["param_groups"][0].update(betas=(0.9, "x")),
     "settings": lambda s: s["settings"]["groups"].pop(),

@@ -77,7 +77,15 @@ class Evaluation(EvaluationHooks, EvalHook):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; the best value of another metric is dropped."""
+        """Load a state; the best value of another metric is dropped.
+
+        Raises:
+            ValueError: if a value is of another type than in `state_dict`.
+        """
+        for name, ours in self.state_dict().items():
+            kinds = (int, float) if name == "best" else (type(ours),)
+            if not isinstance(state_dict[name], kinds):
+                raise ValueError(f"the evaluation's {name} is a {type(state_dict[name]).__name__}")
         self._evaluated = state_dict["evaluated"]
         if state_dict["metric"] != self._metric:
             if state_dict["metric"]:
