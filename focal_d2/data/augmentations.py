@@ -237,6 +237,8 @@ def build_augmentations(cfg: CfgNode, standard: list[T.Augmentation]) -> list[T.
         check_choice("with INPUT.FOCAL.BRIGHTNESS or CONTRAST, INPUT.FORMAT", cfg.INPUT.FORMAT, formats)
     if inputs.SATURATION or inputs.HUE:
         check_choice("with INPUT.FOCAL.SATURATION or HUE, INPUT.FORMAT", cfg.INPUT.FORMAT, ("BGR", "RGB"))
+    if cfg.INPUT.CROP.ENABLED:
+        _check_crop(cfg.INPUT.CROP)
     augmentations = _with_crop(cfg, standard)
     if inputs.VERTICAL_FLIP:
         augmentations.append(T.RandomFlip(horizontal=False, vertical=True))
@@ -252,6 +254,22 @@ def build_augmentations(cfg: CfgNode, standard: list[T.Augmentation]) -> list[T.
     if inputs.HUE:
         augmentations.append(RandomHue(inputs.HUE, cfg.INPUT.FORMAT))
     return augmentations
+
+
+def _check_crop(crop: CfgNode) -> None:
+    """Check `INPUT.CROP.SIZE`, whose unit is that of `INPUT.CROP.TYPE`; detectron2 finds out in an image."""
+    first, second = crop.SIZE
+    if crop.TYPE.startswith("relative"):
+        legal = max(first, second) <= 1
+        rule = "two shares of the image's height and width, above 0 and at most 1"
+    else:
+        legal = all(type(x) is int and x >= 1 for x in (first, second))
+        rule = "two whole numbers of pixels, at least 1 and without a point: height and width"
+        if crop.TYPE == "absolute_range":  # detectron2 takes 32.0 here
+            legal = all(float(x).is_integer() for x in (first, second)) and 1 <= first <= second
+            rule = "the least and the greatest number of pixels, whole and at least 1"
+    if not legal:
+        raise UserError(f"INPUT.CROP.SIZE is {crop.SIZE}; with INPUT.CROP.TYPE {crop.TYPE} it must be {rule}")
 
 
 def _with_crop(cfg: CfgNode, standard: list[T.Augmentation]) -> list[T.Augmentation]:

@@ -149,6 +149,29 @@ def test_crop_knows_boxes_only(key):
         build_augmentations(cfg, [])
 
 
+@pytest.mark.parametrize(
+    "kind, size, legal",
+    [
+        ("absolute", [0.5, 0.5], False),
+        ("absolute", [32.5, 32.0], False),
+        ("absolute", [32, 48.0], False),
+        ("absolute", [32, 48], True),
+        ("absolute_range", [48, 32], False),
+        ("absolute_range", [32.0, 48], True),
+        ("relative", [5, 5], False),
+        ("relative", [0.5, 1.0], True),
+        ("relative_range", [0.9, 1.1], False),
+    ],
+)
+def test_a_crop_has_the_unit_of_its_type(kind, size, legal):
+    cfg = make_cfg(INPUT__CROP={"ENABLED": True, "TYPE": kind, "SIZE": size})
+    if legal:
+        build_augmentations(cfg, [])
+        return
+    with pytest.raises(UserError, match=rf"INPUT.CROP.SIZE is .*; with INPUT.CROP.TYPE {kind} it must be"):
+        build_augmentations(cfg, [])
+
+
 def test_order_of_all():
     cfg = make_cfg(
         INPUT__CROP__ENABLED=True,
