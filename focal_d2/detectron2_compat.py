@@ -92,6 +92,8 @@ PRIVATE_NAMES = (
         "torch.autograd.profiler:profile", "kineto_results", "the benchmark's peak of memory on a CPU"
     ),
     PrivateName("torch.nn:Module", "_metadata", "the versions of modules in a checkpoint"),
+    PrivateName("torch", "_dynamo", "the message about a model that cannot be compiled"),
+    PrivateName("torch", "_inductor", "the message about a model that cannot be compiled"),
     PrivateName("torch.utils.data._utils.signal_handling", "_set_SIGCHLD_handler", "the end of a worker"),
 )
 
@@ -374,3 +376,8 @@ def set_module_versions(state_dict: OrderedDict[str, Any], versions: Any) -> Non
 def is_worker_watch(handler: Any) -> bool:
     """Whether a signal handler is the one that raises when a worker of a DataLoader has died."""
     return getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling"
+
+
+def is_failed_compilation(error: Exception) -> bool:
+    """Whether PyTorch raised the error because it cannot compile a model."""
+    return type(error).__module__.startswith(("torch._dynamo.", "torch._inductor."))

@@ -7,6 +7,7 @@ import multiprocessing
 import torch
 
 from focal_d2.data.workers import HungError
+from focal_d2.detectron2_compat import is_failed_compilation
 from focal_d2.engine.launch.collectives import peer_is_lost
 from focal_d2.errors import describe_error, one_line, user_message
 
@@ -23,7 +24,7 @@ def failure_message(error: Exception) -> str | None:
             f"out of memory: {text.strip().splitlines()[-1] if text.strip() else 'the machine'}; "
             "SOLVER.FOCAL.ACCUMULATE computes a batch in parts"
         )
-    if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+    if is_failed_compilation(error):
         return f"MODEL.FOCAL.COMPILE True: the model can't be compiled: {describe_error(error, lines=1)}"
     return None
 

@@ -437,8 +437,8 @@ def _check_extent(content: Any) -> None:
 
 
 def _children(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [*value.values(), *vars(value).values()] if hasattr(value, "_metadata") else [*value.values()]
+    if isinstance(value, dict):  # an OrderedDict has attributes too: a state dict's versions of modules
+        return [*value.values(), *getattr(value, "__dict__", {}).values()]
     return [*value] if isinstance(value, (list, tuple, set)) else []
 
 
