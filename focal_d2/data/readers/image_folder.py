@@ -11,6 +11,7 @@ from focal_d2.data.image_files import IMAGE_SUFFIXES, UNREADABLE, upright_size, 
 from focal_d2.data.readers.texts import short
 from focal_d2.errors import UserError, first_few
 
+MOST_FILES = 4_000_000  # in a folder of images: twice what Open Images has
 # Ends the line that refuses an image for its place.
 UNLESS_OUTSIDE = (
     " (coco, voc, csv: OUTSIDE: true lets names leave IMAGES; NAMES: basename takes the last part of each)"
@@ -174,12 +175,15 @@ def list_files(root: str, suffixes: Sequence[str]) -> list[str]:
     Links to folders are followed, but into no folder twice, so that a circle of links ends.
 
     Raises:
-        UserError: if there is no such folder.
+        UserError: if there is no such folder, or it has more files and folders than any dataset.
     """
     if not os.path.isdir(root):
         raise UserError(f"{root}: {no_folder(root)}")
-    files, entered = [], {os.path.realpath(root)}
+    files, entered, count = [], {os.path.realpath(root)}, 0
     for folder, below, names in os.walk(root, followlinks=True):
+        count += len(below) + len(names)
+        if count > MOST_FILES:  # a data.yaml can name any folder, such as /
+            raise UserError(f"{root}: more than {MOST_FILES:,} files and folders are in it")
         for name in sorted(below):
             real = os.path.realpath(os.path.join(folder, name))
             if real in entered:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from focal_d2 import UserError
-from focal_d2.data.readers import read_yolo
+from focal_d2.data.readers import image_folder, read_yolo
 
 WIDTH, HEIGHT = 640, 427
 
@@ -329,3 +329,14 @@ def test_a_folder_without_images_is_named(data_file):
     data_file.write_text("train: empty\nnames: [x]\n")
     with pytest.raises(UserError, match=r"data\.yaml: train: no images in empty$"):
         read_yolo(str(data_file), "", split="train")
+
+
+def test_a_folder_of_everything_is_refused(tmp_path, monkeypatch):
+    """A data.yaml can name any folder: of / all files would be listed."""
+    monkeypatch.setattr(image_folder, "MOST_FILES", 5)
+    (tmp_path / "a/b").mkdir(parents=True)
+    for i in range(4):
+        (tmp_path / f"a/b/{i}.png").touch()
+    assert len(image_folder.list_files(str(tmp_path / "a"), (".png",))) == 4
+    with pytest.raises(UserError, match="more than 5 files and folders are in it"):
+        image_folder.list_files(str(tmp_path), (".png",))
