@@ -139,10 +139,7 @@ def _image_sizes(cfg: CfgNode, job: Job) -> None:
     """Check the sizes in annotations: such an image could not be read, and its anchors would fill memory."""
     most = cfg.INPUT.FOCAL.MAX_PIXELS
     for name in dict.fromkeys([*(cfg.DATASETS.TRAIN if job.training else []), *cfg.DATASETS.TEST]):
-        try:
-            table = load_table(name)
-        except UserError:
-            continue  # the doctor goes on with the other datasets, and a job ends where it reads this one
+        table = load_table(name)
         pixels = table.sizes.astype(float).prod(1)
         if len(table) and pixels.max() > most:
             i = int(pixels.argmax())
@@ -203,7 +200,6 @@ CHECKS: tuple[tuple[str, Callable[[CfgNode, Job], None]], ...] = (
     ("config", _keypoints),
     ("datasets", _datasets),
     ("datasets", _image_sizes),
-    ("input", _image_sizes),
     ("metrics", _best_metric),
     ("processes", _exchange),
     ("processes", _file_handles),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
 from torch import nn
 
@@ -114,8 +115,12 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
     findings += check_together(cfg, train, test, digests)
     # Facts about anchors would be wrong with boxes that were read wrongly.
     misread = {x.dataset for x in findings if x.code in ("box-format", "item-unreadable")}
+    # An image above the limit cannot be trained on, and its anchors could fill the memory.
+    readable = {
+        name: _without_large_images(table, cfg.INPUT.FOCAL.MAX_PIXELS) for name, table in train.items()
+    }
     anchors, anchor_findings = anchor_facts(
-        cfg, {name: table for name, table in train.items() if name not in misread}
+        cfg, {name: table for name, table in readable.items() if name not in misread}
     )
     findings += anchor_findings
     findings += _check_architecture(cfg, model)
@@ -130,8 +135,13 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
         findings=sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)),
         datasets=[_facts(name, table, name in train, name in test) for name, table in tables.items()],
         anchors=anchors,
-        memory=memory_facts(cfg, model, train),
+        memory=memory_facts(cfg, model, readable),
     )
+
+
+def _without_large_images(table: Table, max_pixels: int) -> Table:
+    kept = np.flatnonzero(table.sizes.astype(float).prod(1) <= max_pixels)
+    return table if len(kept) == len(table) else table.of_images(kept.tolist())
 
 
 def _read_tables(cfg: CfgNode) -> tuple[dict[str, Table], list[Finding]]:
