@@ -18,7 +18,7 @@ MISTAKES = {
     "TEST.FOCAL.BEST_METRIC": ("bbox/nothing", "TEST.EVAL_PERIOD is 0|the evaluation gives AP"),
     "OUTPUT_DIR": ("", "OUTPUT_DIR is empty"),
     "TEST.EXPECTED_RESULTS": ("[['segm', 'AP', 1.0, 1.0]]", 'names the task "segm"; legal values: bbox'),
-    "MODEL.KEYPOINT_ON": ("True", "MODEL.KEYPOINT_ON is True, but dataset .* has no keypoints"),
+    "MODEL.KEYPOINT_ON": ("True", "MODEL.KEYPOINT_ON (is True, but .* has no|True needs) keypoints"),
 }
 
 
