@@ -74,6 +74,18 @@ def quiet_console(logger: logging.Logger) -> Iterator[None]:
             handler.setLevel(level)
 
 
+# ImportError: of what detectron2 was not compiled with, such as deformable convolutions.
+_MISTAKES = (
+    AssertionError,
+    ImportError,
+    KeyError,
+    ValueError,
+    TypeError,
+    IndexError,
+    ArithmeticError,
+)
+
+
 @contextmanager
 def building(what: str) -> Iterator[None]:
     """Turn errors of detectron2 about config values, mostly asserts and missing keys, into one line.
@@ -87,7 +99,7 @@ def building(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (AssertionError, KeyError, ValueError, TypeError, IndexError, ArithmeticError) as error:
+    except _MISTAKES as error:
         logger = logging.getLogger("focal_d2")
         with quiet_console(logger):
             logger.info(f"cannot build the {what}", exc_info=True)

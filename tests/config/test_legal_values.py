@@ -88,6 +88,14 @@ def test_a_division_by_a_value_is_one_line():
         FocalTrainer.build_lr_scheduler(cfg, None)
 
 
+def test_what_detectron2_was_not_compiled_with_is_one_line():
+    with (
+        pytest.raises(UserError, match="cannot build .*ImportError: no DeformConv"),
+        building("model"),
+    ):
+        raise ImportError("no DeformConv")
+
+
 @pytest.mark.parametrize("path", ALL_CONFIGS, ids=name_of)
 def test_every_config_of_ours_and_of_the_model_zoo_is_legal(path):
     cfg = get_cfg()

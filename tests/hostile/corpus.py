@@ -386,37 +386,14 @@ def checkpoint_files() -> dict[str, Callable[[Path], None]]:
 def _hostile_pickles() -> dict[str, bytes]:
     """Return pickles, without start and end, that get past a check of one kind or another."""
     w = test_weights
-    number = b"\x8b" + (2**20).to_bytes(4, "little") + b"\x7f" * 2**20  # of 8 million bits
-    huge = number + b"q\0" + b"0("
-    tensor = (
-        b"ctorch._utils\n_rebuild_tensor_v2\n(" + b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"0"
-    )
-    tensor += b"X\3\0\0\0cpuK\4tQK\0"
+    tensor = w.REBUILD + b"K\0"
     mine = w.text(b"model")
     weight = w.text(b"backbone.fpn_lateral3.weight")
     good_tensor = w.tensor_of(b"K\4\x85", b"K\1\x85")
     return {
-        "a module of torch": b"ctorch\n_inductor\n",
+        **{f"endless: {name}": content for name, (content, _) in w.ENDLESS.items()},
         "a module of torch, called": b"ctorch\n_dynamo\n)R",
         "torch.hub": b"ctorch\nhub\n",
-        "sizes of 8 million bits": tensor[:34]
-        and (
-            huge
-            + b"h\0" * 400
-            + b"K\0tq\1"
-            + b"0("
-            + b"K\1" * 401
-            + b"tq\2"
-            + b"0"
-            + tensor
-            + b"h\1h\2\x89}tR"
-        ),
-        "a step of 8 million bits": huge + b"h\0tq\1" + b"0" + tensor + b"h\1h\1\x89}tR",
-        "a name that is a list of lists": w.LISTS + b"X\1\0\0\0a\x93",
-        "a module that is a list of lists": b"X\1\0\0\0a" + w.LISTS + b"\x93",
-        "a device that is a list of lists": b"ctorch\ndevice\n" + w.LISTS + b"\x85R",
-        "a type that is a list of lists": b"cnumpy\ndtype\n" + w.LISTS + b"\x85R",
-        "an encoding that is a list of lists": b"c_codecs\nencode\n" + w.text(b"a") + w.LISTS + b"\x86R",
         "a storage that is a list of lists": b"ctorch._utils\n_rebuild_tensor_v2\n(" + w.LISTS + b"Q",
         "a list of lists for weights": b"}" + mine + w.LISTS + b"s",
         "a list of lists for a weight": b"}" + mine + b"}" + weight + w.LISTS + b"ss",
@@ -690,10 +667,7 @@ def yaml_bombs() -> Groups:
                 "ANNOTATIONS": str(data / "annotations.json"),
             }
             entry["CLASSES"] = str(place.input / "names.yaml")
-            return ["--no-images", *job(place, DATASETS__FOCAL=[entry])][::1] and [
-                *job(place, DATASETS__FOCAL=[entry]),
-                "--no-images",
-            ]
+            return [*job(place, DATASETS__FOCAL=[entry]), "--no-images"]
 
         def data_file(place: Place, content: bytes = content) -> list[str]:
             (place.input / "data.yaml").write_bytes(content)
@@ -717,10 +691,23 @@ def yaml_bombs() -> Groups:
 
 
 def _more_yaml() -> dict[str, str | bytes]:
-    tags = {tag: f"SEED: !!{tag} {value}" for tag in ("int", "float", "bool", "null", "timestamp", "binary", "set",
-            "omap", "pairs", "str", "seq", "map", "merge", "value") for value in ("''",)}  # fmt: skip
+    tags = [
+        "int",
+        "float",
+        "bool",
+        "null",
+        "timestamp",
+        "binary",
+        "set",
+        "omap",
+        "pairs",
+        "str",
+        "seq",
+        "map",
+    ]
+    tags += ["merge", "value"]
     return {
-        **{f"an empty {tag}": text for tag, text in tags.items()},
+        **{f"an empty {tag}": f"SEED: !!{tag} ''" for tag in tags},
         **{f"a {tag} of a list": f"SEED: !!{tag} [a, b]" for tag in tags},
         **{f"a {tag} of a mapping": f"SEED: !!{tag} {{a: b}}" for tag in tags},
         "a bool that is none": "SEED: !!bool maybe",
@@ -877,19 +864,19 @@ def values() -> Groups:
         ("SOLVER.REFERENCE_WORLD_SIZE", 3), ("SOLVER.REFERENCE_WORLD_SIZE", -1), ("SOLVER.CHECKPOINT_PERIOD", 0),
         ("SOLVER.LR_SCHEDULER_NAME", "x"), ("SOLVER.CLIP_GRADIENTS.ENABLED", "yes"),
         ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "x"), ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", -1.0),
-        ("SOLVER.MOMENTUM", 2.0), ("SOLVER.WEIGHT_DECAY", -1.0), ("SOLVER.BASE_LR", 1e300),
+        ("SOLVER.MOMENTUM", 2.0), ("SOLVER.WEIGHT_DECAY", -1.0),
         ("SOLVER.NUM_DECAYS", -1), ("SOLVER.BASE_LR_END", -1.0), ("SOLVER.BIAS_LR_FACTOR", 1e300),
         ("TEST.EVAL_PERIOD", -1), ("TEST.DETECTIONS_PER_IMAGE", -5), ("TEST.DETECTIONS_PER_IMAGE", 10**18),
-        ("TEST.EXPECTED_RESULTS", [["bbox", "AP", 38.5, 0.2]]), ("TEST.EXPECTED_RESULTS", [[]]),
+        ("TEST.EXPECTED_RESULTS", [["bbox", "AP", 38.5, 0.2]]),
         ("TEST.EXPECTED_RESULTS", "__import__('os')"), ("TEST.AUG.ENABLED", True), ("TEST.PRECISE_BN.ENABLED", True),
         ("TEST.PRECISE_BN.NUM_ITER", 10**12), ("DATALOADER.SAMPLER_TRAIN", "x"),
         ("DATALOADER.ASPECT_RATIO_GROUPING", 7), ("INPUT.RANDOM_FLIP", "x"), ("INPUT.CROP.SIZE", [1e9, 1e9]),
         ("INPUT.CROP.SIZE", []), ("INPUT.CROP.ENABLED", True), ("INPUT.MASK_FORMAT", "x"),
         ("INPUT.MIN_SIZE_TRAIN", [100_000]), ("INPUT.MAX_SIZE_TEST", -1), ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "x"),
         ("DATASETS.TRAIN", ["nothing"]), ("DATASETS.TRAIN", []), ("DATASETS.TRAIN", [DATA] * 1000),
-        ("DATASETS.TRAIN", [3]), ("DATASETS.TEST", "mine"), ("DATASETS.FOCAL", "x"), ("DATASETS.FOCAL", [[]]),
+        ("DATASETS.TEST", "mine"), ("DATASETS.FOCAL", "x"), ("DATASETS.FOCAL", [[]]),
         ("DATASETS.FOCAL", [{"NAME": ["a"]}]), ("DATASETS.FOCAL", [3]), ("OUTPUT_DIR", ""),
-        ("OUTPUT_DIR", "a\0b"), ("OUTPUT_DIR", "x" * 5000), ("VIS_PERIOD", -1),
+        ("OUTPUT_DIR", "a\0b"), ("VIS_PERIOD", -1),
         ("GLOBAL.HACK", "x"), ("CUDNN_BENCHMARK", "x"), ("SEED", -(10**20)), ("SEED", 1.5),
         ("MODEL.WEIGHTS", "/etc/passwd"), ("MODEL.WEIGHTS", "/dev/zero"), ("MODEL.WEIGHTS", "."),
         ("MODEL.WEIGHTS", "a\0b"), ("MODEL.WEIGHTS", "x" * 5000), ("MODEL.WEIGHTS", "/proc/self/mem"),
@@ -1031,9 +1018,7 @@ def annotations() -> Groups:
             data = test_broken_inputs.Broken(folder, style)
             change(data)
             entry = {**data.entry, "NAME": DATA}
-            return ["SOLVER.IMS_PER_BATCH", "1"] and [
-                *job(place, DATASETS__FOCAL=[entry], MODEL__RETINANET__NUM_CLASSES="auto")
-            ]
+            return job(place, DATASETS__FOCAL=[entry], MODEL__RETINANET__NUM_CLASSES="auto")
 
         yield Case("13 annotations", name, "train", broken)
     for style, texts in _hostile_annotations().items():
@@ -1444,14 +1429,13 @@ def names() -> Groups:
         for program in ("train", "resume", "eval", "predict", "doctor"):
 
             def make(place: Place, folder: str = folder, program: str = program) -> list[str]:
-                inner = place._replace(folder=place.folder)
                 _copy_run(place)
                 target = place.out / folder
                 target.mkdir()
                 for path in list(place.out.iterdir()):
                     if path != target:
                         path.rename(target / path.name)
-                given = arguments(program, inner, OUTPUT_DIR=str(target))
+                given = arguments(program, place, OUTPUT_DIR=str(target))
                 if program == "eval":
                     given[-1] = str(target / "model_final.pth")
                 return given
