@@ -12,6 +12,7 @@ from focal_d2.data.readers.texts import short
 from focal_d2.errors import UserError, first_few
 
 MOST_FILES = 4_000_000  # in a folder of images: twice what Open Images has
+MOST_FOLDERS = 100_000  # ImageNet has 22,000
 # Ends the line that refuses an image for its place.
 UNLESS_OUTSIDE = (
     " (coco, voc, csv: OUTSIDE: true lets names leave IMAGES; NAMES: basename takes the last part of each)"
@@ -181,9 +182,9 @@ def list_files(root: str, suffixes: Sequence[str]) -> list[str]:
         raise UserError(f"{root}: {no_folder(root)}")
     files, entered, count = [], {os.path.realpath(root)}, 0
     for folder, below, names in os.walk(root, followlinks=True):
-        count += len(below) + len(names)
-        if count > MOST_FILES:  # a data.yaml can name any folder, such as /
-            raise UserError(f"{root}: more than {MOST_FILES:,} files and folders are in it")
+        count += len(names)
+        if count > MOST_FILES or len(entered) > MOST_FOLDERS:  # a data.yaml can name any folder, such as /
+            raise UserError(f"{root}: more than {MOST_FILES:,} files or {MOST_FOLDERS:,} folders are in it")
         for name in sorted(below):
             real = os.path.realpath(os.path.join(folder, name))
             if real in entered:

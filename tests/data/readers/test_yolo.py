@@ -333,10 +333,13 @@ def test_a_folder_without_images_is_named(data_file):
 
 def test_a_folder_of_everything_is_refused(tmp_path, monkeypatch):
     """A data.yaml can name any folder: of / all files would be listed."""
-    monkeypatch.setattr(image_folder, "MOST_FILES", 5)
     (tmp_path / "a/b").mkdir(parents=True)
     for i in range(4):
         (tmp_path / f"a/b/{i}.png").touch()
-    assert len(image_folder.list_files(str(tmp_path / "a"), (".png",))) == 4
-    with pytest.raises(UserError, match="more than 5 files and folders are in it"):
-        image_folder.list_files(str(tmp_path), (".png",))
+    for limit, most in (("MOST_FILES", 4), ("MOST_FOLDERS", 3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(image_folder, limit, most)
+            assert len(image_folder.list_files(str(tmp_path), (".png",))) == 4
+            patch.setattr(image_folder, limit, most - 1)
+            with pytest.raises(UserError, match="files or .* folders are in it"):
+                image_folder.list_files(str(tmp_path), (".png",))
