@@ -53,9 +53,9 @@ def picture_files(paths: list[Path], folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output folder {folder}: {error}") from error
-    images = {p.resolve() for p in paths}
+    images = {os.path.realpath(p) for p in paths}  # of a link to itself pathlib makes an error
     for target in targets:
-        if target.resolve() in images:
+        if os.path.realpath(target) in images:
             raise UserError(f"{target} would be overwritten: choose another output folder")
     return targets
 

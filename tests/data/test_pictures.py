@@ -58,3 +58,8 @@ def test_images_of_one_name_in_two_folders_get_pictures_each(tmp_path):
     paths = [tmp_path / name for name in ("a/1.jpg", "b/1.jpg", "b/1.png", "c/2.jpg")]
     names = [target.name for target in picture_files(paths, tmp_path / "out")]
     assert names == ["1_jpg_1.png", "1_jpg_2.png", "1_png.png", "2.png"]
+
+
+def test_a_link_to_itself_is_an_image_like_any_other(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "a.png")
+    assert picture_files([tmp_path / "a.png"], tmp_path / "out") == [tmp_path / "out/a.png"]
