@@ -33,20 +33,24 @@ def main() -> int:
         "--trusted", action="store_true", help="instead, files that run code, with --trust-files"
     )
     args = parser.parse_args()
-    outcomes = run_all(
-        trusted if args.trusted else corpus,
-        lambda x: args.only in f"{x.group}: {x.name}",
-        args.every,
-        args.jobs,
-    )
     if args.output:
-        args.output.write_text("".join(f"{_line(x)}\n" for x in outcomes))
+        args.output.write_text("")
+
+    def wanted(case: Case) -> bool:
+        return args.only in f"{case.group}: {case.name}"
+
+    make = trusted if args.trusted else corpus
+    outcomes = run_all(make, wanted, args.every, args.jobs, args.output)
     print(table(outcomes))
     return 1 if any(x.faults for x in outcomes) else 0
 
 
 def run_all(
-    make: Callable[[], Iterable[Case]], wanted: Callable[[Case], bool], every: int, jobs: int
+    make: Callable[[], Iterable[Case]],
+    wanted: Callable[[Case], bool],
+    every: int,
+    jobs: int,
+    output: Path | None,
 ) -> list[Outcome]:
     """Run the good files, and the cases that are wanted.
 
@@ -55,6 +59,7 @@ def run_all(
         wanted: says so of a case.
         every: of these, take each Nth.
         jobs: how many are run at a time.
+        output: file that gets a line when a case ends.
     """
     preload()
     with tempfile.TemporaryDirectory() as top, _server() as port:
@@ -68,6 +73,9 @@ def run_all(
                 for i in range(job, len(cases), jobs):
                     outcome = run(cases[i], Path(top) / f"case{i}", template)
                     pickle.dump((i, outcome[1:]), file)
+                    if output:
+                        with open(output, "a") as lines:
+                            lines.write(f"{_line(outcome)}\n")
                     if outcome.faults:
                         print(_line(outcome), file=sys.stderr, flush=True)
 

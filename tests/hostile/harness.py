@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -194,7 +195,8 @@ def _faults_of_end(case: Case, status: int, timed_out: bool) -> Iterable[str]:
 
 
 def _faults_of_text(status: int, place: Place, out: str, err: str) -> Iterable[str]:
-    logs = [path.read_text("utf-8", "replace") for path in place.out.rglob("*.txt") if path.is_file()]
+    files = [path for path in place.out.rglob("*.txt") if stat.S_ISREG(path.lstat().st_mode)]
+    logs = [path.read_text("utf-8", "replace") for path in files if path.stat().st_size < 2**26]
     if "Traceback (most recent call last)" in out + err:
         yield "traceback"
     if any(_ESCAPE.search(x) for x in (out, err)):
@@ -297,7 +299,10 @@ class _Watch:
             for i in _CHANGES[event]:  # a link may lead anywhere, if it is itself what is removed or replaced
                 if isinstance(arguments[i], (str, bytes, os.PathLike)):
                     path = os.path.abspath(os.fsdecode(arguments[i]))
-                    self._check(path if event == "os.mkdir" else os.path.dirname(path))
+                    if event != "os.mkdir":
+                        self._check(os.path.dirname(path))
+                    elif not os.path.lexists(path):
+                        self._check(path)
 
     def _check(self, path: Any) -> None:
         real = os.path.realpath(os.fsdecode(path)) + "/"
