@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import math
 import os
 from types import ModuleType
@@ -17,18 +18,42 @@ IGNORE_LABEL = -1
 ANY_CLASS = -1
 # The modules of Triton kernels below focal_d2.ops.
 LOSS_KERNELS, MATCHING_KERNELS = "losses.dense_triton", "matching.match_triton"
+_TRIAL_KERNEL = "trial_triton"
+
+logger = logging.getLogger(__name__)
 
 
 def find_kernels(name: str, x: Tensor) -> ModuleType | None:
     """Return a module of Triton kernels if it can run on x: on a GPU, or in Triton's interpreter.
 
+    The first call for a device launches a tiny kernel there. If that fails, there is one warning, and the
+    result is None from then on.
+
     Args:
         name: of the module: `LOSS_KERNELS` or `MATCHING_KERNELS`.
         x: any tensor of those that the kernels would read.
     """
-    if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+    if (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and _can_launch(x.device):
         return import_kernels(name)
     return None
+
+
+@functools.cache
+def _can_launch(device: torch.device) -> bool:
+    """Whether Triton is installed and a kernel runs on the device; it is tried once a device."""
+    trial = import_kernels(_TRIAL_KERNEL)
+    if trial is None:
+        return False
+    try:
+        trial.run_trial(device)
+    except Exception as error:  # of Triton, the C compiler, the driver: all mean that there are no kernels
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        logger.warning(
+            f"MODEL.FOCAL.KERNELS: a first kernel on {device} failed ({cause}), so PyTorch's operators are "
+            "used instead; Triton needs a C compiler and Python's header files"
+        )
+        return False
+    return True
 
 
 @functools.cache

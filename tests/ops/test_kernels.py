@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from focal_d2.ops.matching import match
 from tests.conftest import REPOSITORY
 from tests.ops.losses.test_dense import LAYOUTS, LOSSES, flatten, make_levels, value_and_gradient
 from tests.ops.matching.test_match import make_anchors, random_boxes
+from tests.waits import PretendedGPU
 
 dense_focal_loss = partial(ops.dense_focal_loss, use_kernels=True)
 dense_quality_focal_loss = partial(ops.dense_quality_focal_loss, use_kernels=True)
@@ -102,6 +104,34 @@ def test_kernels_are_not_looked_for_unless_asked_for(monkeypatch):
         ops.dense_focal_loss([torch.zeros(1, 1, 1, 2)], labels, num_classes=1, alpha=-1.0, gamma=0.0, **more)
         match.match_anchors(box, box, None, thresholds=[0.5], labels=[0, 1], low_quality_matches=True, **more)
         assert len(asked) == 2 * wanted
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter launches nothing")
+@needs_triton
+def test_a_first_launch_that_fails_is_one_warning_and_pytorchs_path(monkeypatch, caplog):
+    def no_compiler(device):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    trial = common.import_kernels("trial_triton")
+    monkeypatch.setattr(trial, "run_trial", Mock(side_effect=no_compiler))
+    common._can_launch.cache_clear()
+    logits, labels = make_levels(dtype=torch.float32)
+    expected = ops.dense_focal_loss(logits, labels, num_classes=4, alpha=0.25, gamma=2.0)
+    box = torch.tensor([[5.0, 5, 37, 37]])
+    with PretendedGPU(), torch.no_grad():
+        logits, labels, box = [x.to("cuda") for x in logits], labels.to("cuda"), box.to("cuda")
+        for _ in range(3):
+            loss = dense_focal_loss(logits, labels, num_classes=4, alpha=0.25, gamma=2.0)
+            match_anchors(box, box, None, thresholds=[0.5], labels=[0, 1], low_quality_matches=True)
+        assert loss.item() == expected.item()
+    common._can_launch.cache_clear()
+    trial.run_trial.assert_called_once_with(torch.device("cuda:0"))
+    (line,) = caplog.messages
+    assert line == (
+        "MODEL.FOCAL.KERNELS: a first kernel on cuda:0 failed (RuntimeError: Failed to find C compiler. "
+        "Please specify via CC environment variable.), so PyTorch's operators are used instead; Triton needs a C "
+        "compiler and Python's header files"
+    )
 
 
 def compile_for_a_gpu(module, name, signature, constants, **options):
