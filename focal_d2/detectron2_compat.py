@@ -17,7 +17,7 @@ import importlib
 import inspect
 import textwrap
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +85,8 @@ PRIVATE_NAMES = (
     ),
     PrivateName(_CHECKPOINT, "_load_model", "errors for weights that do not fit the model"),
     PrivateName(_CHECKPOINT, "_convert_ndarray_to_tensor", "errors for weights of another type"),
-    PrivateName("torch", "_foreach_copy_", "the copy of all buffers before a step"),
+    PrivateName("torch", "_foreach_copy_", "the copy of all buffers before a step, and the moving average"),
+    PrivateName("torch", "_foreach_lerp_", "the moving average of the weights"),
     PrivateName("torch:UntypedStorage", "_cdata", "the doctor's count of memory, each storage once"),
     PrivateName("torch.profiler:profile", "profiler", "the benchmark's peak of memory on a CPU"),
     PrivateName(
@@ -353,8 +354,31 @@ def pictures_of(storage: Any) -> list[tuple[str, Any, int]]:
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy tensors into others of the same shapes, on a GPU with few kernels."""
-    torch._foreach_copy_(targets, sources)
+    """Copy tensors into others of the same shapes and types, on a GPU with few kernels."""
+    for these, others in _by_type(targets, sources):
+        torch._foreach_copy_(these, others)
+
+
+def lerp_all(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:
+    """Move tensors towards others of the same shapes and types by a share, on a GPU with few kernels.
+
+    Tensors that are not floating point become equal to the others.
+    """
+    for these, others in _by_type(targets, sources):
+        if these[0].is_floating_point():
+            torch._foreach_lerp_(these, others, weight)
+        else:
+            torch._foreach_copy_(these, others)
+
+
+def _by_type(targets: list[Tensor], sources: list[Tensor]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
+    """Divide pairs of tensors by type: lists of mixed types take PyTorch a kernel for each tensor."""
+    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        group = groups.setdefault(target.dtype, ([], []))
+        group[0].append(target)
+        group[1].append(source)
+    return groups.values()
 
 
 def storage_number(x: Tensor) -> int:

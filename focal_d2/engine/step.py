@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -19,11 +20,10 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from focal_d2.data.loader import TrainingLoader
 from focal_d2.data.seeding import random_state, set_random_state
-from focal_d2.detectron2_compat import LoopParts, copy_all
+from focal_d2.detectron2_compat import LoopParts, copy_all, lerp_all
 from focal_d2.engine.failures import failure_message
 from focal_d2.engine.launch.collectives import any_rank
 from focal_d2.engine.launch.signals import StopRequest
@@ -89,7 +89,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
         self.steps: deque[Step] = deque(maxlen=_HISTORY)
         self.steps_skipped = 0  # in a row
         self.stepping = False  # while this is True the state is incomplete and can't be saved
-        self._buffers: list[Tensor] = []
+        self._buffers = _Buffers(self.bare)
         self._kept: list[Tensor] = []  # copies of the buffers from before the iteration's batch
         self._random: dict[str, Any] = {}  # the generators' states from then
         self._begun = False  # whether the copies are of this iteration
@@ -131,7 +131,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None and self.scaler.get_scale() >= scale:  # else the scaler skipped the step
-            self.average.update_parameters(self.bare)
+            self.average.update()
         self._count_batch()
 
     def _count_batch(self) -> None:
@@ -210,11 +210,10 @@ class FocalLoop(LoopParts, SimpleTrainer):
             )
 
     def _keep_buffers(self) -> None:
-        if not self._buffers:
-            self._buffers = list(self.bare.buffers())
-            self._kept = [torch.empty_like(x) for x in self._buffers]
-        if self._buffers:
-            copy_all(self._kept, self._buffers)
+        buffers = self._buffers.tensors()
+        if not self._kept:
+            self._kept = [torch.empty_like(x) for x in buffers]
+        copy_all(self._kept, buffers)
         self._random = random_state()  # a model may draw random numbers
         self._begun = True
 
@@ -224,8 +223,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
         if self._begun:
             set_random_state(self._random)
             with torch.no_grad():
-                for buffer, kept in zip(self._buffers, self._kept, strict=True):
-                    buffer.copy_(kept)
+                copy_all(self._buffers.tensors(), self._kept)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on, except for the model and the position in the data."""
@@ -235,7 +233,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
         if self.average is not None:
             # The checkpoint's model is the average.
             state["model"] = self.bare.state_dict()
-            state["averaged"] = int(self.average.n_averaged)
+            state["averaged"] = self.average.steps
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -252,7 +250,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
         elif self.average is not None:
             self.bare.load_state_dict(self.average.module.state_dict())
         if self.average is not None:
-            self.average.n_averaged.fill_(state.get("averaged", 0))
+            self.average.steps = int(state.get("averaged", 0))
 
 
 def _adapt(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
@@ -289,21 +287,45 @@ def _is_like(theirs: Any, ours: Any) -> bool:
     return theirs is None or isinstance(theirs, (bool, str)) or type(theirs) is type(ours)
 
 
-class MovingAverage(AveragedModel):
+class MovingAverage:
     """An exponential moving average of a model's parameters, with the model's buffers.
 
     Step n keeps the share min(decay, (1 + n) / (10 + n)) of the average, so that the first weights lose their
     influence soon. TensorFlow's `ExponentialMovingAverage` with `num_updates` does the same.
+
+    This is PyTorch's `AveragedModel` with fewer operations, to the bit: that waits for a GPU at each step and
+    copies buffers one by one.
     """
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:
         """Start with the weights of a model without `DistributedDataParallel`; decay is in (0, 1)."""
+        self.module = deepcopy(model)
+        self.decay = decay
+        self.steps = 0
+        self._parameters = list(self.module.parameters()), list(model.parameters())
+        self._buffers = _Buffers(self.module), _Buffers(model)
 
-        def update(averaged: Any, current: Any, count: Any) -> None:
-            n = int(self.n_averaged)  # count is the same, on the model's device
-            get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, count)
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the model after a step."""
+        averaged, current = self._parameters
+        if self.steps == 0:
+            copy_all(averaged, current)
+        else:
+            lerp_all(averaged, current, 1 - min(self.decay, (1 + self.steps) / (10 + self.steps)))
+        averaged_buffers, buffers = self._buffers
+        copy_all(averaged_buffers.tensors(), buffers.tensors())
+        self.steps += 1
 
-        super().__init__(model, multi_avg_fn=update)
+
+class _Buffers:
+    """The buffers of a model. Its modules are searched once; a buffer may be assigned anew later."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places = [(m, name) for m in model.modules() for name, _ in m.named_buffers(recurse=False)]
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(module, name) for module, name in self._places]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import yaml
 from focal_d2 import UserError
 from focal_d2.engine import FocalTrainer, load_config
 from focal_d2.engine.failures import failure_message
-from focal_d2.engine.step import FocalLoop, MovingAverage
+from focal_d2.engine.step import FocalLoop
 from tests.conftest import REPOSITORY
 from tests.engine.runs import metrics, run_main
 
@@ -346,18 +346,6 @@ def test_the_moving_average_may_be_switched_when_resuming(small_job, tmp_path, m
     whole, parts = (saved(tmp_path / folder / "model_final.pth") for folder in ("whole", "out"))
     trained = parts["trainer"]["_trainer"]["model"] if after else parts["model"]
     assert differences(whole["model"], trained) == []
-
-
-def test_moving_average_by_hand():
-    model = torch.nn.Linear(1, 1)
-    average = MovingAverage(model, decay=0.2)
-    values = [1.0, 2.0, 4.0]
-    for x in values:
-        torch.nn.init.constant_(model.weight, x)
-        average.update_parameters(model)
-    # The first step is taken over; then 2/11 and, as 3/12 is more than the decay, 0.2 of the average stay.
-    second = 2 / 11 * 1 + 9 / 11 * 2
-    assert average.module.weight.item() == pytest.approx(0.2 * second + 0.8 * 4)
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "halve_lr"])

@@ -129,8 +129,8 @@ def test_a_first_launch_that_fails_is_one_warning_and_pytorchs_path(monkeypatch,
     (line,) = caplog.messages
     assert line == (
         "MODEL.FOCAL.KERNELS: a first kernel on cuda:0 failed (RuntimeError: Failed to find C compiler. "
-        "Please specify via CC environment variable.), so PyTorch's operators are used instead; Triton needs a C "
-        "compiler and Python's header files"
+        "Please specify via CC environment variable.), so PyTorch's operators are used instead; Triton needs "
+        "a C compiler and Python's header files"
     )
 
 

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from focal_d2.engine.step import FocalLoop, MovingAverage
+from tests.waits import PretendedGPU
+
+
+def normed(layers: int) -> nn.Module:
+    """Layers with a weight and a bias in float32, the last ones in float64, and with three buffers each."""
+    model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(layers)))
+    model[-1].double()
+    return model
+
+
+def change(model: nn.Module, step: int) -> None:
+    torch.manual_seed(step)
+    with torch.no_grad():
+        for x in [*model.parameters(), *model.buffers()]:
+            x.copy_(torch.randn(x.shape) * 9)
+
+
+def test_moving_average_by_hand():
+    model = nn.Linear(1, 1)
+    average = MovingAverage(model, decay=0.2)
+    for x in (1.0, 2.0, 4.0):
+        nn.init.constant_(model.weight, x)
+        average.update()
+    # The first step is taken over; then 2/11 and, as 3/12 is more than the decay, 0.2 of the average stay.
+    second = 2 / 11 * 1 + 9 / 11 * 2
+    assert average.module.weight.item() == pytest.approx(0.2 * second + 0.8 * 4)
+
+
+def test_moving_average_is_pytorchs_to_the_bit():
+    model = normed(4)
+    average = MovingAverage(model, decay=0.7)
+
+    def update(averaged, current, count):
+        n = int(count)
+        get_ema_multi_avg_fn(min(0.7, (1 + n) / (10 + n)))(averaged, current, count)
+
+    theirs = AveragedModel(model, multi_avg_fn=update)
+    for step in range(12):
+        change(model, step)
+        if step == 5:
+            model[1].running_mean = model[1].running_mean.clone()  # a module that replaces its buffer
+        average.update()
+        theirs.update_parameters(model)
+        expected = theirs.module.state_dict()
+        assert all(torch.equal(x, expected[name]) for name, x in average.module.state_dict().items())
+
+
+def test_moving_average_and_kept_buffers_are_few_operations_and_no_wait():
+    with PretendedGPU() as gpu:
+        model = normed(20).to("cuda")
+        average = MovingAverage(model, decay=0.9)
+        loop = FocalLoop(
+            model,
+            [],
+            Mock(),
+            parts=1,
+            precision=Mock(),
+            scale_loss=False,
+            average=average,
+            stopping=Mock(),
+            on_not_finite=Mock(),
+        )
+        for _ in range(2):  # the second step is an average, and later ones are as the second
+            gpu.clear()
+            average.update()
+            # A list for each type: float32 and float64 weights; float32, float64 and int64 buffers.
+            assert sum(gpu.operations.values()) == 5
+            gpu.clear()
+            loop._keep_buffers()
+        assert gpu.operations == {"aten::_foreach_copy_": 3}
+        loop.undo()
+        assert not gpu.waits
