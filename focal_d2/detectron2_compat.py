@@ -353,13 +353,13 @@ def pictures_of(storage: Any) -> list[tuple[str, Any, int]]:
     return pictures
 
 
-def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy tensors into others of the same shapes and types, on a GPU with few kernels."""
     for these, others in _by_type(targets, sources):
         torch._foreach_copy_(these, others)
 
 
-def lerp_all(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:
+def lerp_all(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
     """Move tensors towards others of the same shapes and types by a share, on a GPU with few kernels.
 
     Tensors that are not floating point become equal to the others.
@@ -371,7 +371,9 @@ def lerp_all(targets: list[Tensor], sources: list[Tensor], weight: float) -> Non
             torch._foreach_copy_(these, others)
 
 
-def _by_type(targets: list[Tensor], sources: list[Tensor]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
+def _by_type(
+    targets: Sequence[Tensor], sources: Sequence[Tensor]
+) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
     """Divide pairs of tensors by type: lists of mixed types take PyTorch a kernel for each tensor."""
     groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
