@@ -36,19 +36,19 @@ _COPIES = {"aten::_to_copy", "aten::copy_"}
 
 
 class _OnGPU(Tensor):
-    """A tensor whose device is "cuda", with its values in `values` on the CPU."""
+    """A tensor whose device is "cuda:N", with its values in `values` on the CPU."""
 
     values: Tensor
 
     @staticmethod
-    def __new__(cls, values: Tensor) -> _OnGPU:
+    def __new__(cls, values: Tensor, device: torch.device) -> _OnGPU:
         x = Tensor._make_wrapper_subclass(
             cls,
             values.shape,
             strides=values.stride(),
             storage_offset=values.storage_offset(),
             dtype=values.dtype,
-            device="cuda:0",
+            device=device,
         )
         x.values = values
         return x
@@ -98,16 +98,18 @@ class PretendedGPU(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         name = func.name().split(".")[0]
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        from_gpu = any(isinstance(x, _OnGPU) for x in tensors)
-        device = kwargs.get("device")
-        to_gpu = from_gpu if device is None else torch.device(device).type == "cuda"
-        if from_gpu or to_gpu:
-            self.operations[name] += 1
-            self._judge(name, tensors, args, kwargs, to_gpu=to_gpu)
-        if device is not None:
-            kwargs["device"] = torch.device("cpu") if torch.device(device).type == "cuda" else device
-        pinned = kwargs.pop("pin_memory", False)
         on_gpu = {id(x.values): x for x in tensors if isinstance(x, _OnGPU)}
+        device = next((x.device for x in on_gpu.values()), torch.device("cpu"))
+        if kwargs.get("device") is not None:
+            device = torch.device(kwargs["device"])
+        to_gpu = device.type == "cuda"
+        if to_gpu:
+            device = torch.device("cuda", device.index or 0)
+            kwargs.update({"device": torch.device("cpu")} if "device" in kwargs else {})
+        if on_gpu or to_gpu:
+            self.operations[name] += 1
+            self._judge(name, args, kwargs, to_gpu=to_gpu)
+        pinned = kwargs.pop("pin_memory", False)
         values = tree_map(_values, (args, kwargs))
         result = func(*values[0], **values[1])
         if pinned:
@@ -118,11 +120,11 @@ class PretendedGPU(TorchDispatchMode):
         def wrap(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
-            return on_gpu[id(x)] if id(x) in on_gpu else _OnGPU(x)
+            return on_gpu[id(x)] if id(x) in on_gpu else _OnGPU(x, device)
 
         return tree_map(wrap, result)
 
-    def _judge(self, name: str, tensors: list[Tensor], args: Any, kwargs: Any, *, to_gpu: bool) -> None:
+    def _judge(self, name: str, args: Any, kwargs: Any, *, to_gpu: bool) -> None:
         """Add the operation to `waits` if the host waits at it."""
         waits = name in _READS
         if name == "aten::repeat_interleave":

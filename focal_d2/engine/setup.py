@@ -20,7 +20,7 @@ from focal_d2.storage.yaml_text import LONGEST_FILE
 
 
 def set_up_job(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Call detectron2's `default_setup`, without printing the config on the console.
+    """Call detectron2's `default_setup`, without printing the config on the console; choose the GPU.
 
     The config is in OUTPUT_DIR/config.yaml and in OUTPUT_DIR/log.txt.
 
@@ -33,6 +33,10 @@ def set_up_job(cfg: CfgNode, args: argparse.Namespace) -> None:
             default_setup(cfg, args)
     except OSError as error:
         raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: {error}") from error
+    device = torch.device(cfg.MODEL.DEVICE)
+    if device.index is not None:
+        # PyTorch's random state, pinned memory and streams are those of the current GPU: "cuda:1" is made it.
+        torch.cuda.set_device(device)
     focal = cfg.MODEL.FOCAL
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = focal.TF32
     # focal_d2's log records go to the same files as detectron2's.

@@ -143,7 +143,7 @@ def _count(positive: Tensor) -> Callable[[], int]:
     host = torch.empty((), dtype=number.dtype, pin_memory=True)
     host.copy_(number, non_blocking=True)
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(number.device))  # the copy's, which may not be the current GPU's
 
     def wait() -> int:
         arrived.synchronize()

@@ -206,6 +206,17 @@ def test_tf32_is_set(value, tmp_path, tf32):
     assert torch.backends.cuda.matmul.allow_tf32 == value
 
 
+@pytest.mark.parametrize("device, chosen", [("cuda:1", [torch.device("cuda:1")]), ("cuda", []), ("cpu", [])])
+def test_the_models_gpu_is_the_current_one(device, chosen, tmp_path, tf32, monkeypatch):
+    made_current = []
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    cfg = load_config("", [*CPU, "OUTPUT_DIR", str(tmp_path)])
+    cfg.defrost()
+    cfg.MODEL.DEVICE = device
+    set_up_job(cfg, command_parser("train").parse_args([]))
+    assert made_current == chosen
+
+
 @pytest.mark.parametrize(
     "yaml_text, override, expected",
     [
