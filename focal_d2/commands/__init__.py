@@ -13,6 +13,7 @@ COMMANDS = {
     "anchors": "propose anchor sizes and aspect ratios that fit the training set",
     "study": "compare settings over seeds: many training runs, one table",
     "benchmark": "compare time and memory with detectron2's RetinaNet",
+    "gpu-check": "check and measure the package on a GPU, within a given time",
     "replay": "repeat a training step that was not finite",
     "data": "make the embedded datasets",
     "configs": "list the configs of this package",

@@ -25,7 +25,7 @@ BENCHMARKS = {
     "memory": "most memory of a training step beyond weights and buffers",
     "evaluation": "from a list of predictions to AP",
 }
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def add_options(parser: Parser) -> None:

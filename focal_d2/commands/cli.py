@@ -46,7 +46,7 @@ def command_parser(name: str, *, program: str | None = None) -> Parser:
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"focal_d2.commands.{name}")
+    return importlib.import_module(f"focal_d2.commands.{name.replace('-', '_')}")
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def time_loss(cfg: CfgNode, setting: Setting) -> list[timing.Row]:
     if torch.device(setting.device).type == "cuda":
         times = timing.take_turns(runs, setting)
         # The logits are read and the gradient is written.
-        times["limit"] = 2 * size / timing.copy_bandwidth(setting)
+        times["limit"] = 2 * size / timing.copy_bandwidth(setting.device)
         limit_is = "reading the logits and writing the gradient at the measured copy bandwidth"
     else:
         runs["limit"] = lambda: [torch.sigmoid(x.detach()) for x in logits]
@@ -73,15 +73,14 @@ def _make_batch(pair: Pair, setting: Setting) -> DenseBatch:
     ours = pair.ours
     anchors = ours.anchors_for(empty_images(setting))
     targets = ours.label_anchors(anchors, [x["instances"].to(setting.device) for x in make_batch(setting)])
-    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
-    logits = random_outputs(pair, setting, setting.classes, -4.6, 1.0, dtype)
+    logits = random_outputs(pair, setting, setting.classes, -4.6, 1.0, setting.dtype)
     return DenseBatch(
         logits=[x.requires_grad_() for x in logits],
         num_logits=setting.classes,
         labels=targets.labels,
         positive=targets.positive,
         **targets.positives()._asdict(),
-        deltas=random_outputs(pair, setting, 4, 0.0, 0.2, dtype),
+        deltas=random_outputs(pair, setting, 4, 0.0, 0.2, setting.dtype),
         anchors=anchors.boxes,
         decode=ours.box2box_transform.apply_deltas,
     )

@@ -41,9 +41,8 @@ def losses_memory(cfg: CfgNode, setting: Setting) -> timing.Row:
     pair = build_pair(cfg, setting)
     images, features = empty_images(setting), empty_features(pair, setting)
     instances = [x["instances"].to(setting.device) for x in make_batch(setting)]
-    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
-    logits = random_outputs(pair, setting, setting.classes, -4.6, 1.0, dtype)
-    outputs = [logits, random_outputs(pair, setting, 4, 0.0, 0.2, dtype)]
+    logits = random_outputs(pair, setting, setting.classes, -4.6, 1.0, setting.dtype)
+    outputs = [logits, random_outputs(pair, setting, 4, 0.0, 0.2, setting.dtype)]
     leaves = [x.requires_grad_() for level in outputs for x in level]
 
     def own_losses() -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
+from focal_d2.analysis.benchmark.cuda import cuda_calls
 from focal_d2.analysis.benchmark.setting import Setting
 from focal_d2.errors import UserError
 
@@ -27,24 +28,13 @@ def build_pair(cfg: CfgNode, setting: Setting) -> Pair:
 
     Args:
         cfg: full config of ours; not changed.
-        setting: what is timing.timed.
+        setting: what is timed.
 
     Raises:
         UserError: if the config's model is not interchangeable with detectron2's RetinaNet.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = setting.device
-    cfg.MODEL.RETINANET.NUM_CLASSES = setting.classes
-    cfg.MODEL.FOCAL.AMP.ENABLED, cfg.MODEL.FOCAL.AMP.DTYPE = setting.precision == "bf16", "bfloat16"
-    if torch.device(setting.device).type == "cuda":
-        torch.cuda.set_device(setting.device)  # whose time and memory are taken
-    torch.manual_seed(0)
-    ours = build_model(cfg).train()
-    # Random weights under frozen norms grow from block to block; trained ones do not.
-    for name, buffer in ours.named_buffers():
-        if name.endswith("conv3.norm.weight"):
-            buffer.fill_(0.2)
+    cfg = _at(cfg, setting)
+    ours = build_ours(cfg, setting)
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
     theirs = build_model(cfg).train()
     state = {k: v for k, v in ours.state_dict().items() if not k.startswith("loss_normalizer.")}
@@ -57,10 +47,35 @@ def build_pair(cfg: CfgNode, setting: Setting) -> Pair:
     return Pair(ours, theirs)
 
 
+def build_ours(cfg: CfgNode, setting: Setting) -> Any:
+    """Build our detector in training mode, with random weights; see `build_pair` for the arguments."""
+    cuda_calls(setting.device).set_device(setting.device)  # whose time and memory are taken
+    torch.manual_seed(0)
+    ours = build_model(_at(cfg, setting)).train()
+    # Random weights under frozen norms grow from block to block; trained ones do not.
+    for name, buffer in ours.named_buffers():
+        if name.endswith("conv3.norm.weight"):
+            buffer.fill_(0.2)
+    return ours
+
+
+def _at(cfg: CfgNode, setting: Setting) -> CfgNode:
+    """Return the config with the setting's device, classes and precision."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = setting.device
+    cfg.MODEL.RETINANET.NUM_CLASSES = setting.classes
+    amp = cfg.MODEL.FOCAL.AMP
+    amp.ENABLED = setting.precision != "fp32"
+    amp.DTYPE = "float16" if setting.precision == "fp16" else "bfloat16"
+    return cfg
+
+
 def detectron2_precision(setting: Setting) -> AbstractContextManager[Any]:
     """Return the autocast context of detectron2 at lower precision, which it has on CUDA only."""
     device = torch.device(setting.device).type
-    return torch.autocast(device, torch.bfloat16, enabled=setting.precision == "bf16" and device == "cuda")
+    dtype = setting.dtype
+    return torch.autocast(device, dtype, enabled=dtype != torch.float32 and device == "cuda")
 
 
 def make_batch(setting: Setting) -> list[dict[str, Any]]:
@@ -69,16 +84,18 @@ def make_batch(setting: Setting) -> list[dict[str, Any]]:
     batch = []
     for _ in range(setting.batch):
         instances = draw_boxes(setting, generator)
-        image = torch.randint(0, 256, (3, setting.size, setting.size), generator=generator).byte()
-        batch.append({"image": image, "instances": instances, "height": setting.size, "width": setting.size})
+        height, width = setting.shape
+        image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": height, "width": width})
     return batch
 
 
 def draw_boxes(setting: Setting, generator: torch.Generator) -> Instances:
     """Draw boxes of 16 to 256 pixels, and their classes, in one image."""
-    sides = (16 * 16 ** torch.rand(setting.boxes, 2, generator=generator)).clamp(max=setting.size)
-    low = torch.rand(setting.boxes, 2, generator=generator) * (setting.size - sides)
-    instances = Instances((setting.size, setting.size))
+    height, width = setting.shape
+    sides = (16 * 16 ** torch.rand(setting.boxes, 2, generator=generator)).clamp(max=min(height, width))
+    low = torch.rand(setting.boxes, 2, generator=generator) * (torch.tensor([width, height]) - sides)
+    instances = Instances(setting.shape)
     instances.gt_boxes = Boxes(torch.cat([low, low + sides], 1))
     instances.gt_classes = torch.randint(0, setting.classes, (setting.boxes,), generator=generator)
     return instances
@@ -86,14 +103,15 @@ def draw_boxes(setting: Setting, generator: torch.Generator) -> Instances:
 
 def empty_images(setting: Setting) -> ImageList:
     """Make images without content, for code that reads only their size."""
-    shape = (setting.batch, 1, setting.size, setting.size)
-    return ImageList(torch.empty(shape, device=setting.device), [shape[2:]] * setting.batch)
+    images = torch.empty(setting.batch, 1, *setting.shape, device=setting.device)
+    return ImageList(images, [setting.shape] * setting.batch)
 
 
 def empty_features(pair: Pair, setting: Setting) -> list[Tensor]:
     """Make features L × (1, 1, H, W) without content, for code that reads only their size."""
-    sides = [-(-setting.size // stride) for stride in pair.detectron2.anchor_generator.strides]
-    return [torch.empty(1, 1, side, side, device=setting.device) for side in sides]
+    strides = pair.detectron2.anchor_generator.strides
+    cells = [[-(-side // stride) for side in setting.shape] for stride in strides]
+    return [torch.empty(1, 1, *sides, device=setting.device) for sides in cells]
 
 
 def random_outputs(

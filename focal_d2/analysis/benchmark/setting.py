@@ -10,19 +10,32 @@ from typing import Any, NamedTuple
 import detectron2
 import torch
 
-PRECISIONS = ("fp32", "bf16")
+# Of the head's output, and of backbone and head under autocast.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = tuple(DTYPES)
 
 
 class Setting(NamedTuple):
     """The sizes, device and precision of a measurement."""
 
     device: str
-    size: int  # pixels, height and width of an image
+    size: int  # pixels, the height of an image, and its width unless `width` is another
     batch: int  # N
     classes: int  # K
     boxes: int  # an image
     repeats: int
     precision: str  # of `PRECISIONS`: ours; detectron2's too on CUDA, on a CPU it has fp32 only
+    width: int | None = None  # pixels
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        return self.size, self.size if self.width is None else self.width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the head's output."""
+        return DTYPES[self.precision]
 
 
 def hardware(device: str) -> dict[str, Any]:

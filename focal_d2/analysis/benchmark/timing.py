@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from focal_d2.analysis.benchmark.cuda import cuda_calls
 from focal_d2.analysis.benchmark.setting import Setting
-from focal_d2.detectron2_compat import allocations
 
 # Bytes copied to measure a GPU's bandwidth.
 _COPIED = 1 << 30
@@ -53,44 +51,58 @@ def timed(name: str, times: dict[str, float], limit_is: str, **peaks: int) -> Ro
 
 def take_turns(runs: dict[str, Callable[[], Any]], setting: Setting) -> dict[str, float]:
     """Median seconds of each, run one after another in alternating order; the first round warms up."""
+    synchronize = cuda_calls(setting.device).synchronize
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(setting.repeats + 1):
         for name in list(runs) if i % 2 else reversed(runs):
-            _wait(setting)
+            synchronize()
             start = time.perf_counter()
             runs[name]()
-            _wait(setting)
+            synchronize()
             if i:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _wait(setting: Setting) -> None:
-    if torch.device(setting.device).type == "cuda":
-        torch.cuda.synchronize()
+def event_seconds(run: Callable[[], Any], device: str, *, calls: int, rounds: int) -> float:
+    """Median seconds of a call, timed by the device's events around several calls in a row.
+
+    The host starts a call while the device still computes the one before. So short kernels are timed without
+    the host's part, as long as the host is faster.
+
+    Args:
+        run: the work.
+        device: whose events are recorded.
+        calls: between two events.
+        rounds: of which the median is taken, after one that warms up.
+    """
+    cuda = cuda_calls(device)
+    seconds = []
+    for i in range(rounds + 1):
+        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        cuda.synchronize()
+        if i:
+            seconds.append(start.elapsed_time(end) / 1000 / calls)
+    return statistics.median(seconds)
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
     """Most bytes that the allocator had given out at once during `run`, beyond those before it."""
     run()  # what stays (caches) is there already
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports each start, and that it has no GPU
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    given = peak = 0
-    for _, change in sorted(allocations(profiler), key=lambda x: x[0]):
-        given += change
-        peak = max(peak, given)
-    return peak
+    cuda = cuda_calls(device)
+    cuda.reset_peak_memory_stats()
+    before = cuda.memory_allocated()
+    run()
+    peak: int = cuda.max_memory_allocated()
+    return peak - before
 
 
-def copy_bandwidth(setting: Setting) -> float:
-    """Bytes a second that a copy on the device reads and writes, both counted."""
-    source = torch.empty(_COPIED // 4, device=setting.device)
+def copy_bandwidth(device: str, *, copied: int = _COPIED) -> float:
+    """Bytes a second that a copy of so many bytes on the device reads and writes, both counted."""
+    source = torch.empty(copied // 4, device=device)
     target = torch.empty_like(source)
-    seconds = take_turns({"copy": lambda: target.copy_(source)}, setting)["copy"]
-    return 2 * _COPIED / seconds
+    return 2 * copied / event_seconds(lambda: target.copy_(source), device, calls=5, rounds=5)

@@ -1,0 +1,11 @@
+"""The parts of the check by their numbers, in the order in which they run."""
+
+from __future__ import annotations
+
+from focal_d2.analysis.gpu_check.lines import Part
+
+PARTS = {
+    1: Part("Versions and the first launch", "machine", seconds=20, least=5),
+    2: Part("Kernels against their references, and the tests marked gpu", "kernels", seconds=120, least=10),
+    3: Part("Waits of a step for the GPU", "waits", seconds=30, least=10),
+}
