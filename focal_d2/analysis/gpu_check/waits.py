@@ -127,7 +127,7 @@ class _Step:
             "losses": self._compute_losses,
             "backward": self._backward,
             "optimizer": self.optimizer.step,
-            "moving average": lambda: self.average.update_parameters(self.model),
+            "moving average": self.average.update,
         }
 
     def _prepare(self) -> None:
