@@ -26,17 +26,17 @@ class _Event:
     """`torch.cuda.Event`: on a CPU all work before it is done when it is recorded."""
 
     def __init__(self, enable_timing: bool = False) -> None:
-        self._seconds = 0.0
+        self.seconds = 0.0
 
     def record(self) -> None:
-        self._seconds = time.perf_counter()
+        self.seconds = time.perf_counter()
 
     def synchronize(self) -> None:
         pass
 
     def elapsed_time(self, end: _Event) -> float:
         """Return milliseconds."""
-        return 1000 * (end._seconds - self._seconds)
+        return 1000 * (end.seconds - self.seconds)
 
 
 class CpuCalls:
