@@ -97,6 +97,10 @@ class PretendedGPU(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = func.name().split(".")[0]
+        if name == "aten::is_pinned":
+            return hasattr(args[0], "pretends_pinned")
+        if name in ("aten::pin_memory", "aten::_pin_memory"):
+            return self._pinned(args[0].clone())
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         on_gpu = {id(x.values): x for x in tensors if isinstance(x, _OnGPU)}
         device = next((x.device for x in on_gpu.values()), torch.device("cpu"))
@@ -110,10 +114,15 @@ class PretendedGPU(TorchDispatchMode):
             self.operations[name] += 1
             self._judge(name, args, kwargs, to_gpu=to_gpu)
         pinned = kwargs.pop("pin_memory", False)
-        values = tree_map(_values, (args, kwargs))
-        result = func(*values[0], **values[1])
+        args_on_cpu, kwargs_on_cpu = tree_map(_values, (args, kwargs))
+        # On a CPU, PyTorch has no histogram of integers.
+        as_double = name == "aten::histc" and not args_on_cpu[0].is_floating_point()
+        if as_double:
+            args_on_cpu = (args_on_cpu[0].double(), *args_on_cpu[1:])
+        result = func(*args_on_cpu, **kwargs_on_cpu)
+        result = result.long() if as_double else result
         if pinned:
-            result.pretends_pinned = True
+            self._pinned(result)
         if not to_gpu or (name == "aten::copy_" and not isinstance(args[0], _OnGPU)):
             return result
 
@@ -123,6 +132,11 @@ class PretendedGPU(TorchDispatchMode):
             return on_gpu[id(x)] if id(x) in on_gpu else _OnGPU(x, device)
 
         return tree_map(wrap, result)
+
+    @staticmethod
+    def _pinned(x: Tensor) -> Tensor:
+        x.pretends_pinned = True
+        return x
 
     def _judge(self, name: str, args: Any, kwargs: Any, *, to_gpu: bool) -> None:
         """Add the operation to `waits` if the host waits at it."""

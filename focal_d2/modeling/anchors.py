@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -54,19 +55,42 @@ class AnchorCache:
     def __init__(self, generator: nn.Module) -> None:
         self.generator = generator
         self._known: OrderedDict[Any, Anchors] = OrderedDict()
+        self._on_host: dict[torch.dtype, nn.Module] = {}  # copies of a GPU's generator, by the buffers' type
 
     def __call__(self, sizes: Sequence[tuple[int, int]], device: torch.device) -> Anchors:
         """Return the anchors of L levels of (height, width) cells."""
         key = (tuple(sizes), device, next(self.generator.buffers()).dtype)
         if key not in self._known:
-            # The generator reads only the shapes and the device of the features.
-            features = [torch.empty(1, 1, height, width, device=device) for height, width in sizes]
-            boxes = Boxes.cat(self.generator(features)).tensor
-            self._known[key] = Anchors(boxes, grid_of(self.generator, sizes))
+            self._known[key] = self._compute(sizes, device)
             if len(self._known) > _MOST_SHAPES:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         return self._known[key]
+
+    def _compute(self, sizes: Sequence[tuple[int, int]], device: torch.device) -> Anchors:
+        if device.type != "cuda":
+            return compute_anchors(self.generator, sizes, device)
+        # detectron2's generator copies small tensors to a GPU one by one, and the host waits for each copy.
+        dtype = next(self.generator.buffers()).dtype
+        if dtype not in self._on_host:
+            self._on_host[dtype] = deepcopy(self.generator).cpu()
+        anchors = compute_anchors(self._on_host[dtype], sizes, torch.device("cpu"))
+        return Anchors(
+            copy_without_waiting(anchors.boxes, device),
+            anchors.grid and AnchorGrid(*(copy_without_waiting(x, device) for x in anchors.grid)),
+        )
+
+
+def compute_anchors(generator: nn.Module, sizes: Sequence[tuple[int, int]], device: torch.device) -> Anchors:
+    """Return the anchors of L levels of (height, width) cells; the generator is on the device."""
+    # The generator reads only the shapes and the device of the features.
+    features = [torch.empty(1, 1, height, width, device=device) for height, width in sizes]
+    return Anchors(Boxes.cat(generator(features)).tensor, grid_of(generator, sizes))
+
+
+def copy_without_waiting(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to a GPU. The host would wait for a copy from memory that is not pinned."""
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def grid_of(generator: nn.Module, sizes: Sequence[Sequence[int]]) -> AnchorGrid | None:

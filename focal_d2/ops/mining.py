@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 
-def top_negatives(score: Tensor, negative: Tensor, *, count: int) -> Tensor:
+def top_negatives(score: Tensor, negative: Tensor, *, negatives: int, count: int) -> Tensor:
     """Mark the `count` negatives of the highest score.
 
     Args:
         score: (R,) of each example: its loss, or a random number.
         negative: (R,) bool.
+        negatives: how many of `negative` are True. The caller knows it, so that the host waits for no GPU.
         count: how many to mark; all, if there are fewer.
 
     Returns:
         (R,) bool.
     """
-    indices = negative.nonzero().squeeze(1)
-    top = score[indices].topk(min(count, len(indices))).indices
+    indices = torch.nonzero_static(negative, size=negatives).squeeze(1)
+    top = score[indices].topk(min(count, negatives)).indices
     keep = torch.zeros_like(negative)
     keep[indices[top]] = True
     return keep
@@ -39,7 +40,7 @@ def random_numbers(seed: int, positions: Tensor) -> Tensor:
     Returns:
         (R,) int64, over the whole range of int64.
     """
-    mixed_seed = _mix(torch.tensor(seed, dtype=torch.int64, device=positions.device))
+    mixed_seed = int(_mix(torch.tensor(seed)))  # on the CPU: a copy to a GPU would make the host wait
     return _mix(_mix(positions) ^ mixed_seed)
 
 
@@ -57,7 +58,12 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def suppress(
-    loss: Tensor, boxes_of: Callable[[Tensor], Tensor], nms: Callable[[Tensor, Tensor], Tensor], *, count: int
+    loss: Tensor,
+    boxes_of: Callable[[Tensor], Tensor],
+    nms: Callable[[Tensor, Tensor], Tensor],
+    *,
+    examples: int,
+    count: int,
 ) -> Tensor:
     """Keep the `count` examples of the highest loss that survive non-maximum suppression by loss.
 
@@ -68,13 +74,14 @@ def suppress(
         loss: (R,) of each example; -inf for examples that must not be chosen. NaN is kept first.
         boxes_of: indices (E,) -> boxes (E, 4).
         nms: boxes (E, 4), scores (E,) -> kept indices in falling order of score.
+        examples: how many losses are above -inf. The caller knows it, so that the host waits for no GPU.
         count: how many to keep.
 
     Returns:
         Indices (at most `count`,) in falling order of loss.
     """
     loss = loss.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
-    order = loss.argsort(descending=True, stable=True)[: int((loss > float("-inf")).sum())]
+    order = loss.argsort(descending=True, stable=True)[:examples]
     seen = 4 * count
     while True:
         head = order[:seen]

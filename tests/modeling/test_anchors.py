@@ -6,6 +6,7 @@ from detectron2.structures import Boxes
 
 from focal_d2.modeling import anchors
 from focal_d2.modeling.anchors import AnchorCache, grid_of
+from tests.waits import PretendedGPU
 
 
 def make_generator(kind=DefaultAnchorGenerator):
@@ -53,3 +54,17 @@ def test_another_kind_of_generator_has_no_grid():
         pass
 
     assert grid_of(make_generator(Own), [(4, 6), (2, 3)]) is None
+
+
+def test_a_new_shape_does_not_wait_for_a_gpu():
+    expected = AnchorCache(make_generator())(*levels(4, 6))
+    with PretendedGPU() as gpu:
+        cache, device = AnchorCache(make_generator().to("cuda")), torch.device("cuda:0")
+        cache(levels(8, 8)[0], device)  # reads the anchors of a cell, once
+        gpu.clear()
+        anchors = cache(levels(4, 6)[0], device)
+        assert not gpu.waits
+        assert not gpu.pageable
+        for x, y in zip((anchors.boxes, *anchors.grid), (expected.boxes, *expected.grid), strict=True):
+            assert x.is_cuda
+            assert torch.equal(x.cpu(), y)

@@ -11,7 +11,9 @@ from focal_d2.ops.mining import random_numbers, suppress, top_negatives
 def test_top_negatives_are_the_top_of_a_sorted_list(count):
     loss, negative = torch.rand(60), torch.rand(60) < 0.5
     ranked = sorted(negative.nonzero().flatten().tolist(), key=lambda i: -loss[i].item())
-    kept = top_negatives(loss, negative, count=count).nonzero().flatten().tolist()
+    kept = (
+        top_negatives(loss, negative, negatives=int(negative.sum()), count=count).nonzero().flatten().tolist()
+    )
     assert sorted(kept) == sorted(ranked[:count])
 
 
@@ -48,13 +50,14 @@ def test_suppress_keeps_what_brute_force_keeps(count, threshold):
     boxes = torch.cat([low, low + 5 + torch.rand(300, 2) * 20], 1)
     loss = torch.rand(300)
     loss[torch.rand(300) < 0.1] = float("-inf")
+    examples = int((loss > float("-inf")).sum())
     decoded: list[int] = []
 
     def boxes_of(indices):
         decoded.append(len(indices))
         return boxes[indices]
 
-    kept = suppress(loss, boxes_of, lambda b, s: nms(b, s, threshold), count=count)
+    kept = suppress(loss, boxes_of, lambda b, s: nms(b, s, threshold), examples=examples, count=count)
     assert kept.tolist() == brute_force(loss, boxes, threshold, count)
     if count == 1:
         assert sum(decoded) < 10  # most boxes are never decoded
@@ -62,5 +65,5 @@ def test_suppress_keeps_what_brute_force_keeps(count, threshold):
 
 def test_suppress_of_nothing_is_nothing():
     loss = torch.full((5,), float("-inf"))
-    kept = suppress(loss, lambda i: torch.zeros(len(i), 4), lambda b, s: nms(b, s, 0.5), count=3)
+    kept = suppress(loss, lambda i: torch.zeros(len(i), 4), lambda b, s: nms(b, s, 0.5), examples=0, count=3)
     assert kept.tolist() == []

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from detectron2.layers import ciou_loss, diou_loss
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.utils import comm
-from fvcore.nn import giou_loss, smooth_l1_loss
+from fvcore.nn import smooth_l1_loss
 from torch import Tensor, nn
 
 from focal_d2.errors import UserError
 from focal_d2.modeling.all_reduce import sum_over_ranks
 from focal_d2.ops.losses.ghm import harmonise
+from focal_d2.ops.losses.iou import ciou_loss, diou_loss, giou_loss
 
 _IOU_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 BOX_LOSSES = ("smooth_l1", *_IOU_LOSSES, "ghm_r")
@@ -81,11 +81,7 @@ class BoxLoss(nn.Module):
             A scalar; 0 with a gradient path if P = 0.
         """
         if self.kind in _IOU_LOSSES:
-            boxes = self.transform.apply_deltas(deltas, anchors)
-            # fvcore stops with an assertion if a box is NaN. The trainer's check names the iteration instead.
-            finite = boxes.isfinite().all()
-            loss = _IOU_LOSSES[self.kind](torch.where(finite, boxes, gt_boxes), gt_boxes, reduction="sum")
-            return torch.where(finite, loss, float("nan"))
+            return _IOU_LOSSES[self.kind](self.transform.apply_deltas(deltas, anchors), gt_boxes)
         targets = encode(anchors, gt_boxes, self.transform.weights)
         if self.kind == "smooth_l1":
             return smooth_l1_loss(deltas, targets, beta=self.smooth_l1_beta, reduction="sum")

@@ -16,34 +16,22 @@ from focal_d2.ops.mining import random_numbers, suppress, top_negatives
 
 
 class _Mining(ClassificationLoss):
-    """Cross entropy over the anchors that `choose` selects in each image."""
+    """Cross entropy over the anchors that `choose` selects."""
 
     def forward(self, batch: DenseBatch) -> Tensor:
         """Return the sum over the chosen anchors of all images."""
         pairs = sigmoid_cross_entropy(batch.all_logits(), batch.labels, num_classes=batch.num_logits)
         loss = pairs.sum(-1)  # (N, R)
-        return torch.where(self._chosen(loss, batch), loss, 0.0).sum()
+        return torch.where(self.choose(loss, batch), loss, 0.0).sum()
 
     def example_losses(self, batch: DenseBatch) -> Iterator[Tensor]:
         """Yield each pair's cross entropy, 0 where its anchor is not chosen."""
         pairs = sigmoid_cross_entropy(batch.all_logits(), batch.labels, num_classes=batch.num_logits)
-        chosen = self._chosen(pairs.sum(-1), batch)
+        chosen = self.choose(pairs.sum(-1), batch)
         yield from batch.split(torch.where(chosen.unsqueeze(-1), pairs, 0.0))
 
-    @torch.no_grad()
-    def _chosen(self, loss: Tensor, batch: DenseBatch) -> Tensor:
-        """Return the chosen anchors as a mask (N, R) bool."""
-        chosen = [self.choose(image, row, batch) for image, row in enumerate(loss)]
-        return torch.stack(chosen) if chosen else torch.zeros_like(loss, dtype=torch.bool)
-
-    def choose(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
-        """Return the chosen anchors of an image, (R,) bool.
-
-        Args:
-            image: index in the batch.
-            loss: (R,) loss of each anchor.
-            batch: all images.
-        """
+    def choose(self, loss: Tensor, batch: DenseBatch) -> Tensor:
+        """Return the chosen anchors of a batch, (N, R) bool; the losses (N, R) are read without gradient."""
         raise NotImplementedError
 
 
@@ -58,16 +46,26 @@ class _AtRatio(_Mining):
         check_at_least_0("NEGATIVES_PER_POSITIVE", negatives_per_positive)
         self.negatives_per_positive = negatives_per_positive
 
-    def choose(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
-        """Return all positives, and the negatives with the highest `score`."""
-        positive = batch.positive[image]
-        count = int(self.negatives_per_positive * int(positive.sum()))
-        negative = self.negatives(image, batch)
-        return positive | top_negatives(self.score(image, loss, batch), negative, count=count)
+    @torch.no_grad()
+    def choose(self, loss: Tensor, batch: DenseBatch) -> Tensor:
+        """Return all positives, and each image's negatives with the highest `score`."""
+        negative = self.negatives(batch)
+        # The host waits for a GPU here, once for all images.
+        numbers = torch.stack([batch.positive.sum(1), negative.sum(1)], dim=1).tolist()
+        chosen = batch.positive.clone()
+        for image, (positives, negatives) in enumerate(numbers):
+            top = top_negatives(
+                self.score(image, loss[image], batch),
+                negative[image],
+                negatives=negatives,
+                count=int(self.negatives_per_positive * positives),
+            )
+            chosen[image].logical_or_(top)
+        return chosen
 
-    def negatives(self, image: int, batch: DenseBatch) -> Tensor:
-        """Return (R,) bool: the anchors of an image from which negatives are chosen."""
-        return batch.labels[image] == self.num_classes
+    def negatives(self, batch: DenseBatch) -> Tensor:
+        """Return (N, R) bool: the anchors from which negatives are chosen."""
+        return batch.labels == self.num_classes
 
     def score(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
         """Return a number (R,) for each anchor of an image, from its losses (R,); the highest are chosen."""
@@ -102,9 +100,12 @@ class RandomSampling(_AtRatio):
         """Return random numbers."""
         return random_numbers(batch.seeds[image], batch.positions())
 
-    def negatives(self, image: int, batch: DenseBatch) -> Tensor:
+    def negatives(self, batch: DenseBatch) -> Tensor:
         """Return the negatives outside the padding."""
-        return super().negatives(image, batch) & batch.inside(image)
+        negative = super().negatives(batch)
+        for image, row in enumerate(negative):
+            row.logical_and_(batch.inside(image))
+        return negative
 
 
 @register_loss("ohem")
@@ -128,27 +129,37 @@ class OnlineHardExampleMining(_Mining):
         self.nms_thresh = nms_thresh
         self.negatives_per_positive = negatives_per_positive
 
-    def choose(self, image: int, loss: Tensor, batch: DenseBatch) -> Tensor:
-        """Return the anchors with the highest loss that remain after NMS."""
-        positive = batch.positive[image]
-        keep = torch.zeros_like(positive)
-        if self.negatives_per_positive > 0:
-            # NMS is computed over all anchors together, before the ratio is applied.
-            survivors = self._survivors(image, loss, batch, count=len(loss))
-            positives = survivors[positive[survivors]]
-            most_positives = round(self.examples / (1 + self.negatives_per_positive))
-            positives = positives[:most_positives]
-            negatives = survivors[~positive[survivors]]
-            keep[positives] = True
-            keep[negatives[: int(self.negatives_per_positive * len(positives))]] = True
-        else:
-            keep[self._survivors(image, loss, batch, count=self.examples)] = True
-        return keep
+    @torch.no_grad()
+    def choose(self, loss: Tensor, batch: DenseBatch) -> Tensor:
+        """Return each image's anchors with the highest loss that remain after NMS.
 
-    def _survivors(self, image: int, loss: Tensor, batch: DenseBatch, count: int) -> Tensor:
+        The host waits for a GPU once for all images, and in each NMS, whose result has an unknown length.
+        """
+        examples = (batch.labels != IGNORE_LABEL).sum(1).tolist()
+        chosen = torch.zeros_like(batch.positive)
+        for image, number in enumerate(examples):
+            kept = self._survivors(image, loss[image], batch, number)
+            chosen[image, kept] = self._at_ratio(batch.positive[image, kept])
+        return chosen
+
+    def _survivors(self, image: int, loss: Tensor, batch: DenseBatch, number: int) -> Tensor:
+        """Return the anchors of an image that remain after NMS by loss, the highest first.
+
+        With a ratio all of them are needed, because it is applied afterwards.
+        """
         return suppress(
             loss.masked_fill(batch.labels[image] == IGNORE_LABEL, float("-inf")),
             partial(batch.predicted_boxes, image),
             lambda boxes, scores: nms(boxes, scores.to(boxes.dtype), self.nms_thresh),
-            count=count,
+            examples=number,
+            count=number if self.negatives_per_positive > 0 else self.examples,
         )
+
+    def _at_ratio(self, positive: Tensor) -> Tensor:
+        """Return which of an image's survivors are chosen: all, or the highest positives and negatives."""
+        if self.negatives_per_positive == 0:
+            return torch.ones_like(positive)
+        most_positives = round(self.examples / (1 + self.negatives_per_positive))
+        positives = positive.sum().clamp(max=most_positives)
+        negatives = (self.negatives_per_positive * positives.double()).floor()
+        return torch.where(positive, positive.cumsum(0) <= positives, (~positive).cumsum(0) <= negatives)

@@ -28,7 +28,13 @@ def gradient_histogram(norms: Tensor, valid: Tensor, *, bins: int) -> Tensor:
     Returns:
         (M,) float: the number of examples in [j/M, (j+1)/M), 1 belonging to the last bin.
     """
-    return torch.bincount(_bin_of(norms, bins)[valid], minlength=bins).to(norms.dtype)
+    # What is left out has a bin of its own: the number of the others would be read from a GPU.
+    index = torch.where(valid, _bin_of(norms, bins), bins).flatten()
+    if index.is_cuda:  # there, bincount makes the host wait; on a CPU, histc takes no integers
+        counts = torch.histc(index, bins=bins + 1, min=0, max=bins + 1)
+    else:
+        counts = torch.bincount(index, minlength=bins + 1)
+    return counts[:bins].to(norms.dtype)
 
 
 def harmonise(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from focal_d2.ops.losses.ghm import gradient_histogram, harmonise
@@ -32,3 +33,12 @@ def test_moving_histogram():
 def test_ignored_examples_in_an_empty_bin_have_a_density():
     density = harmonise(torch.tensor([0.9]), torch.tensor([False]), torch.zeros(2), momentum=0.0)
     assert density.item() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_histogram_on_cuda_is_the_cpus():
+    norms, valid = torch.rand(100_003), torch.rand(100_003) < 0.9
+    norms[:10] = 1.0
+    expected = gradient_histogram(norms, valid, bins=30)
+    assert torch.equal(gradient_histogram(norms.cuda(), valid.cuda(), bins=30).cpu(), expected)
