@@ -163,12 +163,16 @@ class FocalLoop(LoopParts, SimpleTrainer):
         normalizer = self.normalizer
         parts = self._in_parts(data)
         held: AbstractContextManager[Any] = nullcontext()
+        expecting: AbstractContextManager[Any] = nullcontext()
+        if normalizer is not None:
+            one = torch.ones((), device=normalizer.ema.device)
+            expecting = normalizer.expecting(self.scaler.scale(one) / len(parts))
         if len(parts) > 1 and normalizer is not None:
             count: Any = self.bare.count_positives
             positives = torch.stack([count(part) for part in parts]).sum()
             held = normalizer.held(normalizer(positives) / len(parts))
         total: dict[str, Tensor] = {}
-        with held:
+        with held, expecting:
             for i, part in enumerate(parts):
                 with self._exchange(is_last=i == len(parts) - 1):
                     with self.precision():

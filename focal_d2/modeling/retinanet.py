@@ -287,6 +287,10 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
         with torch.autocast(self.device.type, enabled=False):
             logits, deltas = predictions
             positives = targets.positives()
+            normalizer = self.loss_normalizer(targets.positive.sum())
+            upstream = self.loss_normalizer.upstream
+            if upstream is not None and self.cls_loss.divided_by_positives:
+                upstream = upstream / normalizer
             if has_event_storage():
                 per_image = targets.num_positives() / len(targets.labels)
                 get_event_storage().put_scalar("num_pos_anchors", per_image)
@@ -303,6 +307,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
                 decode=self.box2box_transform.apply_deltas,
                 seeds=seeds,
                 sizes=sizes,
+                upstream=upstream,
             )
             losses = {
                 "loss_cls": self.cls_loss(batch),
@@ -312,7 +317,6 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
                     positives.gt_boxes,
                 ),
             }
-            normalizer = self.loss_normalizer(targets.positive.sum())
             if self.cls_loss.divided_by_positives:
                 losses["loss_cls"] = losses["loss_cls"] / normalizer
             if self.box_loss.divided_by_positives:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from unittest.mock import Mock
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from focal_d2.engine.step import FocalLoop, MovingAverage
+from tests.conftest import make_cfg
+from tests.modeling.test_retinanet import make_image
 from tests.waits import PretendedGPU
 
 
@@ -16,6 +20,20 @@ def normed(layers: int) -> nn.Module:
     model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(layers)))
     model[-1].double()
     return model
+
+
+def make_loop(model: nn.Module, *, parts: int = 1, average: MovingAverage | None = None) -> FocalLoop:
+    return FocalLoop(
+        model,
+        [],
+        Mock(),
+        parts=parts,
+        precision=nullcontext,
+        scale_loss=False,
+        average=average,
+        stopping=Mock(),
+        on_not_finite=Mock(),
+    )
 
 
 def change(model: nn.Module, step: int) -> None:
@@ -59,17 +77,7 @@ def test_moving_average_and_kept_buffers_are_few_operations_and_no_wait():
     with PretendedGPU() as gpu:
         model = normed(20).to("cuda")
         average = MovingAverage(model, decay=0.9)
-        loop = FocalLoop(
-            model,
-            [],
-            Mock(),
-            parts=1,
-            precision=Mock(),
-            scale_loss=False,
-            average=average,
-            stopping=Mock(),
-            on_not_finite=Mock(),
-        )
+        loop = make_loop(model, average=average)
         for _ in range(2):  # the second step is an average, and later ones are as the second
             gpu.clear()
             average.update()
@@ -80,3 +88,27 @@ def test_moving_average_and_kept_buffers_are_few_operations_and_no_wait():
         assert gpu.operations == {"aten::_foreach_copy_": 3}
         loop.undo()
         assert not gpu.waits
+
+
+@pytest.mark.parametrize(
+    "name, parts, scale", [("focal", 1, None), ("fixed_weights", 1, 1024.0), ("focal", 3, 8.0)]
+)
+def test_losses_know_the_gradient_that_backward_will_give_them(name, parts, scale):
+    model = build_model(make_cfg(MODEL__FOCAL__LOSS__NAME=name))
+    features = [torch.empty(1, 1, -(-64 // s), -(-64 // s)) for s in (8, 16, 32, 64, 128)]
+    outputs = [[torch.randn(1, 9 * c, *x.shape[2:], requires_grad=True) for x in features] for c in (3, 4)]
+    model.network = lambda images: (features, outputs)
+    expected, given = [], []
+
+    def note(module, arguments, loss):
+        expected.append(arguments[0].upstream)
+        loss.register_hook(lambda x: given.append(x))
+
+    model.cls_loss.register_forward_hook(note)
+    loop = make_loop(model, parts=parts)
+    if scale is not None:
+        loop.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    loop._backward([make_image(2, 3, size=(64, 64)) for _ in range(parts)])
+    assert len(expected) == parts
+    assert torch.equal(torch.stack(expected), torch.stack(given))  # to the bit
+    assert model.loss_normalizer.upstream is None

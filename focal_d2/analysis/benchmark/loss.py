@@ -83,4 +83,5 @@ def _make_batch(pair: Pair, setting: Setting) -> DenseBatch:
         deltas=random_outputs(pair, setting, 4, 0.0, 0.2, setting.dtype),
         anchors=anchors.boxes,
         decode=ours.box2box_transform.apply_deltas,
+        upstream=torch.ones((), device=setting.device) / 100,  # as the trainer gives it
     )

@@ -36,6 +36,7 @@ class DenseBatch(NamedTuple):
     decode: Callable[[Tensor, Tensor], Tensor]  # (deltas (E, 4), anchors (E, 4)) -> boxes (E, 4) XYXY
     seeds: Sequence[int] = ()  # N, of each image, for losses that sample; empty for others
     sizes: Sequence[tuple[int, int]] = ()  # N × (height, width) before padding; empty: not known
+    upstream: Tensor | None = None  # scalar: the gradient that the loss will get in backward, if known
 
     def levels(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (N, H·W·A, C) logits and (N, H·W·A) labels of one level after another."""

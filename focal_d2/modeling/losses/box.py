@@ -144,6 +144,7 @@ class LossNormalizer(nn.Module):
         self.register_load_state_dict_pre_hook(self._keep_if_absent)
         self._held: Tensor | float | None = None
         self.last: Tensor | float = self.INITIAL  # the last divisor
+        self.upstream: Tensor | None = None  # see `expecting`
 
     @staticmethod
     def _keep_if_absent(module: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
@@ -175,6 +176,19 @@ class LossNormalizer(nn.Module):
             yield
         finally:
             self._held = None
+
+    @contextmanager
+    def expecting(self, upstream: Tensor) -> Iterator[None]:
+        """Say which gradient (a scalar) backward will give both losses after their division.
+
+        The fused loss on a GPU then writes its gradient in its final size in the forward pass. Results stay
+        the same: if another gradient arrives, backward makes a second pass.
+        """
+        self.upstream = upstream
+        try:
+            yield
+        finally:
+            self.upstream = None
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}"

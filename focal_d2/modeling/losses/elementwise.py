@@ -119,6 +119,7 @@ class _SigmoidFocal(_AlphaBalanced):
             alpha=self.alpha,
             gamma=self.gamma,
             use_kernels=self.use_kernels,
+            upstream=batch.upstream,
         )
 
     def term(self, logits: Tensor, labels: Tensor, *, reduction: str = "sum") -> Tensor:
@@ -249,6 +250,8 @@ class FixedWeights(_SigmoidFocal):
 
     def forward(self, batch: DenseBatch) -> Tensor:
         """Return the sum over all anchors. The weights are α and 1 - α, times the sum of both weights."""
+        if batch.upstream is not None:
+            batch = batch._replace(upstream=batch.upstream * self.total)
         return self.total * super().forward(batch)
 
 
@@ -295,6 +298,7 @@ class QualityFocalLoss(_Quality):
                 num_classes=self.num_classes,
                 beta=self.beta,
                 use_kernels=self.use_kernels,
+                upstream=batch.upstream,
             )
         return self.term(batch.all_logits(), batch.labels, batch.quality())
 
@@ -329,6 +333,7 @@ class VarifocalLoss(_Quality):
                 alpha=self.alpha,
                 gamma=self.gamma,
                 use_kernels=self.use_kernels,
+                upstream=batch.upstream,
             )
         return self.term(batch.all_logits(), batch.labels, batch.quality())
 

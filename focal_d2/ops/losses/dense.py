@@ -6,9 +6,11 @@ without reading a label: it sums the losses and writes the gradients, in chunks 
 that are ignored. The only tensor of the logits' size that it keeps is the gradient, which backward scales in
 place.
 
-With `use_kernels`, a Triton kernel on a GPU reads each logit with its label and does all of this at once,
-without waiting for the GPU. float64 logits, and all logits where Triton is not installed, take the path
-above. The kernel has not run on a GPU yet.
+With `use_kernels`, one launch of a Triton kernel on a GPU reads each logit of all levels with its label and
+does all of this at once, without waiting for the GPU. If it knows what gradient backward will be given
+(`upstream`), it writes the logits' gradients in their final size, and backward leaves them as they are.
+float64 logits, and all logits where Triton is not installed, take the path above. The kernel has not run on a
+GPU yet.
 
 Shapes: N images, L levels, A anchors a cell, K classes, R anchors an image (all levels); logits
 L × (N, A·K, H, W), labels (N, R) in the order of anchors, as detectron2 has them. P entries (an anchor and
@@ -18,6 +20,7 @@ its class) are positive, E anchors are ignored.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +70,7 @@ def dense_focal_loss(
     alpha: float | Tensor,
     gamma: float,
     use_kernels: bool = False,
+    upstream: Tensor | None = None,
 ) -> Tensor:
     """Return what `sigmoid_focal_loss` returns for the same logits as (N, R, K).
 
@@ -78,6 +82,9 @@ def dense_focal_loss(
             (K,); a negative number leaves all weights at 1.
         gamma: focusing parameter, at least 0.
         use_kernels: on a GPU with Triton, compute with a Triton kernel; see the top of this module.
+        upstream: the gradient that backward is expected to be given, a float32 scalar on the logits' device,
+            such as 1 divided by the normaliser. It has no effect on results. If another gradient arrives, the
+            kernel path scales the logits' gradients in backward, as it does without `upstream`.
 
     Returns:
         The sum over anchors that are not ignored and all classes, a scalar in float32 (float64 for float64
@@ -91,9 +98,10 @@ def dense_focal_loss(
     if isinstance(alpha, Tensor):
         if alpha.shape != (num_classes,):
             raise ValueError(f"alpha {tuple(alpha.shape)} must be a number or ({num_classes},)")
-        return _dense(logits, labels, None, num_classes, _Focal(gamma, 1 - alpha, alpha), use_kernels)
-    weights = (1.0, 1.0) if alpha < 0 else (1.0 - alpha, alpha)
-    return _dense(logits, labels, None, num_classes, _Focal(gamma, *weights), use_kernels)
+        loss = _Focal(gamma, 1 - alpha, alpha)
+    else:
+        loss = _Focal(gamma, 1.0, 1.0) if alpha < 0 else _Focal(gamma, 1.0 - alpha, alpha)
+    return _dense(logits, labels, None, num_classes, loss, use_kernels, upstream)
 
 
 def dense_quality_focal_loss(
@@ -104,6 +112,7 @@ def dense_quality_focal_loss(
     num_classes: int,
     beta: float,
     use_kernels: bool = False,
+    upstream: Tensor | None = None,
 ) -> Tensor:
     """Return what `quality_focal_loss` returns for the same logits as (N, R, K).
 
@@ -114,6 +123,7 @@ def dense_quality_focal_loss(
         num_classes: K.
         beta: focusing parameter, 0 or at least 1.
         use_kernels: see `dense_focal_loss`.
+        upstream: see `dense_focal_loss`.
 
     Returns:
         See `dense_focal_loss`.
@@ -122,7 +132,7 @@ def dense_quality_focal_loss(
         ValueError: if shapes, labels' dtype or beta do not fit.
     """
     check_quality_beta(beta)
-    return _dense(logits, labels, quality, num_classes, _Quality(beta, 1.0), use_kernels)
+    return _dense(logits, labels, quality, num_classes, _Quality(beta, 1.0), use_kernels, upstream)
 
 
 def dense_varifocal_loss(
@@ -134,6 +144,7 @@ def dense_varifocal_loss(
     alpha: float,
     gamma: float,
     use_kernels: bool = False,
+    upstream: Tensor | None = None,
 ) -> Tensor:
     """Return what `varifocal_loss` returns for the same logits as (N, R, K).
 
@@ -145,6 +156,7 @@ def dense_varifocal_loss(
         alpha: weight of the negatives, in [0, 1].
         gamma: focusing parameter of the negatives, at least 0.
         use_kernels: see `dense_focal_loss`.
+        upstream: see `dense_focal_loss`.
 
     Returns:
         See `dense_focal_loss`.
@@ -154,7 +166,7 @@ def dense_varifocal_loss(
     """
     check_in_0_1("alpha", alpha)
     check_at_least_0("gamma", gamma)
-    return _dense(logits, labels, quality, num_classes, _Varifocal(gamma, alpha), use_kernels)
+    return _dense(logits, labels, quality, num_classes, _Varifocal(gamma, alpha), use_kernels, upstream)
 
 
 class _Focal(NamedTuple):
@@ -228,16 +240,18 @@ def _dense(
     num_classes: int,
     loss: _Loss,
     use_kernels: bool,
+    upstream: Tensor | None,
 ) -> Tensor:
     _check_shapes(logits, labels, quality, num_classes)
-    total: Tensor = _DenseLoss.apply(labels, quality, num_classes, loss, use_kernels, *logits)
+    total: Tensor = _DenseLoss.apply(labels, quality, num_classes, loss, use_kernels, upstream, *logits)
     return total
 
 
 def _check_shapes(logits: Sequence[Tensor], labels: Tensor, quality: Tensor | None, num_classes: int) -> None:
     anchors = [x.shape[1:].numel() // num_classes for x in logits]
     wanted = (logits[0].shape[0], sum(anchors))
-    if any(x.shape[1] % num_classes for x in logits) or labels.shape != wanted:
+    channels = {x.shape[1] for x in logits}
+    if len(channels) > 1 or logits[0].shape[1] % num_classes or labels.shape != wanted:
         raise ValueError(
             f"logits {[tuple(x.shape) for x in logits]} and labels {tuple(labels.shape)} do not fit: with "
             f"K={num_classes} they must be L × (N, A·K, H, W) and (N, sum of H·W·A)"
@@ -259,28 +273,25 @@ class _DenseLoss(torch.autograd.Function):
         num_classes: int,
         loss: _Loss,
         use_kernels: bool,
+        upstream: Tensor | None,
         *logits: Tensor,
     ) -> Tensor:
-        levels = tuple(x if is_dense(x) else x.contiguous() for x in logits)
-        wanted = ctx.needs_input_grad[5:]
-        gradients = [torch.empty_like(x) if w else None for x, w in zip(levels, wanted, strict=True)]
+        wanted = ctx.needs_input_grad[6:]
         kernels = find_kernels(LOSS_KERNELS, labels) if use_kernels else None
-        if kernels is not None and all(x.dtype in _KERNEL_DTYPES for x in levels):
-            total = kernels.dense_loss(
-                levels,
-                gradients,
-                labels,
-                quality,
-                num_classes=num_classes,
-                kind=_KINDS[type(loss)],
-                gamma=loss.gamma,
-                gradient_scale=kept_scale(levels[0]),
-                negative_weight=loss.negative_weight,
-                positive_weight=loss.positive_weight if isinstance(loss, _Focal) else 1.0,
+        if kernels is not None and logits[0].dtype in _KERNEL_DTYPES:
+            if upstream is None:
+                upstream = torch.full((), kept_scale(logits[0]), device=labels.device)
+            total, gradients = _in_a_kernel(
+                kernels, logits, labels, quality, upstream, num_classes, loss, with_gradient=any(wanted)
             )
+            ctx.rescale, ctx.expected = kernels.rescale, upstream
         else:
+            levels = tuple(x if is_dense(x) else x.contiguous() for x in logits)
+            pairs = zip(levels, wanted, strict=True)
+            gradients = [torch.empty_like(x) if w else None for x, w in pairs]
             total = _in_chunks(levels, gradients, labels, quality, num_classes, loss)
-        ctx.gradients = gradients
+            ctx.rescale = None
+        ctx.gradients = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
         return total.to(torch.float64 if logits[0].dtype == torch.float64 else torch.float32)
 
     @staticmethod
@@ -291,10 +302,13 @@ class _DenseLoss(torch.autograd.Function):
                 "set MODEL.FOCAL.LOSS.IMPLEMENTATION reference"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        for gradient in gradients:
-            if gradient is not None:
+        written = [g for g in gradients if g is not None]
+        if ctx.rescale is not None:
+            ctx.rescale(written, grad_output, ctx.expected)
+        else:
+            for gradient in written:
                 _scale(gradient, grad_output / kept_scale(gradient))
-        return None, None, None, None, None, *gradients
+        return None, None, None, None, None, None, *gradients
 
 
 def _scale(gradient: Tensor, factor: Tensor) -> None:
@@ -303,6 +317,37 @@ def _scale(gradient: Tensor, factor: Tensor) -> None:
         torch.mul(gradient, factor.reshape(1, 1, 1, 1), out=gradient)
     elif (number := factor.item()) != 1:
         gradient.mul_(number)
+
+
+def _in_a_kernel(
+    kernels: ModuleType,
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    quality: Tensor | None,
+    upstream: Tensor,
+    num_classes: int,
+    loss: _Loss,
+    *,
+    with_gradient: bool,
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Return the sum (float64), and the gradients times `upstream` if they are wanted."""
+    contiguous = all(x.is_contiguous() for x in logits)
+    layout = torch.contiguous_format if contiguous else torch.channels_last
+    levels = [x.contiguous(memory_format=layout) for x in logits]
+    gradients = [torch.empty_like(x) for x in levels] if with_gradient else None
+    total = kernels.dense_loss(
+        levels,
+        gradients,
+        labels,
+        quality,
+        upstream,
+        num_classes=num_classes,
+        kind=_KINDS[type(loss)],
+        gamma=loss.gamma,
+        negative_weight=loss.negative_weight,
+        positive_weight=loss.positive_weight if isinstance(loss, _Focal) else 1.0,
+    )
+    return total, gradients or [None] * len(levels)
 
 
 def _in_chunks(
