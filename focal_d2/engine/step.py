@@ -89,6 +89,9 @@ class FocalLoop(LoopParts, SimpleTrainer):
         self.steps: deque[Step] = deque(maxlen=_HISTORY)
         self.steps_skipped = 0  # in a row
         self.stepping = False  # while this is True the state is incomplete and can't be saved
+        # The scaler skips the optimizer's step if gradients in float16 overflow, and does not say so.
+        optimizer.register_step_post_hook(lambda *_: setattr(self, "_stepped", True))
+        self._stepped = False  # whether the optimizer has made this iteration's step
         self._buffers = _Buffers(self.bare)
         self._kept: list[Tensor] = []  # copies of the buffers from before the iteration's batch
         self._random: dict[str, Any] = {}  # the generators' states from then
@@ -111,6 +114,7 @@ class FocalLoop(LoopParts, SimpleTrainer):
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self.bare.parameters() if p.grad is not None], foreach=True
         )
+        # The only place where the host waits for a GPU: the step must not be made if it is not finite.
         *numbers, gradient_norm = torch.stack([*losses.values(), norm]).tolist()
         values = dict(zip(losses, numbers, strict=True))
         self.steps.append(Step(self.iter, self.optimizer.param_groups[0]["lr"], values, gradient_norm))
@@ -125,12 +129,12 @@ class FocalLoop(LoopParts, SimpleTrainer):
         self.steps_skipped = 0
         if comm.is_main_process() and math.isfinite(gradient_norm):
             get_event_storage().put_scalar("gradient_norm", gradient_norm)
-        self.write_losses(losses, seconds)
-        self.stepping = True
-        scale = self.scaler.get_scale()
+        # On the CPU: detectron2 reads each number by itself.
+        self.write_losses({name: torch.tensor(x, dtype=torch.float64) for name, x in values.items()}, seconds)
+        self.stepping, self._stepped = True, False
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.average is not None and self.scaler.get_scale() >= scale:  # else the scaler skipped the step
+        if self.average is not None and self._stepped:
             self.average.update()
         self._count_batch()
 

@@ -6,6 +6,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -26,7 +27,7 @@ def make_loop(model: nn.Module, *, parts: int = 1, average: MovingAverage | None
     return FocalLoop(
         model,
         [],
-        Mock(),
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         parts=parts,
         precision=nullcontext,
         scale_loss=False,
@@ -112,3 +113,37 @@ def test_losses_know_the_gradient_that_backward_will_give_them(name, parts, scal
     assert len(expected) == parts
     assert torch.equal(torch.stack(expected), torch.stack(given))  # to the bit
     assert model.loss_normalizer.upstream is None
+
+
+@pytest.mark.parametrize("scaled, waits", [(False, 1), (True, 2)])
+def test_a_step_waits_once_and_once_more_in_the_gradient_scaler(monkeypatch, scaled, waits):
+    with PretendedGPU() as gpu, EventStorage() as storage:
+        model = nn.Linear(3, 2).to("cuda")
+        loop = make_loop(model, average=MovingAverage(model, decay=0.9))
+        if scaled:
+            loop.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        losses = {
+            "loss_cls": torch.tensor(1.5, device="cuda"),
+            "loss_box_reg": torch.tensor(2.0, device="cuda"),
+        }
+
+        def backward(data):
+            for p in model.parameters():
+                p.grad = loop.scaler.scale(torch.full_like(p, gradients[0]))
+            return losses
+
+        monkeypatch.setattr(loop, "_fetch", lambda: ([], 0.0))
+        monkeypatch.setattr(loop, "_backward", backward)
+        gradients = [1.0]
+        for _ in range(2):
+            gpu.clear()
+            loop.run_step()
+        assert len(gpu.waits) == waits, gpu.waits
+        assert loop.average.steps == 2
+        assert storage.latest()["total_loss"][0] == 3.5
+        if scaled:  # gradients that overflow: the optimizer makes no step, and the average none
+            before, gradients[0] = model.weight.tolist(), float("inf")
+            loop.run_step()
+            assert model.weight.tolist() == before
+            assert loop.average.steps == 2
+            assert loop.scaler.get_scale() == 2
