@@ -11,8 +11,11 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -80,10 +83,14 @@ class PretendedGPU(TorchDispatchMode):
         self._lifted_cpu_only = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
+        self._stand_ins = ExitStack()
+        self._stand_ins.enter_context(mock.patch("torch.cuda.Event", partial(_Event, self.waits)))
+        self._stand_ins.enter_context(mock.patch("torch.cuda.current_stream"))
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._stand_ins.close()
         torch.__future__.set_overwrite_module_params_on_conversion(False)
         torch._C._set_only_lift_cpu_tensors(self._lifted_cpu_only)
         super().__exit__(*error)
@@ -155,6 +162,19 @@ class PretendedGPU(TorchDispatchMode):
                 self.pageable.append(source.nbytes)
         if waits:
             self.waits.append(f"{name} in {_place()}")
+
+
+class _Event:
+    """An event of CUDA: the host waits for it."""
+
+    def __init__(self, waits: list[str]) -> None:
+        self._waits = waits
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self._waits.append(f"event in {_place()}")
 
 
 def _place() -> str:

@@ -22,6 +22,8 @@ PERIOD = 20
 # An example is easy above, hard below this p_t. From 0.9 on focal loss (γ = 2) is 100 times below cross
 # entropy; the paper calls examples above 0.5 well classified (section 3.2).
 EASY, HARD = 0.9, 0.5
+# Examples in memory at a time: those of an image of 800 × 1344 pixels with 80 classes, 64 MiB in float32.
+_MOST_PAIRS = 1 << 24
 
 
 def put_metrics(
@@ -56,9 +58,8 @@ def measure(
     total = by_level.sum()
     scale = torch.where(total == 0, 0.0, loss_cls.double() / total)
     sides[:, 3:] *= scale
-    ignored_and_images = torch.stack(
-        [(batch.labels == IGNORE_LABEL).sum(), total.new_tensor(len(batch.labels))]
-    )
+    images = total.new_full((), len(batch.labels))
+    ignored_and_images = torch.stack([(batch.labels == IGNORE_LABEL).sum(), images])
     sums = torch.cat([ignored_and_images, by_level * scale, sides.flatten()])
     processes = comm.get_world_size()
     if processes > 1:
@@ -83,7 +84,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def _sums(loss: ClassificationLoss, batch: DenseBatch) -> tuple[Tensor, Tensor]:
-    """Sum over examples, one image at a time: all pairs of a large batch would take too much memory.
+    """Sum over examples, a few images at a time: all pairs of a large batch would take too much memory.
 
     Returns:
         The loss of each level (L,) float64, NaN if the loss has no `example_losses`. And (2, 5) float64, a
@@ -91,31 +92,37 @@ def _sums(loss: ClassificationLoss, batch: DenseBatch) -> tuple[Tensor, Tensor]:
     """
     by_level = batch.anchors.new_zeros(len(batch.logits), dtype=torch.float64)
     sides = by_level.new_zeros(2, 5)
-    for i in range(len(batch.labels)):
-        image = batch.of_image(i)
-        labels = image.split(image.labels)
-        losses = loss.example_losses(image) or [by_level.new_tensor(math.nan)] * len(labels)
-        for j, (p_t, level_labels, part) in enumerate(
-            zip(loss.correctness(image), labels, losses, strict=True)
-        ):
-            by_level[j] += part.sum()
-            part = part.expand_as(p_t)
-            positive = (level_labels >= 0) & (level_labels < loss.num_classes)
-            index, label = positive.nonzero(as_tuple=True), level_labels[positive]
-            pair_index = (*index, label if p_t.shape[-1] > 1 else torch.zeros_like(label))
-            sides[0] += _side(p_t[pair_index].unsqueeze(-1), part[pair_index].unsqueeze(-1), label)
-            # NaN is neither easy nor hard. Masks of all negative pairs would take as long as the loss.
-            p_t = p_t.index_put(pair_index, p_t.new_tensor(math.nan))
-            part = part.index_put(pair_index, part.new_zeros(()))
-            sides[1] += _side(p_t, part, level_labels)
-            sides[1, 0] -= len(label)
+    for part in batch.in_parts(pairs=_MOST_PAIRS):
+        labels = part.split(part.labels)
+        losses = loss.example_losses(part) or [by_level.new_full((), math.nan)] * len(labels)
+        levels = torch.stack(
+            [
+                _sums_of_level(*level, num_classes=loss.num_classes)
+                for level in zip(loss.correctness(part), losses, labels, strict=True)
+            ]
+        )
+        by_level += levels[:, :, 3].sum(1)
+        sides += levels.sum(0)
     return by_level, sides
 
 
-def _side(p_t: Tensor, loss: Tensor, labels: Tensor) -> Tensor:
-    """Sum as in `_sums` (5,) over examples (..., E) of anchors with labels (...)."""
+def _sums_of_level(p_t: Tensor, losses: Tensor, labels: Tensor, *, num_classes: int) -> Tensor:
+    """Sum as in `_sums`, (2, 5), over p_t and losses (N, r, E) of the examples of anchors with labels (N, r).
+
+    Nothing is selected by a mask: the length of the result would have to be read from a GPU.
+    """
+    losses = losses.expand_as(p_t)
+    of_class = labels.clamp(0, p_t.shape[-1] - 1).unsqueeze(-1)  # the positive example of a positive anchor
+    positive = _sums_of_anchors(p_t.gather(-1, of_class), losses.gather(-1, of_class))
     valid = labels >= 0
-    easy, hard = p_t > EASY, p_t < HARD
-    numbers = (valid.sum() * p_t.shape[-1], *(x.sum(-1)[valid].sum() for x in (easy, hard)))
-    weights = (x.sum() for x in (loss, torch.where(hard, loss, 0.0)))  # those of ignored anchors are 0
-    return torch.stack([x.double() for x in (*numbers, *weights)])
+    positives = torch.where(valid & (labels < num_classes), positive, 0.0).sum((1, 2), dtype=torch.float64)
+    total = torch.where(valid, _sums_of_anchors(p_t, losses), 0.0).sum((1, 2), dtype=torch.float64)
+    return torch.stack([positives, total - positives])
+
+
+def _sums_of_anchors(p_t: Tensor, losses: Tensor) -> Tensor:
+    """Sum over the examples (N, r, E) of each anchor, (5, N, r); NaN is neither easy nor hard."""
+    hard = p_t < HARD
+    number = losses.new_full(p_t.shape[:-1], p_t.shape[-1])
+    weights = losses.sum(-1), torch.where(hard, losses, 0.0).sum(-1)
+    return torch.stack([number, (p_t > EASY).sum(-1), hard.sum(-1), *weights])

@@ -10,13 +10,16 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
+from focal_d2.modeling import metrics
 from focal_d2.modeling.losses import ClassificationLoss
 from focal_d2.modeling.metrics import PERIOD, measure
 from focal_d2.ops import IGNORE_LABEL
 from tests.conftest import make_cfg
 from tests.modeling.losses.test_losses import NAMES, A, K, build, make_batch
+from tests.modeling.losses.test_waits import on_gpu
 from tests.modeling.test_retinanet import make_image
 from tests.processes import run_in_processes
+from tests.waits import PretendedGPU
 
 LEVELS = ("P3", "P4")
 
@@ -67,7 +70,7 @@ def test_example_losses_add_up_to_the_loss(name):
     batch = make_batch(loss)
     value = loss(batch).item()
     buffers = {k: v.clone() for k, v in loss.named_buffers()}
-    images = [batch.of_image(i) for i in range(2)]
+    images = list(batch.in_parts(pairs=1))
     sums = [[x.sum().item() for x in loss.example_losses(image)] for image in images]
     # FixedWeights' parts lack what its weights add up to.
     assert sum(map(sum, sums)) * getattr(loss, "total", 1) == pytest.approx(value, rel=1e-5)
@@ -190,3 +193,18 @@ def test_processes_share_their_figures(tmp_path, monkeypatch):
     positives = first["positives"] + second["positives"]
     hard = first["figures"]["examples/positive_hard"] * positives
     assert hard == pytest.approx(round(hard))
+
+
+@pytest.mark.parametrize("most_pairs, operations", [(metrics._MOST_PAIRS, 200), (1, 2700)])
+def test_metrics_wait_for_the_gpu_twice_however_many_images(monkeypatch, most_pairs, operations):
+    monkeypatch.setattr(metrics, "_MOST_PAIRS", most_pairs)
+    loss = build("focal")
+    batch = make_batch(loss, 16)
+    expected = measure(loss, batch, torch.tensor(2.0), levels=LEVELS)
+    with PretendedGPU() as gpu:
+        batch, value = on_gpu(batch), torch.tensor(2.0, device="cuda")
+        gpu.clear()
+        figures = measure(loss, batch, value, levels=LEVELS)
+    assert len(gpu.waits) == 2  # the positives of each image, and the metrics
+    assert sum(gpu.operations.values()) < operations
+    assert figures == expected

@@ -45,21 +45,28 @@ class DenseBatch(NamedTuple):
             anchors = x.unflatten(1, (-1, self.num_logits)).permute(0, 3, 4, 1, 2).flatten(1, 3)
             yield anchors, self.labels[:, start:stop]
 
-    def of_image(self, index: int) -> DenseBatch:
-        """Return one image as a batch of one."""
-        in_image = self.image == index
-        image = slice(index, index + 1)
-        return self._replace(
-            logits=[x[image] for x in self.logits],
-            labels=self.labels[image],
-            positive=self.positive[image],
-            image=torch.zeros_like(self.image[in_image]),
-            anchor=self.anchor[in_image],
-            gt_boxes=self.gt_boxes[in_image],
-            deltas=[x[image] for x in self.deltas],
-            seeds=self.seeds[image],
-            sizes=self.sizes[image],
-        )
+    def in_parts(self, *, pairs: int) -> Iterator[DenseBatch]:
+        """Yield batches of consecutive images with at most so many pairs of an anchor and a logit.
+
+        A batch has at least one image. The host waits for a GPU once, for the positives of each image.
+        """
+        images = max(1, pairs // max(1, self.labels.shape[1] * self.num_logits))
+        numbers, done = self.positive.sum(1).tolist(), 0
+        for first in range(0, len(numbers), images):
+            part = slice(first, first + images)
+            positives = slice(done, done + sum(numbers[part]))
+            done = positives.stop
+            yield self._replace(
+                logits=[x[part] for x in self.logits],
+                labels=self.labels[part],
+                positive=self.positive[part],
+                image=self.image[positives] - first,
+                anchor=self.anchor[positives],
+                gt_boxes=self.gt_boxes[positives],
+                deltas=[x[part] for x in self.deltas],
+                seeds=self.seeds[part],
+                sizes=self.sizes[part],
+            )
 
     def positions(self) -> Tensor:
         """Return a number (R,) int64 that encodes each anchor's level, row, column and shape.

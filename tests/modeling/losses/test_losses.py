@@ -266,8 +266,8 @@ def test_random_sampling_is_of_the_images_seed_alone():
     batch = make_batch(loss, images=3, labels=sparse_labels(3))._replace(seeds=[5, 2**63 - 1, 7])
     kept = chosen(loss, batch)
     torch.rand(9)  # whatever is drawn elsewhere
-    for i in range(3):  # in a batch of its own, as in another process or another part
-        assert torch.equal(chosen(loss, batch.of_image(i))[0], kept[i])
+    for i, image in enumerate(batch.in_parts(pairs=1)):  # as in another process, or another part
+        assert torch.equal(chosen(loss, image)[0], kept[i])
     other = chosen(loss, batch._replace(seeds=[5, 6, 7]))
     assert [torch.equal(a, b) for a, b in zip(kept, other, strict=True)] == [True, False, True]
 
