@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -221,14 +222,21 @@ def files_with_mark(folder: Path) -> list[Path]:
 def _test_line(files: list[Path], root: Path, check: Check) -> Line:
     """Run pytest on files, and return its summary."""
     log = check.folder / _LOG_FILE
-    # Not setup.cfg's options: they need plugins.
+    # Not setup.cfg's options, which need plugins, and no plugins, of which a machine may have many.
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "gpu", "-p", "no:cacheprovider"]
     command += ["--override-ini", "addopts=", "--rootdir", str(root), *map(str, files)]
     seconds = max(1.0, check.seconds_left())
     with log.open("wb") as file:
         try:
             result = subprocess.run(
-                command, cwd=root, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False
+                command,
+                cwd=root,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             problem = f"stopped after {seconds:.0f} s; {_LOG_FILE} has the output"
