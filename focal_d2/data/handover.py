@@ -3,6 +3,9 @@
 PyTorch gives each tensor of a batch a file of its own in /dev/shm, which has 64 MB in a Docker container, and
 keeps it open until the tensor is freed: 16 processes that read batches of 64 images need more than 5,000 file
 handles. Here a batch is one file that exists in memory only, and only the machine's memory limits its size.
+
+For a GPU, a thread copies the tensors to pinned memory before training asks for the batch. From other memory
+the copy to the GPU would hold the host up at the beginning of each step.
 """
 
 from __future__ import annotations
@@ -23,13 +26,14 @@ from focal_d2.errors import UserError
 _ALIGNMENT = 64  # bytes: every dtype's, and a cache line
 
 
-def hand_over(samples: Any) -> Any:
+def hand_over(samples: Any, *, pinned: bool = False) -> Any:
     """Prepare what a worker has read for the way to the process that trains, where it arrives unchanged.
 
     Use it as `collate_fn` of a `DataLoader`. In a process that is no worker it returns what it was given.
 
     Args:
         samples: anything that can be pickled. Tensors and arrays keep their dtype, shape and values.
+        pinned: the `DataLoader` has `pin_memory=True`. Tensors in lists and dicts arrive in pinned memory.
 
     Raises:
         UserError: in a worker, if the machine has no handle or no memory left for it.
@@ -37,7 +41,7 @@ def hand_over(samples: Any) -> Any:
     if get_worker_info() is None:
         return samples
     try:
-        return _Parcel(samples)
+        return _Parcel(samples, pinned=pinned)
     except OSError as error:
         raise UserError(
             f"a process that reads images cannot hand over a batch: {error}; {remedy(error)}"
@@ -45,9 +49,10 @@ def hand_over(samples: Any) -> Any:
 
 
 class _Parcel:
-    """Samples in a file without a name; unpickling one gives the samples."""
+    """Samples in a file without a name; unpickling one gives the samples, or an `_Arrival` of them."""
 
-    def __init__(self, samples: Any) -> None:
+    def __init__(self, samples: Any, *, pinned: bool) -> None:
+        self._pinned = pinned
         buffers: list[pickle.PickleBuffer] = []
         stream = io.BytesIO()
         _Pickler(stream, 5, buffer_callback=buffers.append).dump(samples)
@@ -67,7 +72,31 @@ class _Parcel:
             os.close(handle)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open, (self._file, self._places)
+        return (_Arrival if self._pinned else _open), (self._file, self._places)
+
+
+class _Arrival:
+    """Samples that `DataLoader` asks for pinned memory, in the thread that it has for this.
+
+    The file is opened here and not when this object is unpickled: the errors of the latter would end the
+    thread, and those of `pin_memory` reach the process that trains.
+    """
+
+    def __init__(self, file: Any, places: list[tuple[int, int]]) -> None:
+        self._file, self._places = file, places
+
+    def pin_memory(self) -> Any:
+        return _pin(_open(self._file, self._places))
+
+
+def _pin(x: Any) -> Any:
+    if type(x) is Tensor:
+        return x.pin_memory()
+    if type(x) is list:
+        return [_pin(value) for value in x]
+    if type(x) is dict:
+        return {key: _pin(value) for key, value in x.items()}
+    return x
 
 
 def _open(file: Any, places: list[tuple[int, int]]) -> Any:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
@@ -156,6 +157,7 @@ class TrainingLoader:
         wide: np.ndarray | None,
         workers: int,
         timeout: float,
+        pinned: bool,
         content: Content,
     ) -> None:
         """Compose the loader.
@@ -169,6 +171,7 @@ class TrainingLoader:
             wide: see `TrainingBatches`.
             workers: number of processes that map samples; 0: none but this one.
             timeout: seconds without a batch after which reading counts as hung; 0: for ever.
+            pinned: copy images to pinned memory, for a GPU.
             content: what tells these data from others.
         """
         self.samples, self.timeout, self.content = samples, timeout, content
@@ -180,7 +183,8 @@ class TrainingLoader:
             samples,
             batch_sampler=self.batches,
             num_workers=workers,
-            collate_fn=hand_over,
+            collate_fn=partial(hand_over, pinned=pinned),
+            pin_memory=pinned,
             worker_init_fn=start_worker,
             # Of its own, or making an iterator would draw from the generator of all.
             generator=torch.Generator(),
@@ -265,9 +269,14 @@ class TrainingLoader:
                 with deadline(self.timeout):
                     batch = next(batches)
             except Exception as error:
+                if isinstance(error, HungError):
+                    # The thread that pins memory may wait for one of them, and PyTorch waits for the thread.
+                    for worker in workers:
+                        worker.kill()
+                    raise
                 # Whose worker dies while it hands over a sample sees one of several errors, perhaps before
                 # the worker is quite dead.
-                if isinstance(error, HungError) or not wait([x.sentinel for x in workers], timeout=1):
+                if not wait([x.sentinel for x in workers], timeout=1):
                     raise
                 raise WorkerLostError(
                     "a process that reads images was killed, most often because memory ran out: lower "
@@ -279,12 +288,12 @@ class TrainingLoader:
 class _HandedOver:
     """A mapper whose samples are prepared for their way; None, which makes detectron2 draw again, stays."""
 
-    def __init__(self, mapper: Callable[[Any], Any]) -> None:
-        self.mapper = mapper
+    def __init__(self, mapper: Callable[[Any], Any], *, pinned: bool) -> None:
+        self.mapper, self.pinned = mapper, pinned
 
     def __call__(self, record: Any) -> Any:
         sample = self.mapper(record)
-        return None if sample is None else hand_over(sample)
+        return None if sample is None else hand_over(sample, pinned=self.pinned)
 
 
 def build_training_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Any:
@@ -301,9 +310,12 @@ def build_training_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Any:
     """
     check_sampler(cfg)
     records = training_records(cfg)
+    pinned = torch.device(cfg.MODEL.DEVICE).type == "cuda"
     if not isinstance(records, list):
         # Each sample by itself: detectron2 makes the batches elsewhere.
-        return build_detection_train_loader(cfg, mapper=_HandedOver(mapper), dataset=records)
+        return build_detection_train_loader(
+            cfg, mapper=_HandedOver(mapper, pinned=pinned), dataset=records, pin_memory=pinned
+        )
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     wide = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
@@ -321,5 +333,6 @@ def build_training_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Any:
         wide=wide,
         workers=cfg.DATALOADER.NUM_WORKERS,
         timeout=cfg.DATALOADER.FOCAL.TIMEOUT,
+        pinned=pinned,
         content=content_of(records, _image_folders(cfg.DATASETS.TRAIN)),
     )

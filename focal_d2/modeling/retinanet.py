@@ -228,10 +228,13 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
     @torch.no_grad()
     def count_positives(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
         """Return the number of positive anchors, a scalar; see `forward` for the images."""
-        images = self.preprocess_image(batched_inputs)
-        return self.label_anchors(
-            self.anchors_for(images), [x["instances"] for x in batched_inputs]
-        ).positive.sum()
+        # Only the padded size of the batch counts: without values, nothing is copied to a GPU.
+        shapes = [torch.empty(x["image"].shape, device="meta") for x in batched_inputs]
+        images = ImageList.from_tensors(
+            shapes, self.backbone.size_divisibility, padding_constraints=self.backbone.padding_constraints
+        )
+        instances = [x["instances"] for x in batched_inputs]
+        return self.label_anchors(self.anchors_for(images), instances).positive.sum()
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return the autocast context that `MODEL.FOCAL.AMP.*` asks for, or one that does nothing."""

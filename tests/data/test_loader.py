@@ -3,6 +3,10 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import multiprocessing
+import os
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -297,3 +301,61 @@ def test_samples_of_data_that_are_no_list_are_handed_over(mixed, monkeypatch, gr
     assert 3 not in numbers
     assert len(numbers) > 4
     assert all((x["image"] == x["number"]).all() for batch in batches for x in batch)
+
+
+@pytest.fixture
+def pinning(monkeypatch):
+    """Let PyTorch believe in a GPU; returns the threads that pinned a tensor, and the pinned tensors."""
+    pinned = []
+
+    def pin_memory(x):
+        copy = x.clone()
+        pinned.append((threading.current_thread(), copy))
+        return copy
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    return pinned
+
+
+def images_of(cfg, batches: int) -> list[list[torch.Tensor]]:
+    loader = FocalTrainer.build_train_loader(cfg)
+    return [[x["image"] for x in batch] for batch in itertools.islice(loader, batches)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_for_a_gpu_come_from_pinned_memory(cfg, pinning, workers):
+    cfg.DATALOADER.NUM_WORKERS = workers
+    expected = images_of(cfg, 3)
+    assert not pinning
+    cfg.MODEL.DEVICE = "cuda"
+    images = images_of(cfg, 3)
+    copies = {id(copy) for _, copy in pinning}
+    for batch, other in zip(images, expected, strict=True):
+        assert all(id(x) in copies for x in batch)
+        assert all(map(torch.equal, batch, other))
+    # With workers another thread does it, while training goes on.
+    assert {thread is threading.main_thread() for thread, _ in pinning} == {workers == 0}
+
+
+@pytest.mark.parametrize(
+    "how, error", [(signal.SIGKILL, "images was killed"), (signal.SIGSTOP, "no batch came in 1 seconds")]
+)
+def test_workers_that_end_or_hang_are_named_where_memory_is_pinned(cfg, pinning, capfd, how, error):
+    cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.FOCAL.TIMEOUT = 2, 1.0
+    cfg.MODEL.DEVICE = "cuda"
+    batches = iter(FocalTrainer.build_train_loader(cfg))
+    next(batches)
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        os.kill(worker.pid, how)
+    with pytest.raises(UserError, match=error):
+        list(itertools.islice(batches, 20))
+    for worker in workers:  # after a hang, too, so that PyTorch's thread does not wait for them
+        worker.join(timeout=10)
+    assert not set(workers) & set(multiprocessing.active_children())
+    assert not [x for x in threading.enumerate() if x.name != "MainThread" and "pin_memory" in x.name]
+    assert "Traceback" not in capfd.readouterr().err

@@ -18,6 +18,7 @@ import focal_d2
 from focal_d2 import UserError
 from focal_d2.ops.common import import_kernels
 from tests.conftest import make_cfg, runs_bfloat16
+from tests.waits import PretendedGPU
 
 SIZE = (128, 160)
 
@@ -436,6 +437,21 @@ def test_a_class_that_the_model_has_not_is_named():
 def test_training_without_instances_is_refused(batch):
     with pytest.raises(UserError, match="training needs images with instances"):
         build_model(make_cfg())(batch)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_positives_are_counted_without_a_copy_of_the_images(channels_last):
+    model = build_model(make_cfg(MODEL__FOCAL__CHANNELS_LAST=channels_last))
+    batch = [make_image(5, 3, size=(100, 130)), make_image(2, 3, size=(64, 200))]
+    images = model.preprocess_image(batch)
+    targets = model.label_anchors(model.anchors_for(images), [x["instances"] for x in batch])
+    with PretendedGPU() as gpu:
+        model.to("cuda")
+        model.count_positives(batch)  # the anchors are computed
+        gpu.clear()
+        assert model.count_positives(batch).item() == targets.positive.sum().item() > 0
+        # Boxes and classes, and nothing of images of 39,000 and 38,400 bytes.
+        assert sum(gpu.pageable) == 7 * (4 * 4 + 8)
 
 
 @pytest.mark.parametrize("value, wanted", [("auto", False), ("on", True), ("off", False)])
