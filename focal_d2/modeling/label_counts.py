@@ -62,7 +62,7 @@ def count_labels(
         in_image = torch.from_numpy(boxes[ends[i] : ends[i + 1]]).float()
         outcome = np.zeros(len(anchors.boxes), dtype=np.int8)
         if len(in_image):
-            matches = matching(anchors, matcher, use_kernels=False)(in_image)
+            matches = matching(anchors, matcher)(in_image)
             outcome = matches.outcome.numpy()
             if classes is not None:
                 matched = classes[ends[i] + matches.matched.numpy()[outcome == 1]]

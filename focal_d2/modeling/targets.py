@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
@@ -21,6 +21,7 @@ from focal_d2.config import focal_config
 from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import Anchors
 from focal_d2.ops import IGNORE_LABEL
+from focal_d2.ops.common import MATCHING_KERNELS, find_kernels
 from focal_d2.ops.matching.match import Matches, inside_regions, match_anchors
 
 
@@ -85,54 +86,79 @@ def label_anchors(
         num_classes: K.
         regions: N × (G, 4) boxes of an image's regions, on any device, or None.
         region_share: an anchor is in a region that covers at least this share of its area.
-        use_kernels: see `match_anchors`.
+        use_kernels: on a GPU with Triton, label the whole batch with Triton kernels; the labels are the same.
 
     Raises:
         UserError: for a class that the model does not have. Classes on a GPU are not checked: the host would
             have to wait for them.
     """
     device = anchors.boxes.device
-    shape = (len(gt_instances), len(anchors.boxes))
-    labels = torch.full(shape, num_classes, dtype=torch.int64, device=device)
-    positive = torch.zeros(shape, dtype=torch.bool, device=device)
-    matched = torch.zeros(shape, dtype=torch.int64, device=device)
+    boxes, classes = _boxes_of(gt_instances, num_classes, device)
+    counts = [len(x) for x in gt_instances]
+    kernels = find_kernels(MATCHING_KERNELS, anchors.boxes) if use_kernels else None
+    if kernels is not None and boxes.dtype == anchors.boxes.dtype == torch.float32:
+        labels, positive, matched = kernels.label_batch(
+            boxes,
+            classes,
+            counts,
+            regions,
+            anchors.boxes,
+            num_classes=num_classes,
+            region_share=region_share,
+            **_rules(matcher),
+        )
+        return AnchorTargets(labels, positive, matched, boxes, _count(positive))
+    labels = torch.full((len(counts), len(anchors.boxes)), num_classes, dtype=torch.int64, device=device)
+    for of_image, ignored in zip(labels, regions, strict=True):
+        if ignored is not None and len(ignored):
+            inside = inside_regions(anchors.boxes, ignored.to(device, non_blocking=True), share=region_share)
+            of_image.masked_fill_(inside, IGNORE_LABEL)
+    positive, matched = _match_images(matching(anchors, matcher), boxes.split(counts), classes, labels)
+    return AnchorTargets(labels, positive, matched, boxes, _count(positive))
+
+
+def _match_images(
+    match: Callable[[Tensor], Matches], boxes: Sequence[Tensor], classes: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write the labels (N, R) of anchors with a box; return `positive` and `matched` of `AnchorTargets`."""
+    positive = torch.zeros_like(labels, dtype=torch.bool)
+    matched = torch.zeros_like(labels)
+    first = 0
+    for i, of_image in enumerate(boxes):
+        if len(of_image) == 0:
+            continue
+        box, outcome = match(of_image)
+        torch.add(box, first, out=matched[i])
+        torch.eq(outcome, 1, out=positive[i])
+        labels[i].masked_fill_(outcome == -1, IGNORE_LABEL)
+        torch.where(positive[i], classes[matched[i]], labels[i], out=labels[i])
+        first += len(of_image)
+    return positive, matched
+
+
+def _boxes_of(gt_instances: list[Instances], num_classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the boxes (B, 4) and classes (B,) of all images on the device; see `label_anchors`."""
     corners, labels_of = zip(*[(x.gt_boxes.tensor, x.gt_classes) for x in gt_instances], strict=True)
-    boxes = torch.cat(corners).to(device, non_blocking=True)
-    classes = torch.cat(labels_of)
+    boxes, classes = torch.cat(corners), torch.cat(labels_of)
     if not classes.is_cuda and len(classes) and not 0 <= classes.min() <= classes.max() < num_classes:
         raise UserError(
             f"a box has class {int(classes.min())} or {int(classes.max())}; "
             f"MODEL.RETINANET.NUM_CLASSES {num_classes} means classes 0 to {num_classes - 1}"
         )
-    classes = classes.to(device, non_blocking=True)
-    match = matching(anchors, matcher, use_kernels=use_kernels)
-    first = 0
-    for i, (count, ignored) in enumerate(zip(map(len, gt_instances), regions, strict=True)):
-        if ignored is not None and len(ignored):
-            inside = inside_regions(anchors.boxes, ignored.to(device, non_blocking=True), share=region_share)
-            labels[i].masked_fill_(inside, IGNORE_LABEL)
-        if count == 0:
-            continue
-        box, outcome = match(boxes[first : first + count])
-        torch.add(box, first, out=matched[i])
-        torch.eq(outcome, 1, out=positive[i])
-        labels[i].masked_fill_(outcome == -1, IGNORE_LABEL)
-        torch.where(positive[i], classes[matched[i]], labels[i], out=labels[i])
-        first += count
-    return AnchorTargets(labels, positive, matched, boxes, _count(positive))
+    return boxes.to(device, non_blocking=True), classes.to(device, non_blocking=True)
 
 
-def matching(anchors: Anchors, matcher: Matcher, *, use_kernels: bool) -> Callable[[Tensor], Matches]:
+def matching(anchors: Anchors, matcher: Matcher) -> Callable[[Tensor], Matches]:
     """Return `match_anchors` for these anchors, as the matcher is set: a function of boxes (M, 4), M > 0."""
-    return functools.partial(
-        match_anchors,
-        anchors=anchors.boxes,
-        grid=anchors.grid,
-        thresholds=matcher.thresholds[1:-1],  # without the infinities around them
-        labels=matcher.labels,
-        low_quality_matches=matcher.allow_low_quality_matches,
-        use_kernels=use_kernels,
-    )
+    return functools.partial(match_anchors, anchors=anchors.boxes, grid=anchors.grid, **_rules(matcher))
+
+
+def _rules(matcher: Matcher) -> dict[str, Any]:
+    return {
+        "thresholds": matcher.thresholds[1:-1],  # without the infinities around them
+        "labels": matcher.labels,
+        "low_quality_matches": matcher.allow_low_quality_matches,
+    }
 
 
 def _count(positive: Tensor) -> Callable[[], int]:

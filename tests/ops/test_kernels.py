@@ -10,18 +10,21 @@ import importlib
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
 from detectron2.modeling.matcher import Matcher
-from detectron2.structures import Boxes, pairwise_iou
+from detectron2.structures import Boxes, Instances, pairwise_iou
 
 from focal_d2 import ops
+from focal_d2.modeling import targets
+from focal_d2.modeling.anchors import Anchors
 from focal_d2.ops import common, sigmoid_focal_loss
 from focal_d2.ops.losses import dense
-from focal_d2.ops.matching import match
+from focal_d2.ops.matching.match import inside_regions
 from tests.conftest import REPOSITORY
 from tests.ops.losses.test_dense import LAYOUTS, LOSSES, flatten, make_levels, value_and_gradient
 from tests.ops.matching.test_match import make_anchors, random_boxes
@@ -29,7 +32,6 @@ from tests.waits import PretendedGPU
 
 dense_focal_loss = partial(ops.dense_focal_loss, use_kernels=True)
 dense_quality_focal_loss = partial(ops.dense_quality_focal_loss, use_kernels=True)
-match_anchors = partial(match.match_anchors, use_kernels=True)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -72,6 +74,21 @@ def test_all_in_the_interpreter():
     assert " passed" in result.stdout
 
 
+def label_anchors(
+    images, anchors, thresholds=(0.4, 0.5), labels=(0, -1, 1), low_quality=True, regions=None, kernels=True
+):
+    """Labels of images with these boxes, whose classes are 0, 1, 2, 0, 1, ..."""
+    return targets.label_anchors(
+        Anchors(anchors, None),
+        [Instances((1, 1), gt_boxes=Boxes(x), gt_classes=torch.arange(len(x)) % 3) for x in images],
+        Matcher(list(thresholds), list(labels), allow_low_quality_matches=low_quality),
+        3,
+        regions=regions or [None] * len(images),
+        region_share=0.5,
+        use_kernels=kernels,
+    )
+
+
 @pytest.fixture
 def fresh_kernels():
     """Kernels are looked for anew, in this test and after it."""
@@ -94,7 +111,7 @@ def test_without_triton_pytorch_does_it_all(monkeypatch):
     labels, box = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[0.0, 0, 1, 1]])
     loss = dense_focal_loss([torch.zeros(1, 1, 1, 2)], labels, num_classes=1, alpha=-1.0, gamma=0.0)
     assert loss.item() == pytest.approx(1.386294)
-    match_anchors(box, box, None, thresholds=[0.5], labels=[0, 1], low_quality_matches=True)
+    assert label_anchors([box], box).labels.tolist() == [[0]]
     assert not [name for name in sys.modules if name.startswith("focal_d2.ops") and "triton" in name]
 
 
@@ -105,13 +122,13 @@ def test_on_a_cpu_there_are_no_kernels():
 
 def test_kernels_are_not_looked_for_unless_asked_for(monkeypatch):
     asked = []
-    for module in (dense, match):
+    for module in (dense, targets):
         monkeypatch.setattr(module, "find_kernels", lambda name, _: asked.append(name))
     labels, box = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[0.0, 0, 1, 1]])
     for wanted in (False, True):
-        more = {"use_kernels": wanted}
-        ops.dense_focal_loss([torch.zeros(1, 1, 1, 2)], labels, num_classes=1, alpha=-1.0, gamma=0.0, **more)
-        match.match_anchors(box, box, None, thresholds=[0.5], labels=[0, 1], low_quality_matches=True, **more)
+        logits = [torch.zeros(1, 1, 1, 2)]
+        ops.dense_focal_loss(logits, labels, num_classes=1, alpha=-1.0, gamma=0.0, use_kernels=wanted)
+        label_anchors([box], box, kernels=wanted)
         assert len(asked) == 2 * wanted
 
 
@@ -131,7 +148,7 @@ def test_a_first_launch_that_fails_is_one_warning_and_pytorchs_path(monkeypatch,
         logits, labels, box = [x.to("cuda") for x in logits], labels.to("cuda"), box.to("cuda")
         for _ in range(3):
             loss = dense_focal_loss(logits, labels, num_classes=4, alpha=0.25, gamma=2.0)
-            match_anchors(box, box, None, thresholds=[0.5], labels=[0, 1], low_quality_matches=True)
+            assert common.find_kernels(common.MATCHING_KERNELS, box) is None
         assert loss.item() == expected.item()
     trial.run_trial.assert_called_once_with(torch.device("cuda:0"))
     (line,) = caplog.messages
@@ -232,32 +249,17 @@ def test_hardly_a_lane_computes_nothing(k, layout, monkeypatch):
 def test_matching_compiles_to_the_operations_it_names(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {
-        **dict.fromkeys(["boxes", "anchors", "highest"], "*fp32"),
-        **{"matched": "*i64", "best": "*i32", "is_best": "*i1"},
+        **dict.fromkeys(["boxes", "regions", "anchors", "highest"], "*fp32"),
+        **dict.fromkeys(["matched", "classes", "labels"], "*i64"),
+        **dict.fromkeys(["first", "first_box", "first_region"], "*i32"),
+        **{"positive": "*i1", "share": "fp32"},
     }
-    for ptx in (
-        compile_for_a_gpu(
-            common.MATCHING_KERNELS,
-            "_match_kernel",
-            types,
-            {"BEST": True, "TILE": 512},
-            enable_fp_fusion=False,
-        ),
-        compile_for_a_gpu(
-            common.MATCHING_KERNELS,
-            "_match_kernel",
-            types,
-            {"BEST": False, "TILE": 512},
-            enable_fp_fusion=False,
-        ),
-        compile_for_a_gpu(
-            common.MATCHING_KERNELS,
-            "_best_kernel",
-            {**types, "best": "*fp32"},
-            {"TILE": 512},
-            enable_fp_fusion=False,
-        ),
-    ):
+    rules = {"THRESHOLDS": (0.4, 0.5), "LABELS": (0, -1, 1)}
+    for name, best, constants in (("_match_kernel", "*i32", {}), ("_label_kernel", "*fp32", rules)):
+        constants = {**constants, "BEST": True, "TILE": 512}
+        ptx = compile_for_a_gpu(
+            common.MATCHING_KERNELS, name, {**types, "best": best}, constants, enable_fp_fusion=False
+        )
         assert "div.rn.f32" in ptx
         assert "fma" not in ptx
         assert ".ftz" not in ptx
@@ -502,86 +504,123 @@ def test_more_than_2_to_the_31_logits(layout):
     assert (logits.grad == 0.5).all()
 
 
-def assert_matched(boxes, anchors, device, thresholds=(0.4, 0.5), labels=(0, -1, 1), low_quality=True):
+def assert_labelled(images, anchors, device, *rules, low_quality=True, regions=None):
+    got = label_anchors(images, anchors.to(device), *rules, low_quality=low_quality, regions=regions)
+    thresholds, labels = rules or ((0.4, 0.5), (0, -1, 1))
     matcher = Matcher(list(thresholds), list(labels), allow_low_quality_matches=low_quality)
-    matched, outcome = matcher(pairwise_iou(Boxes(boxes), Boxes(anchors)))
-    got = match_anchors(
-        boxes.to(device),
-        anchors.to(device),
-        None,
-        thresholds=thresholds,
-        labels=labels,
-        low_quality_matches=low_quality,
-    )
-    assert got.outcome.dtype == torch.int8
-    assert torch.equal(got.outcome.cpu(), outcome)
-    assert torch.equal(got.matched.cpu(), matched)
+    first = 0
+    for i, boxes in enumerate(images):
+        expected = torch.full((len(anchors),), 3)
+        if regions and regions[i] is not None:
+            expected[inside_regions(anchors, regions[i], share=0.5)] = -1
+        outcome = torch.zeros(len(anchors))
+        if len(boxes):
+            matched, outcome = matcher(pairwise_iou(Boxes(boxes), Boxes(anchors)))
+            assert torch.equal(got.matched[i].cpu(), matched + first)
+            expected[outcome == -1] = -1
+            expected[outcome == 1] = matched[outcome == 1] % 3
+        assert torch.equal(got.labels[i].cpu(), expected)
+        assert torch.equal(got.positive[i].cpu(), outcome == 1)
+        first += len(boxes)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.usefixtures("small_tiles")
-def test_matches_are_detectron2s(seed, device):
+def test_labels_are_detectron2s(seed, device):
     generator = torch.Generator().manual_seed(seed)
-    height, width = torch.randint(16, 80, (2,), generator=generator).tolist()
+    height, width = torch.randint(16, 60, (2,), generator=generator).tolist()
     anchors, _ = make_anchors(height, width, offset=0.5 * (seed % 2))
-    # Of all sizes, tiny, larger than the image.
-    for low, high, count in ((4, 100, 5), (1, 8, 4), (300, 3000, 3)):
-        boxes = random_boxes(count, height, width, low, high, generator)
-        if seed % 3 == 0:
-            boxes = boxes.round()  # ties
-        if seed % 2 == 0:
-            boxes = torch.cat([boxes, boxes[:2]])  # identical boxes
-        assert_matched(boxes, anchors, device, low_quality=seed % 3 < 2)
+    # Boxes of all sizes, none, tiny ones, and some larger than the image.
+    images = [
+        random_boxes(count, height, width, low, high, generator)
+        for low, high, count in ((4, 100, 5), (4, 8, 0), (1, 8, 4), (300, 3000, 3))
+    ]
+    if seed % 2 == 0:
+        images = [torch.cat([x.round(), x[:2].round()]) for x in images]  # ties, and identical boxes
+    regions = [None, random_boxes(2, height, width, 20, 60, generator), torch.zeros(0, 4), images[3]]
+    assert_labelled(images, anchors, device, low_quality=seed % 4 < 3, regions=regions)
 
 
-@pytest.mark.parametrize(
-    "boxes",
-    [
-        [[-16, -16, 16, 16], [-16, -16, 16, 16]],  # an anchor, twice
-        [[20.5, 20.5, 20.51, 20.52]],
-        [[-5000, -5000, -4000, -4000]],  # overlaps nothing: every anchor is its best
-        [[10, 10, 60, 60], [9000, 10, 9100, 60]],
-        [[5, 5, 5, 5]],  # no area
-        [[5, 5, 37, 37], [5, 5, 37, 37], [4, 4, 36, 36]],
-    ],
-)
+ODD_BOXES = [
+    [[-16, -16, 16, 16], [-16, -16, 16, 16]],  # an anchor, twice
+    [[20.5, 20.5, 20.51, 20.52]],
+    [[-5000, -5000, -4000, -4000]],  # overlaps nothing: every anchor is its best
+    [[10, 10, 60, 60], [9000, 10, 9100, 60]],
+    [[5, 5, 5, 5]],  # no area
+    [[5, 5, 37, 37], [5, 5, 37, 37], [4, 4, 36, 36]],
+    [[float("nan"), 5, 37, 37], [5, 5, 37, 37]],
+    [[5, 5, float("inf"), 37], [5, 5, 37, 37]],
+]
+
+
 @pytest.mark.parametrize("low_quality", [True, False])
-def test_matches_of_odd_boxes(boxes, low_quality, device):
+def test_labels_of_odd_boxes(low_quality, device):
     anchors, _ = make_anchors(40, 50)
-    assert_matched(torch.tensor(boxes, dtype=torch.float32), anchors, device, low_quality=low_quality)
+    images = [torch.tensor(boxes, dtype=torch.float32) for boxes in ODD_BOXES]
+    assert_labelled(images, anchors, device, low_quality=low_quality)
 
 
 @pytest.mark.parametrize(
     "thresholds, labels",
     [((0.3, 0.7), (0, -1, 1)), ((0.5,), (0, 1)), ((0.2, 0.5), (1, -1, 0)), ((0.1, 0.2, 0.6), (-1, 0, -1, 1))],
 )
-def test_matches_with_other_thresholds(thresholds, labels, device):
+def test_labels_with_other_thresholds(thresholds, labels, device):
     generator = torch.Generator().manual_seed(0)
     anchors, _ = make_anchors(40, 50)
-    assert_matched(random_boxes(6, 40, 50, 8, 100, generator), anchors, device, thresholds, labels)
+    images = [random_boxes(6, 40, 50, 8, 100, generator), torch.zeros(0, 4)]
+    assert_labelled(images, anchors, device, thresholds, labels)
 
 
-def test_no_anchors_have_no_matches(device):
-    got = match_anchors(
-        torch.tensor([[0.0, 0, 1, 1]], device=device),
-        torch.zeros(0, 4, device=device),
-        None,
-        thresholds=[0.5],
-        labels=[0, 1],
-        low_quality_matches=True,
-    )
-    assert got.matched.shape == got.outcome.shape == (0,)
+def test_no_anchors_have_no_labels(device):
+    got = label_anchors([torch.tensor([[0.0, 0, 1, 1]])], torch.zeros(0, 4, device=device))
+    assert got.labels.shape == got.positive.shape == got.matched.shape == (1, 0)
+
+
+@needs_triton
+def test_a_batch_is_labelled_in_two_launches_however_many_images(monkeypatch):
+    from focal_d2.ops.matching import match_triton
+
+    kernels = {name: MagicMock() for name in ("_match_kernel", "_label_kernel")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(match_triton, name, kernel)
+    monkeypatch.setattr(targets, "find_kernels", lambda *_: match_triton)
+    monkeypatch.setattr(targets, "_count", Mock())
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
+    counts = []
+    for images in (1, 16):
+        with PretendedGPU() as gpu:
+            anchors = torch.rand(100, 4).to("cuda")
+            gpu.clear()
+            label_anchors([torch.tensor([[2.0, 3, 18, 20]])] * images, anchors)
+            assert not gpu.waits
+            counts.append(gpu.operations.total())
+    assert counts[0] == counts[1] <= 20
+    assert all(kernel.__getitem__.return_value.call_count == 2 for kernel in kernels.values())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU's kernels can't be looked into")
+def test_ious_are_computed_only_where_a_box_overlaps_a_tile(monkeypatch):
+    from focal_d2.ops.matching import match_triton
+
+    computed = []
+    iou = match_triton._iou
+    monkeypatch.setattr(match_triton, "_MATCH_TILE", 16)
+    monkeypatch.setattr(match_triton, "_iou", lambda *corners: computed.append(1) or iou(*corners))
+    left = torch.arange(64.0)[:, None] * 10
+    anchors = torch.cat([left, left * 0, left + 10, left * 0 + 10], dim=1)  # a row, in four tiles
+    boxes = torch.tensor([[5.0, 2, 12, 9], [155, 1, 165, 8], [320, 20, 330, 30]])  # in 1, 2 and 0 tiles
+    assert_labelled([boxes], anchors, "cpu", low_quality=False)
+    assert len(computed) == 3
 
 
 @pytest.mark.gpu
 @needs_gpu
 @needs_triton
-def test_matches_of_a_large_scene():
+def test_labels_of_large_scenes():
     generator = torch.Generator().manual_seed(0)
     anchors, _ = make_anchors(800, 1344)
     boxes = random_boxes(200, 800, 1344, 4, 800, generator)
-    assert_matched(boxes, anchors, "cuda")
-    assert_matched(boxes.round(), anchors, "cuda")
+    assert_labelled([boxes, boxes.round(), boxes[:7]], anchors, "cuda")
 
 
 @pytest.mark.gpu
@@ -592,21 +631,14 @@ def test_nothing_waits_for_the_gpu(layout):
     logits, labels = make_levels(dtype=torch.bfloat16, layout=layout)
     inputs, labels = on("cuda", logits), labels.cuda()
     quality, alpha = torch.rand(labels.shape, device="cuda"), torch.rand(4, device="cuda")
-    anchors, _ = (x.cuda() if isinstance(x, torch.Tensor) else x for x in make_anchors(64, 96))
-    boxes = torch.tensor([[5.0, 5, 37, 37], [-500, 0, -400, 10]], device="cuda")
+    anchors = make_anchors(64, 96)[0].cuda()
+    boxes = torch.tensor([[5.0, 5, 37, 37], [-500, 0, -400, 10]])
     for mode in ("default", "error"):  # first, kernels are compiled
         torch.cuda.set_sync_debug_mode(mode)
         try:
             for x in (alpha, 0.25):
                 dense_focal_loss(inputs, labels, num_classes=4, alpha=x, gamma=2.0).backward()
             dense_quality_focal_loss(inputs, labels, quality, num_classes=4, beta=2.0).backward()
-            match_anchors(
-                boxes,
-                anchors,
-                None,
-                thresholds=[0.4, 0.5],
-                labels=[0, -1, 1],
-                low_quality_matches=True,
-            )
+            label_anchors([boxes, boxes[:0], boxes], anchors)
         finally:
             torch.cuda.set_sync_debug_mode("default")

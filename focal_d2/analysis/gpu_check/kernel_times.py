@@ -30,8 +30,8 @@ LOSS_SWEEP: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
 MATCHING_SWEEP: dict[str, tuple[int, ...]] = {"_MATCH_TILE": (256, 1024), "_MATCH_WARPS": (2, 8)}
 _SWEPT_SECONDS = 3.0  # that a value may need, compilation included
 _BYTES_OF_A_LABEL = 8
-# Read: a box of 4 float32. Written: an index of 8 bytes, an IoU of 4, and a label of 1.
-_BYTES_OF_A_MATCH = 16 + 13
+# Read: an anchor of 4 float32. Written: a label and an index of 8 bytes each, and a byte for positives.
+_BYTES_OF_A_MATCH = 16 + 17
 
 
 def measurements(check: Check) -> Iterator[Measurement]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 import focal_d2
@@ -31,7 +32,6 @@ from focal_d2.ops import (
     varifocal_loss,
 )
 from focal_d2.ops.common import LOSS_KERNELS, MATCHING_KERNELS, find_kernels
-from focal_d2.ops.matching.match import match_anchors
 
 # Largest relative errors: of the value, and by the logits' type of the gradient.
 _VALUE_ERROR = 1e-5
@@ -164,7 +164,7 @@ def _compute_many_logits(check: Check) -> list[Line]:
 
 
 def _compare_matches(check: Check) -> list[Line]:
-    """Compare the matches of the kernels with PyTorch's, to the bit."""
+    """Compare the labels of the kernels with PyTorch's, to the bit, in a batch of three images."""
     sizes = check.sizes
     height, width = sizes.timed_image
     setting = Setting(check.device, height, 1, 3, 1, 1, "fp32", width)
@@ -173,24 +173,15 @@ def _compare_matches(check: Check) -> list[Line]:
     lines = []
     for count in sizes.kernel_boxes:
         boxes = draw_boxes(setting._replace(boxes=count), torch.Generator().manual_seed(count))
-        different = 0
-        for corners in (boxes.gt_boxes.tensor, boxes.gt_boxes.tensor.round()):  # rounded ones have ties
-            results = [
-                match_anchors(
-                    corners.to(check.device),
-                    anchors.boxes,
-                    anchors.grid,
-                    thresholds=(0.4, 0.5),
-                    labels=(0, -1, 1),
-                    low_quality_matches=True,
-                    use_kernels=use_kernels,
-                )
-                for use_kernels in (True, False)
-            ]
-            ours, expected = results
-            positive = expected.outcome == 1
-            different += int((ours.outcome != expected.outcome).sum())
-            different += int((ours.matched != expected.matched)[positive].sum())
+        corners = Boxes(boxes.gt_boxes.tensor.round())  # with ties
+        rounded = Instances(boxes.image_size, gt_boxes=corners, gt_classes=boxes.gt_classes)
+        results = []
+        for use_kernels in (True, False):
+            model.use_kernels = use_kernels
+            results.append(model.label_anchors(anchors, [boxes, rounded, boxes[:0]]))
+        ours, expected = results
+        different = int((ours.labels != expected.labels).sum())
+        different += int((ours.matched != expected.matched)[expected.positive].sum())
         name = f"matching {count} boxes with {len(anchors.boxes)} anchors: different labels"
         lines.append(Line(name, different, aim="0", met=different == 0))
     return lines

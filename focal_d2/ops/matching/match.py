@@ -9,8 +9,8 @@ Windows are computed in float64 and made slightly larger than necessary. Anchors
 an IoU, however float32 rounds. Where this cannot be guaranteed (a box that hardly overlaps any anchor, or
 positives below the first threshold), all pairs are computed, for a slice of anchors at a time.
 
-On a GPU, a list whose length depends on the boxes makes the host wait. With `use_kernels`, and if Triton is
-installed, Triton kernels compute all pairs there and store none of them. They have not run on a GPU yet.
+On a GPU, a list whose length depends on the boxes makes the host wait. There, the Triton kernels of
+`match_triton` do not.
 
 Shapes: M boxes, R anchors, S anchor shapes (levels × anchors a cell), T listed pairs. Boxes are XYXY.
 """
@@ -22,8 +22,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from focal_d2.ops.common import MATCHING_KERNELS, find_kernels
 
 # Coordinates in float32 are off by at most 2^-11 pixels below 8192 pixels; windows are larger by this much.
 _SLACK = 0.02
@@ -71,7 +69,6 @@ def match_anchors(
     thresholds: Sequence[float],
     labels: Sequence[int],
     low_quality_matches: bool,
-    use_kernels: bool = False,
 ) -> Matches:
     """Match every anchor to at most one box, as detectron2's `Matcher` does with the IoU matrix.
 
@@ -82,16 +79,8 @@ def match_anchors(
         thresholds: T' rising IoUs, above 0.
         labels: T' + 1 of -1, 0 and 1: for IoUs below the first threshold, from it to the second, and so on.
         low_quality_matches: an anchor that is a box's best gets label 1, however low their IoU.
-        use_kernels: on a GPU with Triton, match with Triton kernels; the labels are the same.
     """
     arguments = (list(thresholds), list(labels), low_quality_matches)
-    kernels = find_kernels(MATCHING_KERNELS, boxes) if use_kernels else None
-    if kernels is not None and boxes.dtype == anchors.dtype == torch.float32:
-        best = kernels.find_best_boxes(boxes, anchors, with_is_best=low_quality_matches)
-        outcome = _label(best.highest, *arguments[:2])
-        if best.is_best is not None:
-            outcome.masked_fill_(best.is_best, 1)
-        return Matches(best.matched, outcome)
     # Boxes that are NaN or far outside take the exhaustive path.
     if grid is None or labels[0] == 1 or not bool((boxes.abs() < _FARTHEST).all()):
         return _match_all(boxes, anchors, *arguments)
