@@ -18,6 +18,7 @@ from PIL import EpsImagePlugin
 
 import focal_d2
 from focal_d2.modeling.precision import bfloat16_support
+from tests import tiny  # noqa: F401 - registers a backbone
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -36,20 +37,15 @@ def _seed() -> None:
 
 
 def make_cfg(**overrides: object) -> CfgNode:
-    """A ResNet-18 RetinaNet that is small and, thanks to group norm, sane with random weights.
-
-    Keyword arguments are keys with dots written as double underscores.
-    """
+    """A RetinaNet with a tiny backbone; keyword arguments are keys, their dots written as two underscores."""
     cfg = get_cfg()
     focal_d2.add_focal_config(cfg)
     cfg.merge_from_file(str(REPOSITORY / "configs/Base-FocalRetinaNet.yaml"))
     settings = {
         "MODEL.DEVICE": "cpu",
         "MODEL.WEIGHTS": "",
+        "MODEL.BACKBONE.NAME": "TinyPyramid",
         "MODEL.BACKBONE.FREEZE_AT": 0,
-        "MODEL.RESNETS.DEPTH": 18,
-        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-        "MODEL.RESNETS.NORM": "GN",
         "MODEL.FPN.OUT_CHANNELS": 32,
         "MODEL.RETINANET.NUM_CONVS": 1,
         "MODEL.RETINANET.NUM_CLASSES": 3,
@@ -62,6 +58,17 @@ def make_cfg(**overrides: object) -> CfgNode:
     settings.update({key.replace("__", "."): value for key, value in overrides.items()})
     cfg.merge_from_list([x for pair in settings.items() for x in pair])
     return cfg
+
+
+def make_resnet_cfg(**overrides: object) -> CfgNode:
+    """The same with a ResNet-18 and its FPN, which are, thanks to group norm, sane with random weights."""
+    resnet = {
+        "MODEL__BACKBONE__NAME": "build_focal_resnet_fpn_backbone",
+        "MODEL__RESNETS__DEPTH": 18,
+        "MODEL__RESNETS__RES2_OUT_CHANNELS": 64,
+        "MODEL__RESNETS__NORM": "GN",
+    }
+    return make_cfg(**{**resnet, **overrides})
 
 
 class CocoDataset:
@@ -131,9 +138,8 @@ def job(coco_dataset: Callable[..., CocoDataset], tmp_path: Path) -> tuple[Path,
         "OUTPUT_DIR": str(tmp_path / "out"),
         "MODEL": {
             "DEVICE": "cpu",
-            "BACKBONE": {"FREEZE_AT": 0},
-            "RESNETS": {"DEPTH": 18, "RES2_OUT_CHANNELS": 64, "NORM": "BN"},
-            "FPN": {"NORM": "BN", "OUT_CHANNELS": 64},
+            "BACKBONE": {"NAME": "TinyPyramid", "FREEZE_AT": 0},
+            "FPN": {"OUT_CHANNELS": 64, "NORM": "BN"},
             "RETINANET": {
                 "NUM_CLASSES": 3,
                 "NUM_CONVS": 1,
@@ -156,6 +162,12 @@ def job(coco_dataset: Callable[..., CocoDataset], tmp_path: Path) -> tuple[Path,
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(config))
     return path, data
+
+
+@pytest.fixture
+def job_file(job: tuple[Path, CocoDataset]) -> Path:
+    """The config file of a tiny job."""
+    return job[0]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from focal_d2.engine.launch.start import check_devices, start
 from focal_d2.engine.launch.torchrun import check_restarts
 from focal_d2.engine.load_config import load_config
 from focal_d2.engine.output_lock import output_lock, was_trained_in
-from focal_d2.engine.setup import restored_config, set_up_job
+from focal_d2.engine.setup import save_config, set_up_job
 from focal_d2.engine.trainer import FocalTrainer
 from focal_d2.engine.user_modules import import_modules
 from focal_d2.errors import UserError
@@ -66,17 +66,15 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("; ".join([str(error), *unread])) from error
     run_checks(cfg, "metrics", "processes", training=training)
     if args.eval_only:
-        # The config.yaml of a training must describe the training, not a later evaluation.
-        with restored_config(cfg.OUTPUT_DIR, always=was_trained_in(cfg.OUTPUT_DIR)):
-            _set_up(cfg, args, unread)
+        _set_up(cfg, args, unread)
         _evaluate(cfg, args)
         return
     check_restarts(resume=args.resume)
-    # The lock is taken before any file is written to OUTPUT_DIR, config.yaml and log.txt included.
+    # The lock is taken before any file is written to OUTPUT_DIR, log.txt included.
     with output_lock(cfg.OUTPUT_DIR):
-        with restored_config(cfg.OUTPUT_DIR, always=False):
-            _set_up(cfg, args, unread)
-            trainer = _trainer(cfg, args)
+        _set_up(cfg, args, unread)
+        trainer = _trainer(cfg, args)
+        save_config(cfg)
         trainer.train()
 
 
@@ -115,6 +113,9 @@ def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
         where = f" (--resume finds none in {cfg.OUTPUT_DIR})" if args.resume else ""
         raise UserError(f"--eval-only needs a checkpoint: add MODEL.WEIGHTS FILE{where}")
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    # The config.yaml of a training must describe the training, not a later evaluation.
+    if not was_trained_in(cfg.OUTPUT_DIR):
+        save_config(cfg)
     results = FocalTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

@@ -90,8 +90,8 @@ class FocalLoop(LoopParts, SimpleTrainer):
         self.steps_skipped = 0  # in a row
         self.stepping = False  # while this is True the state is incomplete and can't be saved
         # The scaler skips the optimizer's step if gradients in float16 overflow, and does not say so.
-        optimizer.register_step_post_hook(lambda *_: setattr(self, "_stepped", True))
-        self._stepped = False  # whether the optimizer has made this iteration's step
+        optimizer.register_step_post_hook(lambda *_: setattr(self, "stepped", True))
+        self.stepped = False  # whether the optimizer has made this iteration's step
         self._buffers = _Buffers(self.bare)
         self._kept: list[Tensor] = []  # copies of the buffers from before the iteration's batch
         self._random: dict[str, Any] = {}  # the generators' states from then
@@ -131,10 +131,10 @@ class FocalLoop(LoopParts, SimpleTrainer):
             get_event_storage().put_scalar("gradient_norm", gradient_norm)
         # On the CPU: detectron2 reads each number by itself.
         self.write_losses({name: torch.tensor(x, dtype=torch.float64) for name, x in values.items()}, seconds)
-        self.stepping, self._stepped = True, False
+        self.stepping, self.stepped = True, False
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.average is not None and self._stepped:
+        if self.average is not None and self.stepped:
             self.average.update()
         self._count_batch()
 

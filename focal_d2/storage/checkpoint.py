@@ -26,6 +26,8 @@ from focal_d2.storage.weights import read_pickle, read_torch
 _OURS = ("loss_normalizer.", "cls_loss.", "box_loss.")
 # Absent from converted files, and without meaning once training is over.
 _COUNTER = "num_batches_tracked"
+# The parts that weights to start from must fill: the first of them that the model has.
+_PRETRAINED = ("backbone.bottom_up.", "backbone.")
 # A residual block, under any of the names that detectron2 knows how to match.
 _BLOCK = re.compile(r"(^|\.)res[2-5]\.\d+\.")
 _BOX_PREDICTOR = "roi_heads.box_predictor"  # of detectron2's R-CNNs
@@ -252,7 +254,9 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
         missing = _needed(incompatible.missing_keys) - misshaped.keys()
         surplus = _needed(incompatible.unexpected_keys)
         if self.partial:
-            needed = {n for n in entries if n.startswith("backbone.bottom_up.")} or entries
+            # The rest may be new: the pyramid of a backbone that has one, and the head.
+            prefix = next((x for x in _PRETRAINED if any(n.startswith(x) for n in entries)), "")
+            needed = {n for n in entries if n.startswith(prefix)}
             missing &= needed
             surplus = {n for n in surplus if _BLOCK.search(n)}
             misshaped = {n: shapes for n, shapes in misshaped.items() if n in needed}

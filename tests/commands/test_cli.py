@@ -12,7 +12,14 @@ from focal_d2 import UserError
 from focal_d2.commands.cli import Parser, check_writable
 from tests.conftest import REPOSITORY
 
-PROGRAM = "from focal_d2.commands.cli import command_line\nwith command_line('-c'):\n    "
+# The package without what its __init__ imports: PyTorch and detectron2, which take seconds.
+PROGRAM = """import sys, types
+sys.modules["focal_d2"] = package = types.ModuleType("focal_d2")
+package.__path__ = ["focal_d2"]
+from focal_d2.commands.cli import command_line
+from focal_d2.errors import UserError
+with command_line("-c"):
+    """
 
 
 def run(code: str, shell: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
@@ -102,12 +109,12 @@ def test_closed_output_is_one_line_and_goes_into_no_file(tmp_path):
     assert (tmp_path / "a").read_text() == "z"
     result = shell('"$@" >&- 2>&- <&-', code)
     assert (result.returncode, (tmp_path / "a").read_text()) == (0, "z")
-    result = shell('"$@" 2>&-', "print('a'); import focal_d2; raise focal_d2.UserError('b')")
+    result = shell('"$@" 2>&-', "print('a'); raise UserError('b')")
     assert (result.returncode, result.stdout, result.stderr) == (2, "a\n", "")
 
 
 def test_error_whose_reader_is_gone_keeps_its_status():
-    code = "import time, focal_d2; time.sleep(1); raise focal_d2.UserError('b')"
+    code = "import time; time.sleep(1); raise UserError('b')"
     result = shell('"$@" 2>&1 | true; exit ${PIPESTATUS[0]}', code)
     assert (result.returncode, result.stderr) == (2, "")
 

@@ -51,9 +51,9 @@ def check(text: str, *, shows: bool = True) -> None:
 
 
 @pytest.fixture
-def hostile_job(small_job) -> Path:
+def hostile_job(job_file) -> Path:
     """A job whose class names and files have them all."""
-    content = yaml.safe_load(small_job.read_text())
+    content = yaml.safe_load(job_file.read_text())
     (entry,) = content["DATASETS"]["FOCAL"]
     coco = json.loads(Path(entry["ANNOTATIONS"]).read_text())
     for i, category in enumerate(coco["categories"]):
@@ -65,8 +65,8 @@ def hostile_job(small_job) -> Path:
     Path(entry["ANNOTATIONS"]).write_text(json.dumps(coco))
     content["DATALOADER"]["NUM_WORKERS"] = 1
     content["SOLVER"].update(MAX_ITER=1, CHECKPOINT_PERIOD=1)
-    small_job.write_text(yaml.safe_dump(content))
-    return small_job
+    job_file.write_text(yaml.safe_dump(content))
+    return job_file
 
 
 def test_class_and_file_names(hostile_job, tmp_path, monkeypatch, capfd):
@@ -177,21 +177,21 @@ def test_what_is_printed(capfd, hostile):
     assert escaped(escaped(hostile)) == escaped(hostile) != hostile
 
 
-def test_names_that_are_not_utf_8_reach_the_log(small_job, tmp_path, monkeypatch, capfd):
+def test_names_that_are_not_utf_8_reach_the_log(job_file, tmp_path, monkeypatch, capfd):
     folder = tmp_path / os.fsdecode(b"f\xfcnf")
-    model = build_model(load_config(str(small_job)))
+    model = build_model(load_config(str(job_file)))
     folder.mkdir()
     torch.save({"model": model.state_dict()}, folder / "a.pth")
     weights = ["MODEL.WEIGHTS", folder / "a.pth", "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()"]
-    assert run_main(monkeypatch, "--config-file", small_job, *weights) == 0
+    assert run_main(monkeypatch, "--config-file", job_file, *weights) == 0
     assert r"Loading from " + escaped(str(folder)) in (tmp_path / "out/log.txt").read_text()
 
 
-def test_names_of_weights_have_no_control_characters(small_job, tmp_path, monkeypatch, capfd):
+def test_names_of_weights_have_no_control_characters(job_file, tmp_path, monkeypatch, capfd):
     for hostile in (HOSTILE["new lines"], HOSTILE["colour"]):
         torch.save({"model": {hostile: torch.zeros(1)}}, tmp_path / "a.pth")
         weights = ["MODEL.WEIGHTS", tmp_path / "a.pth"]
-        assert run_main(monkeypatch, "--config-file", small_job, *weights) == 2
+        assert run_main(monkeypatch, "--config-file", job_file, *weights) == 2
         out, err = capfd.readouterr()
         check(out + err, shows=False)
         assert "control characters are refused" in err

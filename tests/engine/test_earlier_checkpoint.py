@@ -6,40 +6,17 @@ one before `FocalTrainer.owners`.
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ShapeSpec
-from torch import nn
 
 from focal_d2.engine import FocalTrainer, load_config
 from tests.conftest import REPOSITORY
 from tests.engine.test_resume import differences, saved
 
 CHECKPOINT = Path(__file__).parent / "earlier_checkpoint.pth"
-
-
-class FourConvolutions(Backbone):
-    """As small as a backbone can be that has parameters, buffers and three levels."""
-
-    def __init__(self, cfg: Any, input_shape: Any) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 2, 4, 4), nn.BatchNorm2d(2))
-        self.levels = nn.ModuleList(nn.Conv2d(2, 2, 3, 2, 1) for _ in range(3))
-
-    def forward(self, x: Any) -> dict[str, Any]:
-        outputs = itertools.accumulate(self.levels, lambda y, level: level(y), initial=self.stem(x))
-        return dict(zip(("p3", "p4", "p5"), itertools.islice(outputs, 1, None), strict=True))
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        return {f"p{n}": ShapeSpec(channels=2, stride=2**n) for n in (3, 4, 5)}
-
-
-if "FourConvolutions" not in BACKBONE_REGISTRY:
-    BACKBONE_REGISTRY.register(FourConvolutions)
 
 
 def write_job(folder: Path, data: Any) -> Path:
@@ -51,7 +28,8 @@ def write_job(folder: Path, data: Any) -> Path:
         "MODEL": {
             "DEVICE": "cpu",
             "WEIGHTS": "",
-            "BACKBONE": {"NAME": "FourConvolutions", "FREEZE_AT": 0},
+            "BACKBONE": {"NAME": "TinyPyramid", "FREEZE_AT": 0},
+            "FPN": {"OUT_CHANNELS": 2, "NORM": "BN"},
             "ANCHOR_GENERATOR": {"SIZES": [[16.0], [32.0], [64.0]], "ASPECT_RATIOS": [[1.0]]},
             "RETINANET": {
                 "IN_FEATURES": ["p3", "p4", "p5"],

@@ -40,14 +40,14 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_a_second_training_is_refused_and_writes_nothing(small_job, tmp_path, monkeypatch, capfd, holder):
+def test_a_second_training_is_refused_and_writes_nothing(job_file, tmp_path, monkeypatch, capfd, holder):
     process, worker = holder
-    assert run_main(monkeypatch, "--config-file", small_job) == 2
+    assert run_main(monkeypatch, "--config-file", job_file) == 2
     who = f"process {process.pid} on {socket.gethostname()}"
     assert f"OUTPUT_DIR {tmp_path / 'out'} is in use: {who} trains there; " in capfd.readouterr().err
     assert [x.name for x in (tmp_path / "out").iterdir()] == ["training.lock"]
     # Evaluation needs no lock.
-    assert run_main(monkeypatch, "--config-file", small_job, "--eval-only") == 2
+    assert run_main(monkeypatch, "--config-file", job_file, "--eval-only") == 2
     assert "--eval-only needs a checkpoint" in capfd.readouterr().err
     # A killed training leaves no lock behind, not even in a worker that outlives it.
     process.kill()
@@ -69,13 +69,13 @@ def test_blocks_for_the_same_folder_may_be_nested(tmp_path):
         pass
 
 
-def test_a_file_system_without_locks_gets_one_warning(small_job, tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_gets_one_warning(job_file, tmp_path, monkeypatch, caplog):
     def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     with caplog.at_level(logging.WARNING):
-        run = ["--config-file", small_job, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()"]
+        run = ["--config-file", job_file, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()"]
         assert run_main(monkeypatch, *run) == 0
     lines = [x.getMessage() for x in caplog.records if "no locks" in x.getMessage()]
     assert lines == [

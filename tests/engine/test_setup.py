@@ -12,7 +12,7 @@ from focal_d2.data.dataset_checks import check_files
 from focal_d2.engine import load_config
 from focal_d2.engine.setup import set_up_job
 from focal_d2.modeling.build import building
-from tests.conftest import REPOSITORY, make_cfg
+from tests.conftest import REPOSITORY, make_resnet_cfg
 
 DEMO = str(REPOSITORY / "configs/neon_trees/focal_retinanet_R_18_FPN_demo.yaml")
 CPU = ["MODEL.DEVICE", "cpu"]
@@ -260,6 +260,6 @@ def test_a_failed_check_is_quoted():
         pytest.raises(UserError, match=r"res5_dilation cannot be 3. \(assert res5_dilation in \{1, 2\}\)$"),
         building("model"),
     ):
-        build_model(make_cfg(MODEL__RESNETS__RES5_DILATION=3))
+        build_model(make_resnet_cfg(MODEL__RESNETS__RES5_DILATION=3))
     with pytest.raises(UserError, match=r"AssertionError: foo \(assert sample_style in "), building("mapper"):
         ResizeShortestEdge((800,), sample_style="foo")

@@ -73,8 +73,8 @@ def test_annotations(job, tmp_path, monkeypatch, capfd, kind):
 @pytest.mark.parametrize(
     "kind, backend", [("pipe", "pil"), ("endless device", "opencv"), ("sparse file", "opencv")]
 )
-def test_image(small_job, tmp_path, monkeypatch, capfd, kind, backend):
-    config = small_job
+def test_image(job_file, tmp_path, monkeypatch, capfd, kind, backend):
+    config = job_file
     content = yaml.safe_load(config.read_text())
     (entry,) = content["DATASETS"]["FOCAL"]
     weights = weights_of(config, tmp_path)
@@ -94,10 +94,10 @@ def test_image(small_job, tmp_path, monkeypatch, capfd, kind, backend):
 
 
 @pytest.mark.parametrize("kind", SOME)
-def test_weights(small_job, tmp_path, monkeypatch, capfd, kind):
+def test_weights(job_file, tmp_path, monkeypatch, capfd, kind):
     weights = tmp_path / "a.pth"
     says = put(weights, kind)
-    arguments = ["--config-file", small_job, "MODEL.WEIGHTS", weights]
+    arguments = ["--config-file", job_file, "MODEL.WEIGHTS", weights]
     (image,) = list(tmp_path.glob("train/images/0.png"))
     assert says in said(capfd, run_main(monkeypatch, *arguments))
     assert says in said(capfd, run_main(monkeypatch, "--eval-only", *arguments))
@@ -121,51 +121,45 @@ def test_last_checkpoint_and_newest_checkpoint_are_passed_over(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["log.txt", "config.yaml", "metrics.json"])
-def test_output_folder(small_job, tmp_path, monkeypatch, capfd, name):
+def test_output_folder(job_file, tmp_path, monkeypatch, capfd, name):
     (tmp_path / "out").mkdir()
     for mode, kind in (([], "pipe"), (["--resume"], "socket"), (["--eval-only"], "endless device")):
         put(tmp_path / "out" / name, kind)
-        line = said(capfd, run_main(monkeypatch, "--config-file", small_job, *mode))
+        line = said(capfd, run_main(monkeypatch, "--config-file", job_file, *mode))
         assert "remove it" in line
         assert f"out/{name} is " in line
 
 
-def test_names_that_are_not_utf_8_are_refused_before_training(small_job, tmp_path, monkeypatch, capfd):
+def test_names_that_are_not_utf_8_are_refused_before_training(job_file, tmp_path, monkeypatch, capfd):
     """TensorBoard writes its file after the first iteration."""
     folder = tmp_path / os.fsdecode(b"f\xfcnf")
-    line = said(capfd, run_main(monkeypatch, "--config-file", small_job, "OUTPUT_DIR", folder))
+    line = said(capfd, run_main(monkeypatch, "--config-file", job_file, "OUTPUT_DIR", folder))
     assert line.endswith("f\\udcfcnf, which is not UTF-8: choose another folder, or set PYTHONUTF8=1")
     assert not folder.exists()
 
 
-def test_config_of_the_output_folder_is_not_read_without_a_limit(small_job, tmp_path, monkeypatch, capfd):
-    (tmp_path / "out").mkdir()
-    says = put(tmp_path / "out" / "config.yaml", "sparse file")
-    assert says in said(capfd, run_main(monkeypatch, "--config-file", small_job))
-
-
 @pytest.mark.parametrize("kind", ["pipe", "endless device", "folder"])
-def test_page_anchors_and_pictures(small_job, tmp_path, monkeypatch, capfd, kind):
+def test_page_anchors_and_pictures(job_file, tmp_path, monkeypatch, capfd, kind):
     says = put(tmp_path / "page", kind)
-    arguments = ["--config-file", small_job]
+    arguments = ["--config-file", job_file]
     assert says in said(capfd, run_command(monkeypatch, "doctor", *arguments, "--html", tmp_path / "page"))
     output = ["--output", tmp_path / "page"]
     assert says in said(capfd, run_command(monkeypatch, "anchors", *arguments, *output))
     (tmp_path / "pictures").mkdir()
     says = put(tmp_path / "pictures/0.png", kind)
-    output = ["--output", tmp_path / "pictures", "MODEL.WEIGHTS", weights_of(small_job, tmp_path)]
+    output = ["--output", tmp_path / "pictures", "MODEL.WEIGHTS", weights_of(job_file, tmp_path)]
     images = tmp_path / "train/images"
     assert says in said(capfd, run_command(monkeypatch, "predict", "--input", images, *arguments, *output))
 
 
-def test_predictions(small_job, tmp_path, monkeypatch):
+def test_predictions(job_file, tmp_path, monkeypatch):
     """What is written in one step replaces what is there."""
-    data = yaml.safe_load(small_job.read_text())["DATASETS"]["TEST"][0]
+    data = yaml.safe_load(job_file.read_text())["DATASETS"]["TEST"][0]
     folder = tmp_path / "out/inference" / data
     folder.mkdir(parents=True)
     for name in ("coco_instances_results.json", "analysis.json"):
         put(folder / name, "pipe")
-    arguments = ["--config-file", small_job, "MODEL.WEIGHTS", weights_of(small_job, tmp_path)]
+    arguments = ["--config-file", job_file, "MODEL.WEIGHTS", weights_of(job_file, tmp_path)]
     assert run_main(monkeypatch, "--eval-only", *arguments) == 0
     assert isinstance(json.loads((folder / "coco_instances_results.json").read_text()), list)
     assert os.path.isfile(folder / "analysis.json")

@@ -169,8 +169,8 @@ def test_resume_without_a_checkpoint_starts_anew(job, tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_output(job, tmp_path):
-    """OUTPUT_DIR is a file system with room for one checkpoint, 47 MB without an optimizer's state."""
-    with mounted(tmp_path / "out", "80m") as out:
+    """OUTPUT_DIR is a file system with room for one checkpoint, 1.3 MB without an optimizer's state."""
+    with mounted(tmp_path / "out", "2m") as out:
         yield out
 
 
@@ -330,7 +330,7 @@ def other_architecture(data) -> None:
         (None, ["MODEL.RETINANET.NUM_CLASSES", "80"], "has 3 classes (class0, class1, class2) but "
          "MODEL.RETINANET.NUM_CLASSES is 80: set it to 3, or to auto"),
         (None, ["MODEL.WEIGHTS", "nowhere.pth"], "weights file not found: nowhere.pth"),
-        (other_architecture, ["MODEL.WEIGHTS", "{folder}/other.pth"], "they lack backbone.bottom_up."),
+        (other_architecture, ["MODEL.WEIGHTS", "{folder}/other.pth"], "they lack backbone."),
         (break_image, [], "cannot read image {folder}/images/3.png"),
         (break_image, ["DATALOADER.NUM_WORKERS", "2"], "cannot read image {folder}/images/3.png"),
         (empty_all_images, ["DATASETS.TEST", "()"], "set DATALOADER.FILTER_EMPTY_ANNOTATIONS False"),

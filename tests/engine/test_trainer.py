@@ -18,7 +18,8 @@ from tests.conftest import make_cfg
 
 @pytest.mark.parametrize("name, kind", [("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW)])
 def test_optimizer_is_what_yaml_says(name, kind):
-    cfg = make_cfg(SOLVER__FOCAL__OPTIMIZER=name, SOLVER__BASE_LR=0.003, SOLVER__WEIGHT_DECAY=0.07)
+    settings = {"SOLVER__BASE_LR": 0.003, "SOLVER__WEIGHT_DECAY": 0.07, "MODEL__FPN__NORM": "BN"}
+    cfg = make_cfg(SOLVER__FOCAL__OPTIMIZER=name, **settings)
     optimizer = FocalTrainer.build_optimizer(cfg, build_model(cfg))
     assert isinstance(optimizer, kind)
     assert {group["lr"] for group in optimizer.param_groups} == {0.003}

@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from detectron2.engine import defaults
-
 from focal_d2.__main__ import main
+from focal_d2.engine import setup
 
 MOST_MEMORY = 3072  # MiB above what a process has at its start
 MOST_ADDRESSES = 4096  # MiB of address space above that; a process that asks for more gets an error
@@ -117,9 +116,8 @@ def preload() -> None:
         *("torch.utils.tensorboard", "torch.utils.cpp_extension"),
     ):
         importlib.import_module(name)
-    # What detectron2 says of the machine is asked of a compiler; and its colours are terminal escapes.
-    defaults.collect_env_info = lambda: ""
-    defaults._highlight = lambda text, name: text
+    # What detectron2 says of the machine is asked of a compiler.
+    setup.collect_env_info = lambda: ""
 
 
 def run(case: Case, folder: Path, template: Path) -> Outcome:

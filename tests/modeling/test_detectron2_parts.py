@@ -62,10 +62,10 @@ def test_simple_trainer_trains_ours_as_it_trains_detectron2s(squares, tmp_path):
 
 
 def test_coco_evaluator_gives_ours_the_ap_of_detectron2s(squares, tmp_path):
-    settings = overrides(squares, tmp_path)
+    settings = {**overrides(squares, tmp_path), "SOLVER__BASE_LR": 0.03, "MODEL__FPN__NORM": "GN"}
     cfg = make_cfg(**settings)
     pair = make_pair(**settings)
-    train(cfg, pair[0], steps=30)
+    train(cfg, pair[0], steps=40)
     pair[1].load_state_dict(pair[0].state_dict(), strict=False)
     results = []
     for model in pair:

@@ -7,7 +7,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from focal_d2.modeling.folding import FoldedConv2d, fold_norms
-from tests.conftest import make_cfg
+from tests.conftest import make_resnet_cfg
 
 
 def make_pair(**more):
@@ -50,7 +50,7 @@ def test_names_stay_and_what_is_loaded_counts():
 @pytest.mark.parametrize("norm, folds", [("FrozenBN", True), ("BN", False), ("GN", False)])
 @pytest.mark.parametrize("wanted", [True, False])
 def test_only_frozen_norms_and_only_if_asked(norm, folds, wanted):
-    cfg = make_cfg(MODEL__RESNETS__NORM=norm, MODEL__FOCAL__FOLD_FROZEN_NORMS=wanted)
+    cfg = make_resnet_cfg(MODEL__RESNETS__NORM=norm, MODEL__FOCAL__FOLD_FROZEN_NORMS=wanted)
     layers = [m for m in build_model(cfg).modules() if isinstance(m, FoldedConv2d)]
     assert len(layers) == (20 if folds and wanted else 0)  # ResNet-18's convolutions
 

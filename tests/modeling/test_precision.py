@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from focal_d2 import UserError
 from focal_d2.modeling import precision
 from focal_d2.modeling.precision import Bfloat16Support, autocast_type, is_narrow, judge_cpu
-from tests.conftest import make_cfg
+from tests.conftest import make_resnet_cfg
 
 ZEN_4 = {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}
 AVX2 = {"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False}
@@ -99,13 +99,13 @@ def test_autocast_type_refuses_float16_on_a_cpu_and_unknown_names():
     with pytest.raises(UserError, match="float16, which needs a GPU"):
         autocast_type("float16", enabled=True, device="cpu")
     with pytest.raises(UserError, match='DTYPE is "half"; legal values: auto, bfloat16, float16'):
-        build_model(make_cfg(MODEL__FOCAL__AMP__DTYPE="half"))
+        build_model(make_resnet_cfg(MODEL__FOCAL__AMP__DTYPE="half"))
 
 
 @pytest.mark.parametrize("capabilities, expected", [(SAPPHIRE_RAPIDS, torch.bfloat16), (AVX2, None)])
 def test_auto_is_the_models_default(monkeypatch, capabilities, expected):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
-    assert build_model(make_cfg(MODEL__FOCAL__AMP__ENABLED=True)).amp == expected
+    assert build_model(make_resnet_cfg(MODEL__FOCAL__AMP__ENABLED=True)).amp == expected
 
 
 def test_is_narrow_asks_for_two_cells_before_the_last_level():
@@ -116,7 +116,7 @@ def test_is_narrow_asks_for_two_cells_before_the_last_level():
 
 def test_narrow_strided_convolutions_are_refused_in_channels_last():
     narrow = {"MODEL__RESNETS__DEPTH": 50, "MODEL__RESNETS__RES2_OUT_CHANNELS": 8}
-    assert build_model(make_cfg(**narrow, MODEL__RESNETS__NORM="BN"))
+    assert build_model(make_resnet_cfg(**narrow, MODEL__RESNETS__NORM="BN"))
     with pytest.raises(UserError, match=r"res3\.0\.shortcut is a 1 × 1 convolution of stride 2 from 8 to 16"):
-        build_model(make_cfg(**narrow, MODEL__RESNETS__NORM="BN", MODEL__FOCAL__CHANNELS_LAST=True))
-    assert build_model(make_cfg(MODEL__FOCAL__CHANNELS_LAST=True))
+        build_model(make_resnet_cfg(**narrow, MODEL__RESNETS__NORM="BN", MODEL__FOCAL__CHANNELS_LAST=True))
+    assert build_model(make_resnet_cfg(MODEL__FOCAL__CHANNELS_LAST=True))

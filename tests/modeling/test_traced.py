@@ -31,9 +31,9 @@ def make_detector(**overrides):
     """A detector with some thousand logits above the threshold of 0.05."""
     model = build_model(make_cfg(**overrides)).eval()
     with torch.no_grad():
-        for layer, deviation in ((model.head.cls_score, 0.08), (model.head.bbox_pred, 0.03)):
+        for layer, deviation in ((model.head.cls_score, 0.3), (model.head.bbox_pred, 0.03)):
             layer.weight.normal_(0, deviation)
-        model.head.cls_score.bias.fill_(-3.0)
+        model.head.cls_score.bias.fill_(-2.9)
     return model
 
 
@@ -141,14 +141,13 @@ def test_exported_detections_equal_eager_ones_at_other_sizes(detector, scenes, t
     exported, onnx = program.module(), load_onnx(tmp_path / "model.onnx")
     for picture, expected in scenes:
         assert_same_detections(expected, onnx(picture), at_least=20)
-        if (
-            min(picture.shape[1:]) > 128
-        ):  # below, a level has a single row, which torch.export takes for fixed
+        # At 128 and below a level has a single row, which torch.export takes for fixed.
+        if min(picture.shape[1:]) > 128:
             assert_same_detections(expected, exported(picture), at_least=20)
 
 
 @pytest.mark.parametrize("how", ["torchscript", "opset 16"])
-@pytest.mark.parametrize(("threshold", "at_least"), [(0.1, 20), (0.3, 0)])
+@pytest.mark.parametrize(("threshold", "at_least"), [(0.15, 20), (0.7, 0)])
 def test_few_candidates_and_none(how, threshold, at_least, tmp_path):
     model = make_detector(MODEL__RETINANET__SCORE_THRESH_TEST=threshold)
     recorded = record(model, how, tmp_path / "model.onnx")

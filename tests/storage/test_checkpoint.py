@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 
 from focal_d2 import UserError
 from focal_d2.storage.checkpoint import FocalCheckpointer
-from tests.conftest import make_cfg
+from tests.conftest import make_cfg, make_resnet_cfg
 from tests.storage.test_weights import Evil
 
 
@@ -46,7 +46,8 @@ def test_detectron2_checkpoint_loads_without_the_normaliser(model, tmp_path, par
     assert model.loss_normalizer.ema.item() == 100
 
 
-def test_backbone_alone_starts_training_but_does_not_evaluate(model, tmp_path):
+def test_backbone_alone_starts_training_but_does_not_evaluate(tmp_path):
+    model = build_model(make_resnet_cfg())
     path = save(model, tmp_path / "a.pth", drop=("head.", "backbone.fpn", "backbone.top_block"))
     FocalCheckpointer(model, partial=True).load(path)
     with pytest.raises(UserError, match="lack backbone.fpn_lateral3.bias.* and .* more"):
@@ -66,8 +67,8 @@ def test_other_number_of_classes_starts_training_but_does_not_evaluate(model, tm
     (34, 18, "have backbone.bottom_up.res2.2.conv1.*, which the model does not have"),
 ])  # fmt: skip
 def test_another_depth_is_refused(tmp_path, partial, theirs, ours, match):
-    path = save(build_model(make_cfg(MODEL__RESNETS__DEPTH=theirs)), tmp_path / "a.pth")
-    model = build_model(make_cfg(MODEL__RESNETS__DEPTH=ours))
+    path = save(build_model(make_resnet_cfg(MODEL__RESNETS__DEPTH=theirs)), tmp_path / "a.pth")
+    model = build_model(make_resnet_cfg(MODEL__RESNETS__DEPTH=ours))
     with pytest.raises(UserError, match=match):
         FocalCheckpointer(model, partial=partial).load(path)
 
@@ -77,8 +78,8 @@ def test_another_depth_is_refused(tmp_path, partial, theirs, ours, match):
     [
         ({"MODEL__RETINANET__NUM_CONVS": 3}, {}),
         ({"MODEL__RETINANET__NORM": "GN", "MODEL__RETINANET__NUM_CONVS": 2}, {}),
-        ({}, {"MODEL__RESNETS__NORM": "BN"}),  # running statistics are missing
-        ({"MODEL__RESNETS__NORM": "BN"}, {}),
+        ({}, {"MODEL__FPN__NORM": "BN"}),  # running statistics are missing
+        ({"MODEL__FPN__NORM": "BN"}, {}),
     ],
 )
 def test_another_head_or_norm_does_not_evaluate(tmp_path, theirs, ours):
@@ -114,7 +115,7 @@ def test_foreign_weights_are_refused(model, tmp_path, partial):
 )
 def test_numbers_that_are_no_weights_are_refused(model, tmp_path, partial, suffix, change, match):
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    name = "backbone.fpn_output3.bias"
+    name = "backbone.levels.0.bias"
     state = {**before, name: change(before[name].clone())}
     path = tmp_path / f"a.{suffix}"
     if suffix == "pth":

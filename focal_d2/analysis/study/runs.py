@@ -24,7 +24,7 @@ from focal_d2.storage.yaml_text import parse_yaml
 _RECORD = "run.json"
 _LARGEST_RECORD = 2**30  # bytes of it and of metrics.json
 # The trainer's message about a loss that is not finite.
-_DIVERGED = re.compile(r"became infinite or NaN at iteration (\d+)")
+DIVERGED = re.compile(r"became infinite or NaN at iteration (\d+)")
 
 
 class Run(NamedTuple):
@@ -179,7 +179,7 @@ def _execute(run: Run, lock: int) -> Result:
             run.command, stdout=stream, stderr=subprocess.STDOUT, pass_fds=(lock,), check=False
         )
     text = console.read_text(encoding="utf-8", errors="replace")
-    diverged = _DIVERGED.search(text)
+    diverged = DIVERGED.search(text)
     result = Result(run.cell.name, run.seed, "finished", None, {}, "")
     if process.returncode == 0:
         result = result._replace(metrics=last_metrics(run.folder))

@@ -16,7 +16,7 @@ from focal_d2.analysis.doctor.training import anchor_facts, check_learning_rate,
 from focal_d2.data import Table, load_table, register_datasets
 from focal_d2.engine.alpha import count_anchors
 from focal_d2.modeling.build import build_without_memory
-from tests.conftest import make_cfg
+from tests.conftest import make_resnet_cfg
 
 SMALL = {"INPUT__MIN_SIZE_TRAIN": (64, 128), "INPUT__MAX_SIZE_TRAIN": 200}
 
@@ -40,7 +40,7 @@ def table(boxes, labels, size=(256, 256)):
 
 def square_anchors(**settings):
     """One square anchor a cell: 32 pixels at stride 8 to 512 at stride 128."""
-    return make_cfg(
+    return make_resnet_cfg(
         MODEL__ANCHOR_GENERATOR__SIZES=[[32], [64], [128], [256], [512]],
         MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS=[[1.0]],
         **settings,
@@ -96,7 +96,7 @@ def test_anchors_are_counted_once_and_as_alpha_counts_them(coco_dataset, monkeyp
         data.annotations.write_text(data.annotations.read_text().replace('"image_id": 1', '"image_id": 2'))
         register_datasets([data.entry])
         names.append(data.name)
-    cfg = make_cfg(DATASETS__TRAIN=tuple(names), DATALOADER__FILTER_EMPTY_ANNOTATIONS=drop_empty)
+    cfg = make_resnet_cfg(DATASETS__TRAIN=tuple(names), DATALOADER__FILTER_EMPTY_ANNOTATIONS=drop_empty)
     expected = count_anchors(cfg)
     calls = []
     for name in ("build_layout", "training_boxes", "count_labels"):
@@ -154,7 +154,7 @@ def test_learning_rate_has_a_rule_for_architectures_with_baselines(architecture,
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_memory_of_weights_is_exact_and_of_a_step_near_what_is_measured(optimizer):
-    cfg = make_cfg(SOLVER__FOCAL__OPTIMIZER=optimizer, MODEL__BACKBONE__FREEZE_AT=2)
+    cfg = make_resnet_cfg(SOLVER__FOCAL__OPTIMIZER=optimizer, MODEL__BACKBONE__FREEZE_AT=2)
     model = build_without_memory(cfg)
     assert {x.device.type for x in model.parameters()} == {"meta"}
     facts = memory_facts(cfg, model, {"train": table([[32, 32, 32, 32]], [0])})
@@ -181,19 +181,21 @@ def test_memory_of_weights_is_exact_and_of_a_step_near_what_is_measured(optimize
 
 
 def test_memory_is_of_the_largest_image_and_half_of_it_under_autocast(monkeypatch):
-    cfg = make_cfg(**SMALL)
+    cfg = make_resnet_cfg(**SMALL)
     model = build_without_memory(cfg)
     train = {"x": table([], [], size=(100, 100)), "y": table([], [], size=(100, 400))}
     facts = memory_facts(cfg, model, train)
     # 100 × 400 would become 128 × 512, which MAX_SIZE_TRAIN makes 50 × 200; padded to multiples of 32. The
     # square has 128 × 128.
     assert (facts.height, facts.width) == (128, 128)
-    doubled = memory_facts(make_cfg(**{**SMALL, "INPUT__FOCAL__SCALE_JITTER": [0.5, 1.5]}), model, train)
+    doubled = memory_facts(
+        make_resnet_cfg(**{**SMALL, "INPUT__FOCAL__SCALE_JITTER": [0.5, 1.5]}), model, train
+    )
     assert (doubled.height, doubled.width) == (192, 192)
     for dtype, activations in (("bfloat16", facts.activations // 2), ("auto", facts.activations)):
         # "auto" is float32 on this CPU.
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True}, raising=False)
         amp = {"MODEL__FOCAL__AMP__ENABLED": True, "MODEL__FOCAL__AMP__DTYPE": dtype}
-        assert memory_facts(make_cfg(**SMALL, **amp), model, train).activations == activations
+        assert memory_facts(make_resnet_cfg(**SMALL, **amp), model, train).activations == activations
     assert memory_facts(cfg, model, {}) is None
     assert memory_facts(cfg, torch.nn.Identity(), train) is None

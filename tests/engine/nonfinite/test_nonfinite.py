@@ -127,9 +127,9 @@ def test_examine_does_not_blame_a_box_that_no_bad_anchor_is_matched_to(batch):
 def test_examine_names_the_pixel(batch, value, why):
     batch[1]["image"] = batch[1]["image"].float()
     batch[1]["image"][2, 5, 7] = value
-    model = make_model(MODEL__RESNETS__NORM="")  # group norm would bring it back to the others' size
+    model = make_model()
     with torch.no_grad():
-        model.backbone.bottom_up.stem.conv1.weight.mul_(100)
+        model.backbone.stem[0].weight.mul_(6400)
     report = examine(model, batch, steps=usual())
     assert report.cause == "pixel"
     assert f"image images/1.png (id 1) has 1 value {why}, first {value:.5g} at x 7, y 5, channel 2" in (
@@ -137,7 +137,7 @@ def test_examine_names_the_pixel(batch, value, why):
     )
 
 
-@pytest.mark.parametrize("name", ["head.cls_score.weight", "backbone.bottom_up.res3.0.conv1.weight"])
+@pytest.mark.parametrize("name", ["head.cls_score.weight", "backbone.levels.1.weight"])
 def test_examine_names_the_weights_that_are_not_finite(batch, name):
     model = make_model()
     with torch.no_grad():
@@ -153,8 +153,8 @@ def test_examine_sees_into_a_compiled_model(batch):
     model = make_model(MODEL__FOCAL__COMPILE=True)
     assert model.backbone._compiled_call_impl is not None
     with torch.no_grad():
-        model.get_parameter("backbone.bottom_up.res3.0.conv1.weight").view(-1)[0] = INF
-    assert examine(model, batch, steps=usual()).module.name == "backbone.bottom_up.res3.0.conv1"
+        model.get_parameter("backbone.levels.1.weight").view(-1)[0] = INF
+    assert examine(model, batch, steps=usual()).module.name == "backbone.levels.1"
 
 
 def test_examine_names_the_buffer_that_is_not_finite(batch):
@@ -290,11 +290,11 @@ def train_until_it_breaks(model: nn.Module, batch: list[dict], rate: float) -> l
 def test_examine_tells_divergence_from_its_symptoms(amp):
     model = make_model(MODEL__FOCAL__AMP__ENABLED=amp)
     batch = [make_sample(0, size=96)]
-    steps = train_until_it_breaks(model, batch, 100.0)
+    steps = train_until_it_breaks(model, batch, 1e5)
     report = examine(model, batch, steps=steps)
     assert report.cause == "diverged"
     assert "grew from" in report.verdict
-    assert "at learning rate 100 over" in report.verdict
+    assert "at learning rate 1e+05 over" in report.verdict
     assert f"the largest weight is {report.largest_weight.value:.5g}" in report.verdict
     assert report.text().count("\n          ") >= len(steps)  # the table of the last iterations
 

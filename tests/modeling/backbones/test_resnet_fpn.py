@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.modeling import build_backbone
 
-from tests.conftest import make_cfg
+from tests.conftest import make_resnet_cfg
 
 STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
 BASIC = {"MODEL__RESNETS__RES2_OUT_CHANNELS": 64}
@@ -25,7 +25,7 @@ RESNEXT = {**BOTTLENECK, "MODEL__RESNETS__NUM_GROUPS": 32, "MODEL__RESNETS__WIDT
 )
 def test_backbone_levels(depth, widths, out_channels):
     backbone = build_backbone(
-        make_cfg(MODEL__RESNETS__DEPTH=depth, MODEL__FPN__OUT_CHANNELS=out_channels, **widths)
+        make_resnet_cfg(MODEL__RESNETS__DEPTH=depth, MODEL__FPN__OUT_CHANNELS=out_channels, **widths)
     )
     with torch.no_grad():
         features = backbone(torch.randn(1, 3, 128, 256))
@@ -39,7 +39,7 @@ def test_backbone_levels(depth, widths, out_channels):
 
 @pytest.mark.parametrize("p6_from, in_channels", [("res5", 512), ("p5", 32)])
 def test_p6_comes_from_c5_or_p5_and_p7_through_relu(p6_from, in_channels):
-    backbone = build_backbone(make_cfg(MODEL__FOCAL__FPN__P6_FROM=p6_from))
+    backbone = build_backbone(make_resnet_cfg(MODEL__FOCAL__FPN__P6_FROM=p6_from))
     assert backbone.top_block.p6.in_channels == in_channels
     with torch.no_grad():
         image = torch.randn(1, 3, 128, 128)
@@ -52,7 +52,7 @@ def test_p6_comes_from_c5_or_p5_and_p7_through_relu(p6_from, in_channels):
 
 @pytest.mark.parametrize("init", ["xavier", "paper"])
 def test_pyramid_starts_as_yaml_says(init):
-    backbone = build_backbone(make_cfg(MODEL__FOCAL__FPN__INIT=init, MODEL__FPN__OUT_CHANNELS=128))
+    backbone = build_backbone(make_resnet_cfg(MODEL__FOCAL__FPN__INIT=init, MODEL__FPN__OUT_CHANNELS=128))
     for conv in (backbone.fpn_lateral5, backbone.fpn_output3, backbone.top_block.p6, backbone.top_block.p7):
         is_paper = conv.weight.std().item() == pytest.approx(0.01, rel=0.02)
         assert is_paper == (init == "paper")
@@ -60,8 +60,8 @@ def test_pyramid_starts_as_yaml_says(init):
 
 
 def test_parameter_names_are_detectron2s():
-    ours = build_backbone(make_cfg()).state_dict()
+    ours = build_backbone(make_resnet_cfg()).state_dict()
     theirs = build_backbone(
-        make_cfg(MODEL__BACKBONE__NAME="build_retinanet_resnet_fpn_backbone")
+        make_resnet_cfg(MODEL__BACKBONE__NAME="build_retinanet_resnet_fpn_backbone")
     ).state_dict()
     assert {n: x.shape for n, x in ours.items()} == {n: x.shape for n, x in theirs.items()}

@@ -19,7 +19,7 @@ from tests.modeling.test_retinanet import make_image
 def test_every_loss_lowers_itself_in_30_iterations(name):
     # "paper": the moving average would rise or fall by itself.
     model = build_model(make_cfg(MODEL__FOCAL__LOSS__NAME=name, MODEL__FOCAL__LOSS__NORMALIZER="paper"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     images = [make_image(4, 3), make_image(3, 3)]
     batches: list[DenseBatch] = []
     model.cls_loss.register_forward_pre_hook(lambda _, args: batches.append(args[0]))
