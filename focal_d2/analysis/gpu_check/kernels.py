@@ -37,6 +37,7 @@ from focal_d2.ops.common import LOSS_KERNELS, MATCHING_KERNELS, find_kernels
 _VALUE_ERROR = 1e-5
 _GRADIENT_ERRORS = {"fp32": 1e-5, "bf16": 8e-3, "fp16": 1e-3}
 _LOG_FILE = "gpu_tests.txt"
+_PROCESSES = 8  # for tests; each needs a few hundred MiB of the GPU's memory
 _Losses = tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, Any]]
 
 
@@ -213,10 +214,11 @@ def files_with_mark(folder: Path) -> list[Path]:
 def _test_line(files: list[Path], root: Path, check: Check) -> Line:
     """Run pytest on files, and return its summary."""
     log = check.folder / _LOG_FILE
-    # Not setup.cfg's options, which need plugins, and no plugins, of which a machine may have many.
+    # Compiling kernels takes most of the time, and each process compiles with one core.
+    parallel = check.on_gpu and importlib.util.find_spec("xdist") is not None
+    command = pytest_command(files, root, processes=_PROCESSES if parallel else 1)
+    # No plugins but those that are named: a machine may have many.
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "gpu", "-p", "no:cacheprovider"]
-    command += ["--override-ini", "addopts=", "--rootdir", str(root), *map(str, files)]
     seconds = max(1.0, check.seconds_left())
     with log.open("wb") as file:
         try:
@@ -233,6 +235,15 @@ def _test_line(files: list[Path], root: Path, check: Check) -> Line:
             problem = f"stopped after {seconds:.0f} s; {_LOG_FILE} has the output"
             return Line("tests marked gpu", problem=problem)
     return summary(log.read_text(errors="replace"), result.returncode)
+
+
+def pytest_command(files: list[Path], root: Path, *, processes: int) -> list[str]:
+    """Return the command that runs the tests marked gpu of some files."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "gpu", "-p", "no:cacheprovider"]
+    if processes > 1:
+        command += ["-p", "xdist.plugin", "-n", str(processes), "--dist", "worksteal"]
+    # The options of setup.cfg need plugins.
+    return [*command, "--override-ini", "addopts=", "--rootdir", str(root), *map(str, files)]
 
 
 def summary(output: str, status: int) -> Line:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import time
 from types import SimpleNamespace
 
@@ -37,6 +39,21 @@ def test_tests_end_with_the_part(tmp_path):
     assert kernels._test_line([test], tmp_path, check).problem == (
         "stopped after 1 s; gpu_tests.txt has the output"
     )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_command_runs_the_marked_tests(processes, tmp_path):
+    pytest.importorskip("xdist")
+    test = tmp_path / "test_it.py"
+    test.write_text("import pytest\n@pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): assert False\n")
+    result = subprocess.run(
+        kernels.pytest_command([test], tmp_path, processes=processes),
+        cwd=tmp_path,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert kernels.summary(result.stdout, result.returncode).value == 1
 
 
 @pytest.mark.parametrize(
