@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from focal_d2 import UserError
 from focal_d2.engine import FocalTrainer, load_config
 from focal_d2.engine.nonfinite import examine, load_step, replay, save_step
-from tests.conftest import make_cfg
+from tests.conftest import make_cfg, make_resnet_cfg
 from tests.engine.nonfinite.test_nonfinite import NAN, make_sample, usual
 from tests.engine.runs import run_command
 
@@ -22,10 +22,10 @@ def run(monkeypatch, *argv) -> int:
     return run_command(monkeypatch, "replay", *argv)
 
 
-def save(folder, *, box: float = NAN, **overrides):
+def save(folder, *, box: float = NAN, make=make_cfg, **overrides):
     """Fail a step as a training loop would, with a normaliser that the batch alone does not give."""
     overrides.setdefault("MODEL__FOCAL__LOSS__NAME", "ghm")
-    cfg = make_cfg(**overrides)
+    cfg = make(**overrides)
     model = build_model(cfg).train()
     batch = [make_sample(i) for i in range(2)]
     batch[1]["instances"].gt_boxes.tensor[0, 2] = box
@@ -230,7 +230,7 @@ def test_each_field_of_a_saved_step_is_checked(tmp_path):
     ],
 )
 def test_the_config_of_a_saved_step_takes_no_more_than_its_weights(tmp_path, key, value, line):
-    folder = save(tmp_path)
+    folder = save(tmp_path, make=make_resnet_cfg)  # ranges are those of known backbones
     config = yaml.safe_load(load_step(folder).config)
     section, name = key.removeprefix("MODEL.").split(".")
     config["MODEL"][section][name] = value
