@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from focal_d2.analysis import benchmark
-from focal_d2.analysis.benchmark import memory, sweep, timing
+from focal_d2.analysis.benchmark import cuda, memory, sweep, timing
 from focal_d2.commands.benchmark import BENCHMARKS, PRECISIONS
 from tests.conftest import make_cfg, runs_bfloat16
 from tests.engine.runs import run_command
@@ -108,6 +108,15 @@ def test_a_sweep_runs_and_is_drawn(monkeypatch, capsys, tmp_path):
     assert rows[0]["ours_bytes"] < rows[1]["ours_bytes"]
     assert err.splitlines() == ["size 64", "size 128"]
     assert cv2.imread(str(tmp_path / "a.png")).shape[2] == 3
+
+
+def test_only_a_numbered_device_is_selected(monkeypatch):
+    """PyTorch refuses "cuda" without a number."""
+    selected = []
+    monkeypatch.setattr(torch.cuda, "set_device", selected.append)
+    for device in ("cpu", "cpu:0", "cuda", "cuda:1"):
+        cuda.select_device(device)
+    assert selected == ["cuda:1"]
 
 
 def test_peak_is_the_allocators():

@@ -44,3 +44,11 @@ def test_exit_status_says_whether_a_part_gave_nothing(lines, status, monkeypatch
     assert "device: a CPU" in out
     assert "rehearsal on a CPU" in err
     assert (tmp_path / "new/gpu_check.json").is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(run, "stream", lambda *_, **__: iter(["a CPU"]))
+    (tmp_path / "file").write_text("")
+    arguments = ["--device", "cpu", "--minutes", "1", "--output", tmp_path / "file"]
+    assert run_command(monkeypatch, "gpu-check", *arguments) == 2
+    assert f"{tmp_path}/file" in capsys.readouterr().err

@@ -22,6 +22,12 @@ def cuda_calls(device: str) -> Any:
     return torch.cuda if torch.device(device).type == "cuda" else CpuCalls()
 
 
+def select_device(device: str) -> None:
+    """Make a numbered device the current one, whose time and memory are taken; "cuda" is the current one."""
+    if torch.device(device).index is not None:
+        cuda_calls(device).set_device(device)
+
+
 class _Event:
     """`torch.cuda.Event`: on a CPU all work before it is done when it is recorded."""
 
@@ -30,9 +36,6 @@ class _Event:
 
     def record(self) -> None:
         self.seconds = time.perf_counter()
-
-    def synchronize(self) -> None:
-        pass
 
     def elapsed_time(self, end: _Event) -> float:
         """Return milliseconds."""

@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
-from focal_d2.analysis.benchmark.cuda import cuda_calls
+from focal_d2.analysis.benchmark.cuda import select_device
 from focal_d2.analysis.benchmark.setting import Setting
 from focal_d2.errors import UserError
 
@@ -49,7 +49,7 @@ def build_pair(cfg: CfgNode, setting: Setting) -> Pair:
 
 def build_ours(cfg: CfgNode, setting: Setting) -> Any:
     """Build our detector in training mode, with random weights; see `build_pair` for the arguments."""
-    cuda_calls(setting.device).set_device(setting.device)  # whose time and memory are taken
+    select_device(setting.device)
     torch.manual_seed(0)
     ours = build_model(_at(cfg, setting)).train()
     # Random weights under frozen norms grow from block to block; trained ones do not.

@@ -24,7 +24,7 @@ import torch.utils.tensorboard  # once for all trainings, which are forks
 import yaml
 from torch import Tensor
 
-from focal_d2.analysis.gpu_check.lines import Check, Line, Measurement
+from focal_d2.analysis.gpu_check.lines import FUSED, Check, Line, Measurement
 from focal_d2.analysis.gpu_check.processes import stream
 from focal_d2.data.pixels import write_image
 from focal_d2.engine.job import run as run_job
@@ -47,7 +47,8 @@ def measurements(check: Check) -> Iterator[Measurement]:
     half = ["SOLVER.FOCAL.EMA", "0.99", "SOLVER.FOCAL.ACCUMULATE", "2"]
     if check.on_gpu:
         half += ["MODEL.FOCAL.AMP.DTYPE", "float16"]
-    yield Measurement("training in bfloat16", partial(_train_shortly, check, "training in bfloat16", []))
+    name = "training in bfloat16, with kernels"
+    yield Measurement(name, partial(_train_shortly, check, name, list(FUSED)))
     name = "training in float16, EMA, batches in 2 parts"
     yield Measurement(name, partial(_train_shortly, check, name, half))
     yield Measurement("--resume", partial(_resume, check))

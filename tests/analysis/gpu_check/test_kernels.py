@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from focal_d2.analysis.gpu_check import kernels
-from focal_d2.analysis.gpu_check.lines import Check
+from focal_d2.analysis.gpu_check.lines import Check, Line
 from focal_d2.analysis.gpu_check.sizes import GPU, REHEARSAL
 from tests.conftest import REPOSITORY
 
@@ -27,9 +27,20 @@ def test_without_tests_or_pytest_the_cause_is_given(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "focal_d2", SimpleNamespace(__file__=str(tmp_path / "focal_d2/__init__.py")))
     (line,) = kernels._run_tests(check)
     assert line.problem == f"not measured: {tmp_path} has no tests/"
+    found = Line("tests", 3)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_a.py").write_text("@pytest.mark.gpu")
+    monkeypatch.setattr(kernels, "_test_line", lambda files, root, _: found if root == tmp_path else files)
+    assert kernels._run_tests(check) == [found]
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     (line,) = kernels._run_tests(check)
     assert line.problem == "not measured: pytest is not installed"
+
+
+def test_too_little_memory_is_a_cause(tmp_path):
+    check = Check("cpu", REHEARSAL._replace(most_logits=2**60), tmp_path, time.monotonic() + 100)
+    lines = kernels._compute_many_logits(check)
+    assert [line.problem[:20] for line in lines] == ["not measured: needs "] * 2
 
 
 def test_tests_end_with_the_part(tmp_path):

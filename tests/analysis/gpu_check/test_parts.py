@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
 
 from focal_d2.analysis.benchmark import Setting, step
-from focal_d2.analysis.gpu_check import kernel_times
+from focal_d2.analysis.gpu_check import demo, kernel_times
+from focal_d2.analysis.gpu_check.lines import Check
+from focal_d2.analysis.gpu_check.sizes import GPU
 from focal_d2.analysis.gpu_check.steps import Gap, Span, find_gaps
 from focal_d2.ops.common import LOSS_KERNELS, MATCHING_KERNELS, import_kernels
 from tests.conftest import make_cfg
@@ -48,3 +54,28 @@ def test_detectron2s_trainer_is_that_of_its_amp_on_a_gpu(device, precision, kind
     setting = Setting(device, 64, 1, 3, 1, 1, precision)
     step.detectron2_trainer_step(make_cfg(), torch.nn.Linear(1, 1), [], setting)()
     assert made == [kind]
+
+
+def test_losses_that_are_not_finite_end_the_measurement():
+    with pytest.raises(FloatingPointError, match="not finite"):
+        step._refuse(argparse.Namespace(losses={"loss_cls": float("nan")}))
+
+
+def test_trainings_on_a_gpu_have_its_precision_and_workers(monkeypatch, tmp_path):
+    jobs = []
+
+    def stream(function, args, log, deterministic, **_):
+        jobs.append(args.opts)
+        output = Path(args.opts[args.opts.index("OUTPUT_DIR") + 1])
+        output.mkdir()
+        (output / "metrics.json").write_text('{"total_loss": 1.0, "time": 0.5}\n')
+        return iter(())
+
+    monkeypatch.setattr(demo, "stream", stream)
+    check = Check("cuda", GPU, tmp_path, time.monotonic() + 100)
+    first, second, *_ = demo.measurements(check)
+    for measurement in (first, second):
+        (line,) = measurement.run()
+        assert (line.value, line.met) == (500.0, True)
+    assert all(opts[opts.index("DATALOADER.NUM_WORKERS") + 1] == "8" for opts in jobs)
+    assert ["float16" in opts for opts in jobs] == [False, True]

@@ -17,6 +17,7 @@ from focal_d2.analysis.gpu_check.parts import PARTS
 from focal_d2.analysis.gpu_check.processes import ProcessEnded
 from focal_d2.analysis.gpu_check.run import PartResult, measure, run_parts
 from focal_d2.analysis.gpu_check.sizes import REHEARSAL
+from focal_d2.errors import UserError
 
 FIGURE = Line("seconds", 1.5, "ms", "limit | 1.2 ms", "2", True)
 
@@ -70,6 +71,16 @@ def test_a_part_that_ends_early_keeps_its_lines(monkeypatch, tmp_path):
         False,
     )
     assert (second.lines, second.problem, second.gave_nothing) == ([], "died", True)
+
+
+def test_a_device_that_does_not_answer_is_a_mistake(monkeypatch):
+    def stream(*_, **__):
+        raise ProcessEnded("stopped after 120 s")
+        yield
+
+    monkeypatch.setattr(run, "stream", stream)
+    with pytest.raises(UserError, match="the cuda device does not answer: stopped after 120 s"):
+        run.find_device("cuda")
 
 
 def a_part(*measurements):
