@@ -5,8 +5,9 @@ the `deepforest` 2.1.0 wheel (MIT licence; Weinstein et al., "Individual tree-cr
 using semi-supervised deep learning neural networks", Remote Sensing 2019). Only the wheel's files are read;
 the package is neither installed nor imported.
 
-Train and test are split by place, not by tile: of each YELL picture the left 65 % trains and the right 33 %
-tests. Another forest (OSBS, SOAP) is a second test set.
+Splits are made by place, not by tile, with a gap of 2 % between them. Of each YELL picture the right 33 % is
+the test set. Of the left 65 %, the upper 73 % is the training set and the lower 25 % the validation set.
+Another forest (OSBS, SOAP) is a second test set.
 """
 
 from __future__ import annotations
@@ -37,17 +38,20 @@ SPLITS, CLASSES, _ = SETS["neon_trees"]
 
 _YELL = ("2019_YELL_2_528000_4978000_image_crop2", "2019_YELL_2_541000_4977000_image_crop")
 _OTHER = ("OSBS_029", "SOAP_061")
+_PICTURES = {"train": _YELL, "val": _YELL, "test": _YELL, "other": _OTHER}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How the pictures are cut; cached tiles of another recipe are replaced."""
 
-    version: int = 1
+    version: int = 2
     tile: int = 400  # pixels
     train_stride: int = 200  # pixels: train tiles overlap by at least half
-    train_until: float = 0.65  # share of a picture's width
+    train_until: float = 0.65  # share of a picture's width, of train and val
     test_from: float = 0.67
+    train_above: float = 0.73  # share of a picture's height
+    val_below: float = 0.75
     min_visible: float = 0.5  # a box stays in a tile that shows at least this share of its area
 
 
@@ -87,7 +91,7 @@ def prepare(root: Path, wheel: Path | None = None, recipe: Recipe = Recipe()) ->
         recipe: how to cut.
 
     Returns:
-        The folder, with {train,test,other}.json in COCO format and a folder of PNG tiles for each.
+        The folder, with {train,val,test,other}.json in COCO format and a folder of PNG tiles for each.
 
     Raises:
         UserError: if the wheel can be neither fetched nor read.
@@ -97,7 +101,7 @@ def prepare(root: Path, wheel: Path | None = None, recipe: Recipe = Recipe()) ->
         with tempfile.TemporaryDirectory(dir=root, prefix=".neon_trees-") as work_name:
             work = Path(work_name)
             source = _unpack(wheel or _fetch_wheel(work), work)
-            for split, pictures in (("train", _YELL), ("test", _YELL), ("other", _OTHER)):
+            for split, pictures in _PICTURES.items():
                 _write_split(source, cut, split, pictures, recipe)
 
     return prepare_once(root / "neon_trees", recipe, SPLITS, write)
@@ -137,12 +141,17 @@ def tiles_of(split: str, width: int, height: int, recipe: Recipe) -> list[Tile]:
     """List the windows of a picture that belong to `split`."""
     if split == "other":
         return [Tile(0, 0, width, height)]
+    left_part = int(width * recipe.train_until)
     if split == "train":
-        lefts = _overlapping(0, int(width * recipe.train_until), recipe)
-        tops = _overlapping(0, height, recipe)
+        lefts = _overlapping(0, left_part, recipe)
+        tops = _overlapping(0, int(height * recipe.train_above), recipe)
         return [Tile(x, y, x + recipe.tile, y + recipe.tile) for y in tops for x in lefts]
-    xs = _adjoining(int(width * recipe.test_from), width, recipe.tile)
-    ys = _adjoining(0, height, recipe.tile)
+    if split == "val":
+        xs = _adjoining(0, left_part, recipe.tile)
+        ys = _adjoining(int(height * recipe.val_below), height, recipe.tile)
+    else:
+        xs = _adjoining(int(width * recipe.test_from), width, recipe.tile)
+        ys = _adjoining(0, height, recipe.tile)
     return [Tile(x0, y0, x1, y1) for y0, y1 in itertools.pairwise(ys) for x0, x1 in itertools.pairwise(xs)]
 
 
@@ -153,7 +162,8 @@ def _overlapping(start: int, stop: int, recipe: Recipe) -> list[int]:
 
 def _adjoining(start: int, stop: int, tile: int) -> list[int]:
     """Borders of equal pieces whose size is as near to `tile` as a whole number of them allows."""
-    return np.linspace(start, stop, round((stop - start) / tile) + 1).astype(int).tolist()
+    pieces = max(1, round((stop - start) / tile))
+    return np.linspace(start, stop, pieces + 1).astype(int).tolist()
 
 
 def boxes_in(tile: Tile, boxes: np.ndarray, min_visible: float) -> np.ndarray:

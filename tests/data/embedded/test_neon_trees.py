@@ -14,7 +14,7 @@ from focal_d2.data.embedded.neon_trees import Recipe, Tile, boxes_in, prepare, t
 
 PICTURES = {
     "2019_YELL_2_528000_4978000_image_crop2": (1000, 900),
-    "2019_YELL_2_541000_4977000_image_crop": (800, 420),
+    "2019_YELL_2_541000_4977000_image_crop": (800, 620),
     "OSBS_029": (400, 400),
     "SOAP_061": (400, 400),
 }
@@ -49,7 +49,7 @@ def load(folder: Path, split: str) -> dict:
 
 def test_prepare_writes_tiles_and_coco_annotations(wheel, tmp_path):
     folder = prepare(tmp_path / "datasets", wheel)
-    for split in ("train", "test", "other"):
+    for split in ("train", "val", "test", "other"):
         coco = load(folder, split)
         assert coco["categories"] == [{"id": 1, "name": "tree"}]
         sizes = {}
@@ -77,18 +77,28 @@ def test_prepare_cuts_pixels_where_it_says(wheel, tmp_path):
 
 
 @pytest.mark.parametrize("width, height", [(2299, 2472), (1249, 1035), (1000, 900)])
-def test_train_and_test_tiles_share_no_place(width, height):
-    train = tiles_of("train", width, height, Recipe())
-    test = tiles_of("test", width, height, Recipe())
-    assert max(t.right for t in train) <= 0.65 * width
+def test_splits_share_no_place(width, height):
+    train, val, test = (tiles_of(split, width, height, Recipe()) for split in ("train", "val", "test"))
+    assert max(t.right for t in (*train, *val)) <= 0.65 * width
     assert min(t.left for t in test) >= int(0.67 * width)
-    seen = np.zeros((height, width), dtype=int)
-    for tile in test:
-        seen[tile.top : tile.bottom, tile.left : tile.right] += 1
-    assert seen.max() == 1  # no test pixel counts twice
-    assert seen[:, int(0.67 * width) :].min() == 1  # and none is left out
+    assert max(t.bottom for t in train) <= 0.73 * height
+    assert min(t.top for t in val) >= int(0.75 * height)
     assert all(t.right - t.left == t.bottom - t.top == 400 for t in train)
-    assert {t.top for t in train} >= {0, height - 400}
+    assert {t.top for t in train} >= {0, int(0.73 * height) - 400}
+    areas = [(val, slice(0, int(0.65 * width)), slice(int(0.75 * height), height))]
+    areas += [(test, slice(int(0.67 * width), width), slice(0, height))]
+    for tiles, columns, rows in areas:
+        seen = np.zeros((height, width), dtype=int)
+        for tile in tiles:
+            seen[tile.top : tile.bottom, tile.left : tile.right] += 1
+        assert seen.max() == 1  # no pixel counts twice
+        assert seen[rows, columns].min() == 1  # and none is left out
+
+
+def test_test_tiles_are_those_of_the_first_recipe():
+    # Results that were measured before there was a validation split can be compared on this set.
+    tiles = tiles_of("test", 1249, 1035, Recipe())
+    assert tiles == [Tile(836, 0, 1249, 345), Tile(836, 345, 1249, 690), Tile(836, 690, 1249, 1035)]
 
 
 def test_boxes_in_keeps_what_is_half_visible():
@@ -128,6 +138,6 @@ def test_prepare_with_a_bad_wheel_leaves_nothing(tmp_path, content):
 
 
 def test_datasets_are_registered_with_their_class():
-    for split in ("train", "test", "other"):
+    for split in ("train", "val", "test", "other"):
         assert f"neon_trees_{split}" in DatasetCatalog.list()
         assert MetadataCatalog.get(f"neon_trees_{split}").thing_classes == ["tree"]
