@@ -439,6 +439,18 @@ def test_training_without_instances_is_refused(batch):
         build_model(make_cfg())(batch)
 
 
+def test_a_known_shape_waits_in_matching_and_for_the_number_of_positives_only():
+    model = build_model(make_cfg(MODEL__RETINANET__BBOX_REG_LOSS_TYPE="ciou", MODEL__FOCAL__LOSS__NAME="ghm"))
+    batch = [make_image(3, 3, size=(64, 64)), make_image(0, 3, size=(64, 64))]
+    with PretendedGPU() as gpu, torch.no_grad():
+        model.to("cuda")
+        model(batch)
+        gpu.clear()
+        model(batch)
+    # Without kernels, the pairs that matching lists have an unknown number.
+    assert {wait.split()[-1].split(":")[0] for wait in gpu.waits} <= {"match.py", "targets.py"}
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_positives_are_counted_without_a_copy_of_the_images(channels_last):
     model = build_model(make_cfg(MODEL__FOCAL__CHANNELS_LAST=channels_last))
