@@ -71,6 +71,17 @@ def test_predictor_takes_a_very_long_image(cfg_and_image, backend):
     Predictor(cfg)(np.zeros((1, 40_000, 3), np.uint8))
 
 
+def test_predictor_refuses_weights_that_only_a_training_may_start_from(cfg_and_image):
+    cfg, _ = cfg_and_image
+    content = torch.load(cfg.MODEL.WEIGHTS)
+    for name in list(content["model"]):
+        if name.startswith("head."):
+            del content["model"][name]
+    torch.save(content, cfg.MODEL.WEIGHTS)
+    with pytest.raises(UserError, match="they lack head"):
+        Predictor(cfg)
+
+
 def weights_for(cfg) -> None:
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
 

@@ -43,6 +43,14 @@ def test_thumbnail_shows_the_surroundings_of_a_box_and_where_the_image_ends(blue
     assert abs(shown[50, 100] - [213, 94, 0]).max() < 60
 
 
+def test_thumbnail_of_a_large_box_shrinks_it_where_it_is(blue):
+    # 300 × 275 pixels from (25, 25), at two thirds of the size.
+    shown = picture(_thumbnail(Example(blue, box=(100, 100, 150, 150)), 10**6))
+    assert shown.shape == (183, 200, 3)
+    for edge in (shown[50, 100], shown[150, 100], shown[100, 50], shown[100, 150]):
+        assert abs(edge - [213, 94, 0]).max() < 80
+
+
 def test_thumbnail_of_a_box_outside_shows_both(blue):
     # 0 to 800 of 300 pixels, a quarter of the size.
     shown = picture(_thumbnail(Example(blue, box=(780, 10, 20, 20)), 10**6))

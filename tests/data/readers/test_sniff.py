@@ -44,6 +44,11 @@ FILES = {
         '{"description": "", "size": {"height": 9, "width": 9}, "objects": []}',
         "Supervisely",
     ),
+    # The file's own keys count before those of its first entry.
+    "supervisely2.json": (
+        '{"description": {"shapes": [], "imagePath": "a.jpg"}, "size": {}, "objects": []}',
+        "Supervisely",
+    ),
     "label_studio.json": ('[{"id": 1, "annotations": [], "data": {"image": "a.jpg"}}]', "Label Studio"),
     "createml.json": ('[{"image": "a.jpg", "annotations": []}]', "CreateML"),
     "bdd.json": ('[{"name": "a.jpg", "labels": []}]', "BDD100K"),
