@@ -7,6 +7,7 @@ import pickle
 import random
 import re
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -500,8 +501,9 @@ def test_checkpoint_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_500_000))
     path = f"{tmp_path}/model_0000001.pth"
-    with pytest.raises(UserError, match=f"^cannot write {path}: No space left .*, .* MB are free; no check"):
+    with pytest.raises(UserError, match=f"^cannot write {path}: No space left .*, 1.5 MB are free; no check"):
         ours.save("model_0000001", iteration=1)
     monkeypatch.undo()
     ours.save("model_0000001", iteration=1)
