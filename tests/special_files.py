@@ -34,7 +34,7 @@ SPECIAL = {
     "sparse file": (_sparse, "it has 4398046511104 bytes, more than"),
     "file that the system makes up": (
         lambda path: path.symlink_to("/proc/self/maps"),
-        "the system makes it up",
+        "a file of the kernel, where a file is needed",
     ),
 }
 

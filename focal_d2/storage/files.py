@@ -31,6 +31,8 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
+# File systems of the kernel: a write to /proc/self/mem changes this process.
+_KERNELS = ("/proc", "/sys")
 
 
 def open_file(path: str | os.PathLike[str], *, limit: int) -> IO[bytes]:
@@ -118,6 +120,8 @@ def _open(path: str | os.PathLike[str], flags: int) -> int:
 
 def _check_kind(path: str | os.PathLike[str], status: os.stat_result) -> None:
     if stat.S_ISREG(status.st_mode):
+        if any(os.path.exists(x) and os.stat(x).st_dev == status.st_dev for x in _KERNELS):
+            raise OSError(errno.EINVAL, "a file of the kernel, where a file is needed", os.fspath(path))
         return
     kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
     number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
