@@ -18,6 +18,7 @@ import inspect
 import textwrap
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +94,10 @@ PRIVATE_NAMES = (
         "torch.autograd.profiler:profile", "kineto_results", "the benchmark's peak of memory on a CPU"
     ),
     PrivateName("torch.nn:Module", "_metadata", "the versions of modules in a checkpoint"),
+    *(
+        PrivateName("torch.nn:Module", name, "the copy of a model that validation computes losses with")
+        for name in ("_forward_hooks", "_forward_pre_hooks")
+    ),
     PrivateName("torch", "_dynamo", "the message about a model that cannot be compiled"),
     PrivateName("torch", "_inductor", "the message about a model that cannot be compiled"),
     PrivateName("torch.utils.data._utils.signal_handling", "_set_SIGCHLD_handler", "the end of a worker"),
@@ -112,7 +117,7 @@ def missing_names(names: Sequence[PrivateName] = PRIVATE_NAMES) -> list[str]:
 
 
 def _has(owner: str, name: str) -> bool:
-    """Whether a module or class has the name, or a method of the class assigns that attribute."""
+    """Whether a module or class has or declares the name, or a method of the class assigns the attribute."""
     module, _, class_name = owner.partition(":")
     try:
         there: Any = importlib.import_module(module)
@@ -121,7 +126,10 @@ def _has(owner: str, name: str) -> bool:
     if not class_name:
         return hasattr(there, name)
     cls = getattr(there, class_name, None)
-    return cls is not None and (hasattr(cls, name) or any(name in _assigned(base) for base in cls.__mro__))
+    if cls is None:
+        return False
+    declared = any(name in vars(base).get("__annotations__", {}) for base in cls.__mro__)
+    return declared or hasattr(cls, name) or any(name in _assigned(base) for base in cls.__mro__)
 
 
 def _assigned(cls: type) -> set[str]:
@@ -381,6 +389,12 @@ def _by_type(
         group[0].append(target)
         group[1].append(source)
     return groups.values()
+
+
+def copy_without_hooks(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a deep copy of a model without forward hooks: they may hold anything, such as the trainer."""
+    hooks = [x for m in model.modules() for x in (m._forward_hooks, m._forward_pre_hooks)]
+    return deepcopy(model, {id(x): OrderedDict() for x in hooks})
 
 
 def storage_number(x: Tensor) -> int:

@@ -75,6 +75,7 @@ def test_every_key_has_a_reader_and_a_test(key):
         "": rf"\bfocal(_config\(cfg\))?{re.escape(rest)}\b",
         "INPUT.": rf"\binputs{re.escape(rest)}\b",
         "DATASETS.": r"\bcfg\.DATASETS\.FOCAL\b",
+        "DATASETS.VAL": r"\bcfg\.DATASETS\.VAL\b",
         "DATALOADER.": rf"\bcfg\.DATALOADER\.FOCAL{re.escape(rest)}\b",
         "SOLVER.": rf"\b(_?cfg\.SOLVER\.FOCAL|solver){re.escape(rest)}\b",
         "TEST.": rf"\btest{re.escape(rest)}\b",

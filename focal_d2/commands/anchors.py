@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     from focal_d2.analysis.anchors.fit import compare_anchors
     from focal_d2.analysis.study import check_seeds
     from focal_d2.config.architectures import require_retinanet
-    from focal_d2.data.dataset_checks import check_datasets
+    from focal_d2.data.dataset_checks import check_datasets, held_out
     from focal_d2.data.datasets import load_table
     from focal_d2.engine import load_config
     from focal_d2.modeling.anchors import build_layout
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         cfg,
         layout,
         [load_table(name) for name in cfg.DATASETS.TRAIN],
-        {name: load_table(name) for name in cfg.DATASETS.TEST},
+        {name: load_table(name) for name in held_out(cfg)},
         num_sizes=args.sizes,
         num_ratios=args.ratios,
         seed=seed,

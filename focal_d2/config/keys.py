@@ -57,6 +57,12 @@ LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value)
+
+
+_NAMES = Range("it must be a list of names", _are_texts)
+
 KEYS: dict[str, tuple[Any, Range]] = {
     # Channels of the subnets' hidden convolutions; 0: as many as the FPN has (the paper: 256).
     # Their number is MODEL.RETINANET.NUM_CONVS, their norm MODEL.RETINANET.NORM ("", "GN", "BN", "SyncBN").
@@ -149,6 +155,10 @@ KEYS: dict[str, tuple[Any, Range]] = {
     # Own datasets, a list of {NAME, FORMAT (coco, voc, yolo, csv), IMAGES, ANNOTATIONS, CLASSES, LIST}: see
     # docs/data.md. `data.entries` checks them.
     "DATASETS.FOCAL": ([], ANYTHING),
+    # Datasets to validate on during training, beside DATASETS.TRAIN and TEST: their losses and AP are curves
+    # (every TEST.EVAL_PERIOD iterations), and the best model and the end of training are chosen on them. The
+    # test sets are then evaluated at the end only. (): the test sets take their place.
+    "DATASETS.VAL": ((), _NAMES),
     # Seconds that training waits for a batch before it takes reading for hung; 0: for ever.
     "DATALOADER.FOCAL.TIMEOUT": (600.0, number(least=0, most=10**9, note="seconds; 0: no limit")),
     # "SGD" (detectron2's, with SOLVER.MOMENTUM and SOLVER.NESTEROV) or "AdamW".
@@ -171,8 +181,9 @@ KEYS: dict[str, tuple[Any, Range]] = {
     # Limits on the detections of a class in an image, ascending: a recall is given at each, AP at the last.
     # []: 1, 10 and the higher of 100 and TEST.DETECTIONS_PER_IMAGE.
     "TEST.FOCAL.MAX_DETS": ([], list_of(whole(1, MOST_BOXES), may_be_empty=True, order="ascending")),
-    # Save model_best.pth whenever an evaluation (TEST.EVAL_PERIOD) improves this metric of metrics.json:
-    # "bbox/AP", "bbox/AP50", …, with several test sets "NAME/bbox/AP"; "": off. `engine.best` checks it.
+    # Save model_best.pth whenever an evaluation (TEST.EVAL_PERIOD) improves this metric of DATASETS.VAL or,
+    # if VAL is (), of DATASETS.TEST: "bbox/AP", "bbox/AP50", …, with several sets "NAME/bbox/AP"; "": off.
+    # `engine.hooks.evaluation` checks it.
     "TEST.FOCAL.BEST_METRIC": ("", ANYTHING),
     # End training after so many evaluations without improvement of BEST_METRIC; 0: off.
     "TEST.FOCAL.PATIENCE": (0, whole(0, MOST_ITERATIONS, note="0: off")),
@@ -184,10 +195,6 @@ _WIDTH = whole(1, MOST_CHANNELS)
 _ITERATIONS = whole(0, MOST_ITERATIONS)
 
 
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value)
-
-
 def _are_results(value: Any) -> bool:
     def is_result(x: Any) -> bool:
         if not (isinstance(x, (list, tuple)) and len(x) == 4):
@@ -197,7 +204,6 @@ def _are_results(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(map(is_result, value))
 
 
-_NAMES = Range("it must be a list of names", _are_texts)
 _NOT_NEGATIVE = number(least=0, most=1e9)  # above, and multiplied, float32 has no such number
 _SHARE = number(least=0, most=1)
 DETECTRON2_RANGES: dict[str, Range] = {

@@ -30,13 +30,13 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
 
     Args:
         cfg: the full config.
-        training: whether `DATASETS.TRAIN` is used, besides `DATASETS.TEST`.
+        training: whether `DATASETS.TRAIN` and `DATASETS.VAL` are used, besides `DATASETS.TEST`.
 
     Raises:
         UserError: for a name that is not registered, a file that is missing or can't be read, or classes
             that do not fit the model's number of classes or each other; in training also for a dataset to
-            test on that has no box, and for an architecture that needs more than boxes, which the datasets
-            of `DATASETS.FOCAL` do not have.
+            validate or test on that has no box, and for an architecture that needs more than boxes, which the
+            datasets of `DATASETS.FOCAL` do not have.
     """
     if training:
         check_has_training_data(cfg)
@@ -46,16 +46,16 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
     needed = needs_beyond_boxes(cfg) if training else None
     if not training:
         _check_order(cfg)
-    for key, names in (("DATASETS.TRAIN", cfg.DATASETS.TRAIN), ("DATASETS.TEST", cfg.DATASETS.TEST)):
-        for name in names if training or key == "DATASETS.TEST" else ():
+    for key in ("DATASETS.TRAIN", "DATASETS.VAL", "DATASETS.TEST") if training else ("DATASETS.TEST",):
+        for name in key_value(cfg, key):
             what = f'{key}: dataset "{name}"'
             check_files(key, name)
             if needed and key == "DATASETS.TRAIN" and has_table(name):
                 raise UserError(f"{what} has boxes only, but {needed}")
-            if key == "DATASETS.TRAIN" and not is_annotated(name):
+            if key != "DATASETS.TEST" and not is_annotated(name):
                 raise UserError(f"{what} has no annotations: it can be in DATASETS.TEST only")
-            if training and key == "DATASETS.TEST":
-                _check_truth(name)
+            if training and key != "DATASETS.TRAIN":
+                _check_truth(key, name)
             classes = dataset_class_names(name)
             if first is not None and classes != first[1]:
                 raise UserError(
@@ -68,6 +68,17 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
                     f"{what} has {len(classes)} classes ({first_few(classes)}) but {counted_by} is "
                     f"{num_classes}: set it to {len(classes)}, or to auto"
                 )
+
+
+def datasets_of(cfg: CfgNode, *, training: bool) -> list[str]:
+    """Return the names of the datasets that a job uses, each once; an evaluation uses the test sets."""
+    sets = cfg.DATASETS
+    return list(dict.fromkeys([*sets.TRAIN, *sets.VAL, *sets.TEST] if training else sets.TEST))
+
+
+def held_out(cfg: CfgNode) -> list[str]:
+    """Return the names of the datasets to validate and to test on, each once."""
+    return list(dict.fromkeys([*cfg.DATASETS.VAL, *cfg.DATASETS.TEST]))
 
 
 def check_has_training_data(cfg: CfgNode) -> None:
@@ -89,8 +100,8 @@ class _Annotations(msgspec.Struct):
     annotations: list[_Annotation] | None = None
 
 
-def _check_truth(name: str) -> None:
-    """Refuse a dataset to test on that has annotations, but no box: all of its metrics would be NaN."""
+def _check_truth(key: str, name: str) -> None:
+    """Refuse a dataset to validate or test on that is annotated but has no box: its metrics would be NaN."""
     metadata = MetadataCatalog.get(name)
     if has_table(name):
         has_boxes = not is_annotated(name) or bool(load_table(name).objects.any())
@@ -111,8 +122,8 @@ def _check_truth(name: str) -> None:
         has_boxes = not given or any(not a.get("iscrowd", 0) for annotations in given for a in annotations)
     if not has_boxes:
         raise UserError(
-            f'DATASETS.TEST: dataset "{name}" has no box to test on, so that AP would be nan: check its '
-            "annotations, or leave it out of DATASETS.TEST"
+            f'{key}: dataset "{name}" has no box to test on, so that AP would be nan: check its '
+            f"annotations, or leave it out of {key}"
         )
 
 
@@ -188,7 +199,7 @@ def count_classes(cfg: CfgNode, key: str) -> int:
     Raises:
         UserError: if there is none.
     """
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+    for name in datasets_of(cfg, training=True):
         try:
             classes = known_class_names(name)
         except UserError:

@@ -126,6 +126,13 @@ class FocalDatasetMapper(MapperHooks, DatasetMapper):
         super().transform_annotations(dataset_dict, transforms, image_shape)
 
 
+def validation_mapper(cfg: CfgNode) -> FocalDatasetMapper:
+    """Return the mapper of evaluation that also returns the boxes, which losses need."""
+    mapper = FocalDatasetMapper(cfg, is_train=False)
+    mapper.is_train = True
+    return mapper
+
+
 def build_reader(cfg: CfgNode) -> ImageReader:
     """Read `INPUT.FORMAT`, `INPUT.FOCAL.BACKEND` and `INPUT.FOCAL.MAX_PIXELS`.
 

@@ -19,7 +19,7 @@ from detectron2.utils import comm
 
 from focal_d2.config.architectures import is_retinanet
 from focal_d2.config.legal_values import check_values
-from focal_d2.data.dataset_checks import check_datasets, check_has_training_data
+from focal_d2.data.dataset_checks import check_datasets, check_has_training_data, datasets_of, held_out
 from focal_d2.data.datasets import load_table
 from focal_d2.data.mapper import FocalDatasetMapper
 from focal_d2.data.sampling import check_sampler
@@ -68,7 +68,7 @@ def _output_dir(cfg: CfgNode, _: Job) -> None:
         raise UserError(
             f"OUTPUT_DIR is {cfg.OUTPUT_DIR}, which is not UTF-8: choose another folder, or set PYTHONUTF8=1"
         ) from error
-    for name in ("", *cfg.DATASETS.TEST):  # else it would be found out when training is done
+    for name in ("", *held_out(cfg)):  # else it would be found out when training is done
         os.fsencode(os.path.join(cfg.OUTPUT_DIR, name))  # `user_message` has the line for what this raises
     check_output(cfg.OUTPUT_DIR)
 
@@ -123,6 +123,13 @@ def _training_data(cfg: CfgNode, job: Job) -> None:
         check_has_training_data(cfg)
 
 
+def _proposals(cfg: CfgNode, job: Job) -> None:
+    if job.training and cfg.DATASETS.VAL and cfg.MODEL.LOAD_PROPOSALS:
+        raise UserError(
+            "MODEL.LOAD_PROPOSALS is True, but no key names the proposals of DATASETS.VAL: leave it empty"
+        )
+
+
 def _datasets(cfg: CfgNode, job: Job) -> None:
     check_datasets(cfg, training=job.training)
 
@@ -138,7 +145,7 @@ def _keypoints(cfg: CfgNode, job: Job) -> None:
 def _image_sizes(cfg: CfgNode, job: Job) -> None:
     """Check the sizes in annotations: such an image could not be read, and its anchors would fill memory."""
     most = cfg.INPUT.FOCAL.MAX_PIXELS
-    for name in dict.fromkeys([*(cfg.DATASETS.TRAIN if job.training else []), *cfg.DATASETS.TEST]):
+    for name in datasets_of(cfg, training=job.training):
         table = load_table(name)
         pixels = table.sizes.astype(float).prod(1)
         if len(table) and pixels.max() > most:
@@ -161,7 +168,8 @@ def _exchange(cfg: CfgNode, _: Job) -> None:
 
 def _file_handles(cfg: CfgNode, job: Job) -> None:
     """Check the limit on open files: an evaluation during training starts additional workers."""
-    check_handles(cfg.DATALOADER.NUM_WORKERS, loaders=2 if job.training and cfg.DATASETS.TEST else 1)
+    evaluates = bool(cfg.DATASETS.VAL or cfg.DATASETS.TEST)
+    check_handles(cfg.DATALOADER.NUM_WORKERS, loaders=2 if job.training and evaluates else 1)
 
 
 def _mapper(cfg: CfgNode, job: Job) -> None:
@@ -197,6 +205,7 @@ CHECKS: tuple[tuple[str, Callable[[CfgNode, Job], None]], ...] = (
     ("config", _batch),
     ("config", _sampler),
     ("config", _training_data),
+    ("config", _proposals),
     ("datasets", _datasets),
     ("datasets", _image_sizes),
     ("input", _keypoints),

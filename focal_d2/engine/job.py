@@ -13,6 +13,7 @@ from detectron2.utils import comm
 
 from focal_d2.config.unread_keys import unread_keys
 from focal_d2.data.checks.run import annotation_warnings
+from focal_d2.data.dataset_checks import datasets_of
 from focal_d2.data.datasets import announce
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.checks import PHASES, run_checks
@@ -84,7 +85,7 @@ def _set_up(cfg: CfgNode, args: argparse.Namespace, unread: list[str]) -> None:
         for line in unread:
             logger.warning(line)
         # Also for test sets, before training starts: their records are first read when training ends.
-        for name in dict.fromkeys([*([] if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]):
+        for name in datasets_of(cfg, training=not args.eval_only):
             announce(name)
         for line in annotation_warnings(cfg, training=not args.eval_only):
             logger.warning(line)

@@ -6,8 +6,10 @@ import logging
 import os
 import signal
 import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from detectron2.config import CfgNode
@@ -17,12 +19,10 @@ from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
-from torch import distributed
 
 from focal_d2.data.handover import hand_over
 from focal_d2.data.loader import TrainingLoader, build_training_loader
 from focal_d2.data.mapper import FocalDatasetMapper
-from focal_d2.data.seeding import kept_random_state
 from focal_d2.detectron2_compat import TrainerParts
 from focal_d2.engine.checks import run_checks
 from focal_d2.engine.failures import end_hung_workers, failure_message
@@ -44,8 +44,9 @@ from focal_d2.engine.resume import (
     set_aside,
 )
 from focal_d2.engine.step import FocalLoop, MovingAverage, Stopped, stopping_between_batches
+from focal_d2.engine.validation import validate, without_effect
 from focal_d2.errors import UserError, user_message
-from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, format_results
+from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, log_results
 from focal_d2.modeling.retinanet import precision_around
 from focal_d2.storage.checkpoint import FocalCheckpointer
 
@@ -165,21 +166,16 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
         """Evaluate on `DATASETS.TEST` and log a table; see `DefaultTrainer.test` for the return value."""
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process():
-            by_dataset = {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
-            table = format_results(by_dataset)
-            if table:  # a test set without annotations has no results
-                logger.info(f"Average precision and recall, per cent:\n{table}", extra={"lines": True})
+            log_results({cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results)
         return results
 
     def build_hooks(self) -> list[Any]:
         """Build detectron2's hooks and ours; see `arrange_hooks`."""
-        test = self.cfg.TEST
         evaluation = Evaluation(
-            test.EVAL_PERIOD,
-            self._evaluate,
+            self.cfg,
             self.checkpointer,
-            metric=test.FOCAL.BEST_METRIC,
-            patience=test.FOCAL.PATIENCE,
+            test=partial(self._measure, self._test),
+            validate=partial(self._measure, self._validate),
         )
         return arrange_hooks(
             super().build_hooks(),
@@ -302,7 +298,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
             end_hung_workers(error)
             self._save_and_raise(error, last=self.iter - 1)
 
-    def _save_and_raise(self, error: Exception, *, last: int) -> None:
+    def _save_and_raise(self, error: Exception, *, last: int) -> NoReturn:
         """Save the state after iteration `last`, if it is new and complete; raise the error in one line."""
         stopped = isinstance(error, Stopped)
         if stopped:
@@ -323,20 +319,23 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
             raise error
         raise UserError(f"{message}{kept}") from error
 
-    def _evaluate(self) -> dict[str, Any]:
+    def _test(self) -> dict[str, Any]:
+        self.last_results = self.test(self.cfg, self.offered)
+        return self.last_results
+
+    def _validate(self) -> dict[str, Any]:
+        return {"validation": validate(type(self), self.cfg, self.offered)}
+
+    def _measure(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Evaluate `offered`, without a change to the state of training."""
-        if comm.get_world_size() > 1:
-            for buffer in self.offered.buffers():  # batch norm's buffers differ between processes
-                distributed.broadcast(buffer, 0)
         try:
-            with kept_random_state(), stopping_between_batches(self.offered, self._stop):
-                self.last_results = self.test(self.cfg, self.offered)
+            with without_effect(self.offered), stopping_between_batches(self.offered, self._stop):
+                return measure()
         except Exception as error:
             # The iteration is complete: the schedule's hook has run.
             self.loop.stepping = False
             last = self.iter if self.iter < self.max_iter else -1  # model_final.pth is saved already
             self._save_and_raise(error, last=last)
-        return self.last_results
 
     def _halve_rates(self) -> None:
         # The base rates of detectron2's schedule are part of the checkpoint.

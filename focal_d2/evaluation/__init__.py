@@ -1,7 +1,13 @@
 """From detections to numbers."""
 
 from focal_d2.evaluation.backends import check_backend
-from focal_d2.evaluation.coco import FocalCOCOEvaluator, detection_limits, format_results, metric_names
+from focal_d2.evaluation.coco import (
+    FocalCOCOEvaluator,
+    detection_limits,
+    format_results,
+    log_results,
+    metric_names,
+)
 from focal_d2.evaluation.lvis import FocalLVISEvaluator
 
 __all__ = [
@@ -10,5 +16,6 @@ __all__ = [
     "check_backend",
     "detection_limits",
     "format_results",
+    "log_results",
     "metric_names",
 ]

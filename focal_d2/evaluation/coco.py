@@ -220,17 +220,28 @@ def _average_precisions(curves: Curves) -> list[float]:
     return [_mean(last[..., 0]), *by_iou, *(_mean(last[..., i]) for i in range(1, len(AREAS)))]
 
 
-def format_results(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def log_results(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Log `format_results`, if there is a result: a test set without annotations has none."""
+    table = format_results(results)
+    if table:
+        logger.info(f"Average precision and recall, per cent:\n{table}", extra={"lines": True})
+
+
+def format_results(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a Markdown table of the box metrics.
 
     Args:
-        results: dataset name -> task ("bbox") -> metric -> per cent.
+        results: dataset name -> task ("bbox") -> metric -> per cent; after a validation also "total_loss".
 
     Returns:
         A row for each dataset and a column for each metric, without the AP of classes, which is in the log.
     """
     rows = [
-        {"dataset": escaped(dataset), **{k: v for k, v in tasks["bbox"].items() if not k.startswith("AP-")}}
+        {
+            "dataset": escaped(dataset),
+            **{k: v for k, v in tasks["bbox"].items() if not k.startswith("AP-")},
+            **({"total loss": tasks["total_loss"]} if "total_loss" in tasks else {}),
+        }
         for dataset, tasks in results.items()
         if "bbox" in tasks
     ]

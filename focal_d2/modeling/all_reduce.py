@@ -22,9 +22,14 @@ def alone() -> Iterator[None]:
         _alone.pop()
 
 
+def number_of_ranks() -> int:
+    """Return the number of processes that `sum_over_ranks` adds up."""
+    return 1 if _alone else comm.get_world_size()
+
+
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Return the sum of all processes' x, a new tensor; with one process, or `alone`, x itself."""
-    if comm.get_world_size() == 1 or _alone:
+    if number_of_ranks() == 1:
         return x
     total = x.clone()
     torch.distributed.all_reduce(total)

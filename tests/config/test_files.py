@@ -168,7 +168,7 @@ def test_detectron2s_configs_load_as_detectron2_loads_them():
     theirs.merge_from_file(path)
     assert theirs.MODEL.ANCHOR_GENERATOR.SIZES[1][2] == 64 * 2 ** (2 / 3)
     ours = load_config(path, CPU)
-    del ours.MODEL["FOCAL"], ours.INPUT["FOCAL"], ours.DATASETS["FOCAL"]
+    del ours.MODEL["FOCAL"], ours.INPUT["FOCAL"], ours.DATASETS["FOCAL"], ours.DATASETS["VAL"]
     del ours.DATALOADER["FOCAL"], ours.SOLVER["FOCAL"], ours.TEST["FOCAL"]
     theirs.MODEL.DEVICE = "cpu"
     assert ours == theirs

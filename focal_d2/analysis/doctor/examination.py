@@ -27,12 +27,15 @@ from focal_d2.data.checks.findings import Finding
 from focal_d2.data.checks.images import without_boxes
 from focal_d2.data.checks.kinds import ERROR, SEVERITIES
 from focal_d2.data.checks.run import check_against_config, check_dataset, check_together
-from focal_d2.data.dataset_checks import check_annotations
+from focal_d2.data.dataset_checks import check_annotations, datasets_of, held_out
 from focal_d2.data.datasets import load_table
 from focal_d2.data.mapper import build_reader
 from focal_d2.engine.checks import run_checks
 from focal_d2.errors import UserError
 from focal_d2.modeling import FocalRetinaNet
+
+# What a dataset is for -> the key of DATASETS that names it.
+USES = {"train": "TRAIN", "validate": "VAL", "test": "TEST"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class DatasetFacts:
     """The contents of a dataset in numbers."""
 
     name: str
-    use: str  # "train", "test" or "train, test"
+    use: str  # "train", "validate", "test", or several of them
     images: int
     without_boxes: int
     boxes: int
@@ -102,10 +105,10 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
     # Mistakes that stop a job, except for those in the data, which become findings.
     run_checks(cfg, "config", "input")
     tables, findings = _read_tables(cfg)
-    if len(tables) == len({*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}):
+    if len(tables) == len(datasets_of(cfg, training=True)):
         run_checks(cfg, "metrics")
     train = {name: tables[name] for name in cfg.DATASETS.TRAIN if name in tables}
-    test = {name: tables[name] for name in cfg.DATASETS.TEST if name in tables}
+    test = {name: tables[name] for name in held_out(cfg) if name in tables}
     for name, table in tables.items():
         findings += check_dataset(name, table)
     images, image_findings = _check_images(cfg, tables, decode=decode)
@@ -133,7 +136,7 @@ def examine(cfg: CfgNode, model: nn.Module, *, decode: bool) -> Report:
     findings += [Finding("key-unread", line) for line in unread_keys(cfg)]
     return Report(
         findings=sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)),
-        datasets=[_facts(name, table, name in train, name in test) for name, table in tables.items()],
+        datasets=[_facts(cfg, name, table) for name, table in tables.items()],
         anchors=anchors,
         memory=memory_facts(cfg, model, readable),
     )
@@ -151,13 +154,11 @@ def _read_tables(cfg: CfgNode) -> tuple[dict[str, Table], list[Finding]]:
         for name, times in Counter(cfg.DATASETS.TRAIN).items()
         if times > 1
     ]
-    keys = dict.fromkeys(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-    for name in cfg.DATASETS.TEST:
-        keys.setdefault(name, "DATASETS.TEST")
     tables: dict[str, Table] = {}
-    for name, key in keys.items():
+    for name in datasets_of(cfg, training=True):
+        key = next(key for key in USES.values() if name in cfg.DATASETS[key])
         try:
-            check_annotations(key, name)
+            check_annotations(f"DATASETS.{key}", name)
             tables[name] = load_table(name)
         except UserError as error:
             findings.append(Finding("dataset-unreadable", str(error), name))
@@ -191,10 +192,10 @@ def _check_architecture(cfg: CfgNode, model: nn.Module) -> list[Finding]:
     return [Finding("architecture-unexamined", message)]
 
 
-def _facts(name: str, table: Table, in_train: bool, in_test: bool) -> DatasetFacts:
+def _facts(cfg: CfgNode, name: str, table: Table) -> DatasetFacts:
     return DatasetFacts(
         name=name,
-        use=", ".join(["train"] * in_train + ["test"] * in_test),
+        use=", ".join(use for use, key in USES.items() if name in cfg.DATASETS[key]),
         images=len(table),
         without_boxes=without_boxes(table),
         boxes=table.labels.size,

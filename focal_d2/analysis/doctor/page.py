@@ -36,6 +36,7 @@ from focal_d2.data.pixels import read_with_pillow
 
 # Colours that can be distinguished with any colour vision (Okabe and Ito).
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#9aa3ab"
+_OF_USE = ((_BLUE, "o"), (_ORANGE, "D"), (_GREY, "s"))  # of the uses of datasets
 # A plot of classes has at most so many rows. If there are more classes, it shows the most frequent ones above
 # and the least frequent ones below.
 _MOST_ROWS, _TOP_ROWS = 40, 25
@@ -236,7 +237,7 @@ def _plot_classes(report: Report) -> str:
         names = [*names[:_TOP_ROWS], "…", *names[_TOP_ROWS - _MOST_ROWS :]]
     figure = Figure(figsize=(5.6, 1.1 + 0.24 * max(len(names), 3)), layout="constrained")
     axes = figure.subplots()
-    for (use, counts), color, marker in zip(columns.items(), (_BLUE, _ORANGE), ("o", "D"), strict=False):
+    for (use, counts), (color, marker) in zip(columns.items(), _OF_USE, strict=False):
         rows = [i for i, name in enumerate(names) if not (gap and i == _TOP_ROWS)]
         values = [counts.get(names[i], 0) for i in rows]
         axes.plot(values, rows, marker, color=color, label=f"to {use}", markersize=6)
@@ -248,7 +249,7 @@ def _plot_classes(report: Report) -> str:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(color="#e6e8eb")
     axes.set_xlabel("boxes")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(columns), frameon=False)
     return _figure_uri(figure)
 
 

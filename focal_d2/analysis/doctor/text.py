@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from tabulate import tabulate
 
-from focal_d2.analysis.doctor.examination import DatasetFacts, Report
+from focal_d2.analysis.doctor.examination import USES, DatasetFacts, Report
 from focal_d2.analysis.doctor.training import AnchorFacts, MemoryFacts, Share, odds
 from focal_d2.data.checks.findings import Finding, Fix
 from focal_d2.data.checks.kinds import NOTE, SEVERITIES
@@ -76,9 +76,9 @@ def _classes(report: Report) -> str:
 
 
 def use_counts(datasets: Sequence[DatasetFacts]) -> Mapping[str, dict[str, int]]:
-    """Add up the boxes of each class over the datasets to train on, and over those to test on."""
+    """Add up the boxes of each class over the datasets of each use."""
     sums: dict[str, dict[str, int]] = {}
-    for use in ("train", "test"):
+    for use in USES:
         members = [d for d in datasets if use in d.use]
         if members:
             sums[use] = {}

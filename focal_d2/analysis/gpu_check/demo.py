@@ -75,7 +75,7 @@ def _short(check: Check) -> list[str]:
     """Return the overrides of a short training that ends without an evaluation."""
     sizes = check.sizes
     values = {"SOLVER.MAX_ITER": sizes.iterations, "SOLVER.CHECKPOINT_PERIOD": sizes.stopped_after}
-    return ["DATASETS.TEST", "()", *[str(x) for pair in values.items() for x in pair]]
+    return ["DATASETS.VAL", "()", "DATASETS.TEST", "()", *[str(x) for pair in values.items() for x in pair]]
 
 
 def _resume(check: Check) -> list[Line]:
@@ -194,6 +194,7 @@ def write_rehearsal(folder: Path, check: Check) -> Path:
     more = {
         "DATASETS.FOCAL": [{"NAME": _MADE, "ANNOTATIONS": str(annotations), "IMAGES": str(images)}],
         "DATASETS.TRAIN": [_MADE],
+        "DATASETS.VAL": [],
         "DATASETS.TEST": [_MADE],
         "DATALOADER.NUM_WORKERS": 0,
         "MODEL.FOCAL.AMP.ENABLED": False,

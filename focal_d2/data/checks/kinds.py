@@ -21,7 +21,7 @@ KINDS = {
     "dataset-unreadable": Kind(ERROR, "the annotations cannot be read", "correct the file or the entry"),
     "item-unreadable": Kind(ERROR, "an item of the annotations cannot be read", "correct or remove the item"),
     "dataset-empty": Kind(ERROR, "no image, or none with a box, is there to train on", "check the paths"),
-    "dataset-in-both": Kind(ERROR, "DATASETS.TRAIN and DATASETS.TEST share a dataset", "split it"),
+    "dataset-in-both": Kind(ERROR, "DATASETS.TRAIN shares a dataset with DATASETS.VAL or TEST", "split it"),
     "dataset-repeated": Kind(
         WARNING, "DATASETS.TRAIN names a dataset twice", "name it once, unless it is meant"
     ),
@@ -47,6 +47,12 @@ KINDS = {
         ERROR,
         "an image to train on is, by its pixels or its path, also one to test on: AP is too high",
         "remove it from one side",
+    ),
+    "image-in-val-and-test": Kind(
+        WARNING,
+        "an image of DATASETS.VAL is, by its pixels or its path, also in DATASETS.TEST: what is chosen on it "
+        "makes AP there too high",
+        "remove it from one of them, or leave DATASETS.VAL empty",
     ),
     # Boxes.
     "box-format": Kind(

@@ -1,10 +1,10 @@
-"""Checks for images that are in a list twice, or both in training and in test."""
+"""Checks for images that are in a list twice, or in two of training, validation and test."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from focal_d2.annotations import Table
 from focal_d2.data.checks.examples import MOST_EXAMPLES
@@ -12,11 +12,11 @@ from focal_d2.data.checks.findings import Example, Finding, share
 
 
 def check_sides(train: Mapping[str, Table], test: Mapping[str, Table]) -> list[Finding]:
-    """Find datasets that are both in `DATASETS.TRAIN` and in `DATASETS.TEST`.
+    """Find datasets that are both in `DATASETS.TRAIN` and in `DATASETS.VAL` or `DATASETS.TEST`.
 
     Args:
         train: the datasets to train on, by name.
-        test: those to test on.
+        test: those to validate and to test on.
     """
     both = [name for name in train if name in test]
     message = "to train on and to test on: AP says how well it is learnt by heart"
@@ -63,6 +63,40 @@ def check_repeats(
         if examples:
             message = f"{share(len(examples), len(table))} images to test on are also to train on"
             findings.append(Finding("image-leak", message, name, len(examples), examples[:MOST_EXAMPLES]))
+    return findings
+
+
+def check_validation(
+    tables: Mapping[str, Table],
+    to_validate: Sequence[str],
+    to_test: Sequence[str],
+    digests: Mapping[str, bytes],
+) -> list[Finding]:
+    """Find images to validate on that are also images to test on, each dataset with each other.
+
+    Args:
+        tables: the datasets of both, by name; those that can't be read are missing.
+        to_validate: names of `DATASETS.VAL`.
+        to_test: names of `DATASETS.TEST`.
+        digests: see `check_repeats`.
+    """
+    findings = []
+    tested = _by_content({name: tables[name] for name in to_test if name in tables}, digests)
+    for name in to_validate:
+        if name not in tables:
+            continue
+        content = _by_content({name: tables[name]}, digests)
+        examples = [
+            Example(path, f"same as {tested[key][0][1]} of {tested[key][0][0]}")
+            for key, files in content.items()
+            if key in tested
+            for _, path in files
+        ]
+        if examples:
+            message = f"{share(len(examples), len(tables[name]))} images to validate on are also to test on"
+            findings.append(
+                Finding("image-in-val-and-test", message, name, len(examples), examples[:MOST_EXAMPLES])
+            )
     return findings
 
 

@@ -21,7 +21,8 @@ from focal_d2.data.checks.findings import Finding
 from focal_d2.data.checks.images import check_items, check_negatives
 from focal_d2.data.checks.kinds import NOTE
 from focal_d2.data.checks.limits import check_crops, check_limits, check_pixels
-from focal_d2.data.checks.overlap import check_repeats, check_sides
+from focal_d2.data.checks.overlap import check_repeats, check_sides, check_validation
+from focal_d2.data.dataset_checks import held_out
 from focal_d2.data.datasets import load_known_tables
 from focal_d2.data.resolution import large_windows
 from focal_d2.errors import first_few
@@ -41,9 +42,9 @@ def annotation_warnings(cfg: CfgNode, *, training: bool) -> list[str]:
 
     Args:
         cfg: full config.
-        training: whether `DATASETS.TRAIN` is used, besides `DATASETS.TEST`.
+        training: whether `DATASETS.TRAIN` and `DATASETS.VAL` are used, besides `DATASETS.TEST`.
     """
-    sides = (cfg.DATASETS.TRAIN if training else ()), cfg.DATASETS.TEST
+    sides = (cfg.DATASETS.TRAIN, held_out(cfg)) if training else ((), cfg.DATASETS.TEST)
     tables = load_known_tables([name for names in sides for name in names])
     train, test = ({name: tables[name] for name in names if name in tables} for names in sides)
     findings = [finding for name, table in tables.items() for finding in check_dataset(name, table)]
@@ -117,9 +118,10 @@ def check_together(
     Args:
         cfg: full config.
         train: the datasets to train on, by name.
-        test: those to test on.
+        test: those to validate and to test on.
         digests: see `check_repeats`.
     """
+    digests = digests or {}
     counted_by = class_key(cfg)
     num_classes = key_value(cfg, counted_by) if counted_by else None
     readable = [{name: t for name, t in side.items() if not t.problems} for side in (train, test)]
@@ -127,5 +129,6 @@ def check_together(
         *check_negatives(*readable, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS),
         *check_classes(train, test, counted_by=counted_by or "", num_classes=num_classes),
         *check_sides(train, test),
-        *check_repeats(train, test, digests or {}),
+        *check_repeats(train, test, digests),
+        *check_validation(test, cfg.DATASETS.VAL, cfg.DATASETS.TEST, digests),
     ]

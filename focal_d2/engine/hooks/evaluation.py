@@ -22,6 +22,9 @@ from focal_d2.storage.checkpoint import FocalCheckpointer
 
 logger = logging.getLogger(__name__)
 
+# The beginning of the names of a validation's metrics in metrics.json.
+_VALIDATION = "validation/"
+
 
 class TrainingEnded(BaseException):
     """Ends detectron2's loop early. It is no `Exception`, which detectron2 would log as a failure."""
@@ -29,6 +32,9 @@ class TrainingEnded(BaseException):
 
 class Evaluation(EvaluationHooks, EvalHook):
     """detectron2's evaluation hook. It also saves the best model, and ends a training without improvement.
+
+    If `DATASETS.VAL` names datasets, they are evaluated during training and at its end, and the test sets at
+    its end only. Without it, the test sets are evaluated every time.
 
     detectron2's `BestCheckpointer` is not enough: it loses the best value when training resumes, marks
     model_best.pth as the checkpoint to resume from, and does not count evaluations.
@@ -40,31 +46,41 @@ class Evaluation(EvaluationHooks, EvalHook):
 
     def __init__(
         self,
-        period: int,
-        evaluate: Callable[[], dict[str, Any]],
+        cfg: CfgNode,
         checkpointer: FocalCheckpointer,
         *,
-        metric: str,
-        patience: int,
+        test: Callable[[], dict[str, Any]],
+        validate: Callable[[], dict[str, Any]],
     ) -> None:
         """Begin without a best value.
 
         Args:
-            period: iterations between evaluations.
-            evaluate: makes the trainer's `last_results`; see `DefaultTrainer.build_hooks`.
+            cfg: full config.
             checkpointer: saves model_best, and model_final if training ends early.
-            metric: name as in metrics.json; larger is better. "": there is no best model.
-            patience: evaluations without improvement after which training ends; 0: never.
+            test: evaluates the test sets; see `DefaultTrainer.test` for what it returns.
+            validate: the same for `DATASETS.VAL`, under the name "validation".
         """
-        super().__init__(period, evaluate)
-        self._every = period
+        super().__init__(cfg.TEST.EVAL_PERIOD, self._measure, eval_after_train=False)
+        self._every = cfg.TEST.EVAL_PERIOD
+        self._validates = bool(cfg.DATASETS.VAL)
+        self._test_sets = list(cfg.DATASETS.TEST)
+        self._test, self._current = test, validate if self._validates else test
         self._checkpointer = checkpointer
-        self._metric = metric
-        self._patience = patience
+        # Its name in metrics.json; larger is better. "": there is no best model.
+        self._metric = cfg.TEST.FOCAL.BEST_METRIC
+        if self._metric and self._validates:
+            self._metric = f"{_VALIDATION}{self._metric}"
+        # Evaluations without improvement after which training ends; 0: never.
+        self._patience = cfg.TEST.FOCAL.PATIENCE
+        self._results: dict[str, Any] = {}  # of the last evaluation
         self._best = -math.inf
         self._best_iteration = 0  # iterations done at the best evaluation
         self._evaluated = 0  # iterations done at the last evaluation
         self._since = 0  # evaluations without improvement
+
+    def _measure(self) -> dict[str, Any]:
+        self._results = self._current()
+        return self._results
 
     def state_dict(self) -> dict[str, Any]:
         """Return the metric, its best value and the counts, as plain numbers."""
@@ -100,6 +116,11 @@ class Evaluation(EvaluationHooks, EvalHook):
 
     def before_train(self) -> None:
         """Run the evaluation that was due when the checkpoint was written."""
+        if self._metric and not self._validates and comm.is_main_process():
+            logger.warning(
+                f"DATASETS.VAL is empty: the best model is chosen by {self._metric} of the test set "
+                f"({', '.join(self._test_sets)}), where its AP is then too high"
+            )
         done = self.trainer.start_iter
         due = self._every > 0 and done > 0 and done % self._every == 0
         if due and self._evaluated < done < self.trainer.max_iter:
@@ -125,11 +146,17 @@ class Evaluation(EvaluationHooks, EvalHook):
         raise TrainingEnded
 
     def after_train(self) -> None:
-        """Evaluate, unless this model was evaluated already or training failed."""
+        """Evaluate, unless this model was evaluated already or training failed; then the test sets."""
         # detectron2 counts one iteration too many if no iteration remained.
         self.trainer.iter = self.trainer.storage.iter = min(self.trainer.iter, self.trainer.max_iter)
-        if self._evaluated < self.trainer.iter and not self.trainer.failed:
-            super().after_train()
+        if self.trainer.iter + 1 >= self.trainer.max_iter and not self.trainer.failed:
+            if self._evaluated < self.trainer.iter:
+                self.evaluate()
+            if self._validates and self._test_sets:
+                self._current = self._test
+                super().evaluate()
+        del self._test, self._current  # they refer to the trainer
+        super().after_train()
 
     @contextmanager
     def _after(self, done: int) -> Iterator[None]:
@@ -146,9 +173,9 @@ class Evaluation(EvaluationHooks, EvalHook):
         if not self._metric:
             return
         # Only the main process has results.
-        results = comm.all_gather(flatten_results_dict(self.trainer.last_results))[0]
+        results = comm.all_gather(flatten_results_dict(self._results))[0]
         if self._metric not in results:
-            raise _unknown(self._metric, list(results))
+            raise _unknown(self._metric, [x for x in results if "/" in x.removeprefix(_VALIDATION)])
         value = results[self._metric]
         # NaN is no improvement. It means no such boxes in the dataset or, in detectron2, no detections.
         if value > self._best:
@@ -173,6 +200,8 @@ def check_best(cfg: CfgNode) -> None:
         UserError: for values that can't work.
     """
     test = cfg.TEST.FOCAL
+    key = "DATASETS.VAL" if cfg.DATASETS.VAL else "DATASETS.TEST"
+    datasets = cfg.DATASETS.VAL or cfg.DATASETS.TEST
     if not test.BEST_METRIC:
         if test.PATIENCE:
             raise UserError(
@@ -180,29 +209,30 @@ def check_best(cfg: CfgNode) -> None:
                 "a metric, such as bbox/AP"
             )
         return
-    if cfg.TEST.EVAL_PERIOD < 1 or not cfg.DATASETS.TEST:
+    if cfg.TEST.EVAL_PERIOD < 1 or not datasets:
         period = cfg.TEST.EVAL_PERIOD
-        key = "DATASETS.TEST is empty" if period > 0 else f"TEST.EVAL_PERIOD is {period}"
-        raise UserError(f"TEST.FOCAL.BEST_METRIC is {test.BEST_METRIC}, but {key}: nothing is evaluated")
+        why = "DATASETS.TEST is empty" if period > 0 else f"TEST.EVAL_PERIOD is {period}"
+        raise UserError(f"TEST.FOCAL.BEST_METRIC is {test.BEST_METRIC}, but {why}: nothing is evaluated")
     names = []
-    for dataset in cfg.DATASETS.TEST:
+    for dataset in datasets:
         classes = known_class_names(dataset)
         if classes is None or MetadataCatalog.get(dataset).get("evaluator_type") == "lvis":
             return  # the names of the metrics are known only after the first evaluation
         if not is_annotated(dataset):
             continue  # it has predictions but no metrics
-        prefix = "" if len(cfg.DATASETS.TEST) == 1 else f"{dataset}/"
+        prefix = "" if len(datasets) == 1 else f"{dataset}/"
         known = metric_names(list(test.MAX_DETS) or max(100, cfg.TEST.DETECTIONS_PER_IMAGE), classes)
         names += [f"{prefix}bbox/{name}" for name in known]
     if not names:
         raise UserError(
-            f"TEST.FOCAL.BEST_METRIC is {test.BEST_METRIC}, but no dataset of DATASETS.TEST has annotations"
+            f"TEST.FOCAL.BEST_METRIC is {test.BEST_METRIC}, but no dataset of {key} has annotations"
         )
     if test.BEST_METRIC not in names:
         raise _unknown(test.BEST_METRIC, names)
 
 
 def _unknown(metric: str, names: list[str]) -> UserError:
+    metric, *names = (x.removeprefix(_VALIDATION) for x in (metric, *names))
     general = [x for x in names if "/AP-" not in x]
     of_classes = ", and AP-CLASS of each class" if len(general) < len(names) else ""
     return UserError(

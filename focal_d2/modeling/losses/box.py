@@ -7,12 +7,11 @@ from contextlib import contextmanager
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.utils import comm
 from fvcore.nn import smooth_l1_loss
 from torch import Tensor, nn
 
 from focal_d2.errors import UserError
-from focal_d2.modeling.all_reduce import sum_over_ranks
+from focal_d2.modeling.all_reduce import number_of_ranks, sum_over_ranks
 from focal_d2.ops.losses.ghm import harmonise
 from focal_d2.ops.losses.iou import ciou_loss, diou_loss, giou_loss
 
@@ -91,7 +90,7 @@ class BoxLoss(nn.Module):
         valid = torch.ones_like(norms, dtype=torch.bool)
         density = harmonise(norms, valid, self.histogram, self.ghm_momentum, sum_over_ranks)
         # Times the number of processes, because their gradients are averaged.
-        return ((root - self.ghm_mu) / density).sum() * comm.get_world_size()
+        return ((root - self.ghm_mu) / density).sum() * number_of_ranks()
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}"
@@ -163,7 +162,7 @@ class LossNormalizer(nn.Module):
             # keeps the value.
             self.ema.mul_(self.MOMENTUM).add_(current, alpha=1 - self.MOMENTUM)
             current = self.ema
-        return current / comm.get_world_size()
+        return current / number_of_ranks()
 
     @contextmanager
     def held(self, value: Tensor | float) -> Iterator[None]:

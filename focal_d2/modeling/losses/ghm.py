@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from detectron2.utils import comm
 from torch import Tensor
 
-from focal_d2.modeling.all_reduce import sum_over_ranks
+from focal_d2.modeling.all_reduce import number_of_ranks, sum_over_ranks
 from focal_d2.modeling.losses.base import ClassificationLoss, DenseBatch, register_loss
 from focal_d2.ops import sigmoid_cross_entropy
 from focal_d2.ops.common import prepare_targets
@@ -41,7 +40,7 @@ class GradientHarmonisedLoss(ClassificationLoss):
             density = harmonise(norms, valid, self.histogram, self.momentum, sum_over_ranks)
         # Times the number of processes, because their gradients are averaged.
         loss = sigmoid_cross_entropy(logits, batch.labels, num_classes=self.num_classes)
-        return (loss / density).sum() * comm.get_world_size()
+        return (loss / density).sum() * number_of_ranks()
 
     def example_losses(self, batch: DenseBatch) -> Iterator[Tensor]:
         """Yield each pair's part of the loss, with the densities from the histogram after `forward`."""

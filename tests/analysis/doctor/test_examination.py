@@ -206,6 +206,10 @@ def in_both(world):
     world.settings["DATASETS__TEST"] = ("test", "train")
 
 
+def validated_and_tested(world):
+    world.settings["DATASETS__VAL"] = ("test",)
+
+
 def no_boxes(world):
     for record in world.records["test"]:
         record["annotations"] = []
@@ -227,6 +231,9 @@ FAULTS = {
     "file listed twice": Fault(listed_twice, "image-repeated", 1, "2 times"),
     "image id twice": Fault(repeated_id, "image-id-repeated", 1, "id 2"),
     "dataset on both sides": Fault(in_both, "dataset-in-both", 12, "learnt by heart"),
+    "dataset to validate and to test on": Fault(
+        validated_and_tested, "image-in-val-and-test", 6, "6 of 6 images to validate on"
+    ),
     "no box to test on": Fault(
         no_boxes, "dataset-empty", 1, "none of 6 images", also=("class-not-in-test",)
     ),

@@ -88,6 +88,18 @@ def test_a_file_in_both_sets_is_named(sides):
     assert f"the same file is in {train.name}" in line
 
 
+def test_images_to_validate_on_are_neither_trained_nor_tested_on(sides, coco_dataset):
+    cfg = config_of(sides)
+    (train,), (test,) = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
+    cfg.DATASETS.VAL = (train,)
+    line, *_ = annotation_warnings(cfg, training=True)
+    assert line.startswith(f"dataset-in-both: {train}: ")
+    assert annotation_warnings(cfg, training=False) == []
+    cfg.DATASETS.VAL = (test,)
+    line, _ = annotation_warnings(cfg, training=True)
+    assert line.startswith(f"image-in-val-and-test: {test}: 12 of 12 images to validate on are also to")
+
+
 def test_the_same_path_in_other_words_is_the_same_file(monkeypatch):
     table = make_table([], sizes=[(64, 64)] * 2)
     absolute = os.path.abspath

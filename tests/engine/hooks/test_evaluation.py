@@ -206,6 +206,8 @@ def test_off_by_default(job, tmp_path):
 class _Loop(TrainerBase):
     """detectron2's loop around nothing."""
 
+    failed = False
+
     def run_step(self) -> None:
         pass
 
@@ -224,7 +226,8 @@ def _run_process(folder: Path) -> None:
         loop.last_results = {"bbox": {"AP": next(falling)}} if comm.is_main_process() else {}
         return loop.last_results
 
-    hook = Evaluation(2, evaluate, saved, metric="bbox/AP", patience=2)
+    cfg = make_cfg(TEST__EVAL_PERIOD=2, TEST__FOCAL__BEST_METRIC="bbox/AP", TEST__FOCAL__PATIENCE=2)
+    hook = Evaluation(cfg, saved, test=evaluate, validate=evaluate)
     loop.register_hooks([hook])
     try:
         loop.train(0, 20)
