@@ -71,7 +71,12 @@ KEYS: dict[str, tuple[Any, Range]] = {
     "MODEL.FOCAL.FPN.P6_FROM": ("res5", one_of("res5", "p5")),
     # How the pyramid's convolutions start: "xavier" (detectron2) or "paper", N(0, 0.01).
     "MODEL.FOCAL.FPN.INIT": ("xavier", one_of("xavier", "paper")),
-    # Give each box its best anchors even below the IoU threshold: detectron2 does, the paper does not.
+    # Which anchors must detect a box: "iou" (the paper: those of enough IoU, MODEL.RETINANET.IOU_THRESHOLDS
+    # and IOU_LABELS) or "atss" (arXiv 1912.02424: a threshold for each box, from anchors near its centre).
+    "MODEL.FOCAL.ASSIGNER.NAME": ("iou", one_of("iou", "atss")),
+    # atss: so many cells of each level are a box's candidates, all anchors of a cell.
+    "MODEL.FOCAL.ASSIGNER.TOPK": (9, whole(1, 1000)),
+    # iou: give each box its best anchors even below the IoU threshold; detectron2 does, the paper does not.
     "MODEL.FOCAL.LOW_QUALITY_MATCHES": (True, ANYTHING),
     # Background anchors of which a crowd, a difficult object or a box cut off by a crop covers at least this
     # share are ignored (in focal_d2's trainer; detectron2 trains them as background). Above 1: none.

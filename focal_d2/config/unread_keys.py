@@ -56,6 +56,15 @@ _UNUSED_BY_RETINANETS = (
 )
 # What other architectures than FocalRetinaNet read of MODEL.FOCAL, in our backbone or in our trainer.
 _FOCAL_FOR_ALL = ("MODEL.FOCAL.AMP.", "MODEL.FOCAL.FPN.", "MODEL.FOCAL.TF32")
+# What only one assigner (MODEL.FOCAL.ASSIGNER.NAME) of FocalRetinaNet reads.
+_OF_ASSIGNERS = {
+    "atss": ("MODEL.FOCAL.ASSIGNER.TOPK",),
+    "iou": (
+        "MODEL.FOCAL.LOW_QUALITY_MATCHES",
+        "MODEL.RETINANET.IOU_LABELS",
+        "MODEL.RETINANET.IOU_THRESHOLDS",
+    ),
+}
 # Where YAML names a part that anyone may register, and that gets the whole config.
 _PARTS = {
     "MODEL.META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
@@ -79,7 +88,8 @@ def unread_keys(cfg: CfgNode) -> list[str]:
             only those lines are given that name a RetinaNet's key instead.
 
     Returns:
-        A line for each key of another detector for which a RetinaNet has its own; all others share one.
+        A line for each key of another detector for which a RetinaNet has its own, and for each key of another
+        assigner; all others share one.
     """
     architecture = cfg.MODEL.META_ARCHITECTURE
     defaults = get_cfg()
@@ -87,6 +97,14 @@ def unread_keys(cfg: CfgNode) -> list[str]:
     # Lists and tuples alike, as YAML has no tuples.
     changed = [k for k, x in leaves(defaults).items() if json.dumps(x) != json.dumps(key_value(cfg, k))]
     lines, unused = [], []
+    if architecture == "FocalRetinaNet":
+        assigner = cfg.MODEL.FOCAL.ASSIGNER.NAME
+        lines = [
+            f"{key} has no effect, because MODEL.FOCAL.ASSIGNER.NAME is {assigner}: only {name} reads it"
+            for name, keys in _OF_ASSIGNERS.items()
+            for key in keys
+            if name != assigner and key in changed
+        ]
     for key in changed:
         other = _COUNTERPARTS.get(key.removeprefix("MODEL."))
         if other and architecture in ("FocalRetinaNet", "RetinaNet"):

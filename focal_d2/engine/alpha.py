@@ -16,10 +16,10 @@ from focal_d2.data.resolution import training_boxes
 from focal_d2.data.sampling import training_table
 from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import build_layout
+from focal_d2.modeling.assigners import build_assigner
 from focal_d2.modeling.label_counts import LabelCounts, count_labels
 from focal_d2.modeling.losses import LOSSES
 from focal_d2.modeling.losses.elementwise import AUTO, AUTO_PER_CLASS, PAPER_GAMMAS, FocalLoss, best_alpha
-from focal_d2.modeling.targets import build_matcher
 
 # Beyond these limits a few wrong labels would dominate the gradient (paper, table 1a: α = 0.999 loses 6 AP).
 ALPHA_RANGE = (0.01, 0.99)
@@ -177,7 +177,7 @@ def _count(cfg: CfgNode) -> LabelCounts:
         seen.image,
         seen.sizes,
         layout=build_layout(cfg),
-        matcher=build_matcher(cfg),
+        assigner=build_assigner(cfg),
         classes=table.labels[seen.rows],
     )
     if not sum(counts.positives):

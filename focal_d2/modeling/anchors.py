@@ -105,12 +105,17 @@ def grid_of(generator: nn.Module, sizes: Sequence[Sequence[int]]) -> AnchorGrid 
     """
     if type(generator) is not DefaultAnchorGenerator:
         return None
-    corners, rows = [], []
+    corners, leads = [], []
+    rows: list[list[int]] = []
     first = 0
     made: Any = generator
-    for (height, width), stride, cell in zip(sizes, made.strides, made.cell_anchors, strict=True):
+    levels = zip(sizes, made.strides, made.cell_anchors, strict=True)
+    for level, ((height, width), stride, cell) in enumerate(levels):
+        leads.append(len(rows))
         corners.append(cell.double() + made.offset * stride)
-        rows += [[stride, width, height, first + a, len(cell)] for a in range(len(cell))]
+        rows += [[stride, width, height, first + a, len(cell), level] for a in range(len(cell))]
         first += height * width * len(cell)
-    strides, widths, heights, firsts, steps = torch.tensor(rows, device=corners[0].device).unbind(1)
-    return AnchorGrid(torch.cat(corners), strides.double(), widths, heights, firsts, steps)
+    device = corners[0].device
+    strides, widths, heights, firsts, steps, level_of = torch.tensor(rows, device=device).unbind(1)
+    lead = torch.tensor(leads, device=device)
+    return AnchorGrid(torch.cat(corners), strides.double(), widths, heights, firsts, steps, level_of, lead)

@@ -15,6 +15,7 @@ from torch import nn
 from focal_d2.config import DETECTRON2_RANGES, add_focal_config, loss_parameters
 from focal_d2.config.ranges import check_value
 from focal_d2.errors import UserError
+from focal_d2.modeling.assigners import IoUAssigner, assigner_name, build_assigner
 from focal_d2.modeling.losses import ClassificationLoss
 from focal_d2.modeling.losses.elementwise import AUTO, AUTO_PER_CLASS, best_alpha
 from focal_d2.modeling.parts import build_focal_parts
@@ -41,7 +42,8 @@ def build_focal_retinanet(*, focal: Mapping[str, Any] | None = None, **arguments
 
     Args:
         focal: keys of `MODEL.FOCAL`, such as `{"LOSS": {"NAME": "quality_focal"}}`; None: their defaults.
-        arguments: detectron2's, with its defaults; `vis_period` and `input_format` change nothing.
+        arguments: detectron2's, with its defaults; `vis_period` and `input_format` change nothing, and
+            `anchor_matcher` counts only with `ASSIGNER.NAME` iou.
 
     Raises:
         UserError: for a key that does not exist or has no effect in a LazyConfig, a value outside its
@@ -67,6 +69,8 @@ def build_focal_retinanet(*, focal: Mapping[str, Any] | None = None, **arguments
     del given["vis_period"], given["input_format"]
     parts = build_focal_parts(cfg, given["box2box_transform"])
     _fit_head(given["head"], parts["cls_loss"], given["anchor_generator"].num_anchors[0])
+    matcher = given.pop("anchor_matcher")
+    given["assigner"] = IoUAssigner(matcher) if assigner_name(cfg) == "iou" else build_assigner(cfg)
     return FocalRetinaNet(**given, **parts)
 
 

@@ -21,7 +21,6 @@ from detectron2.modeling import (
     build_backbone,
 )
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
@@ -33,6 +32,7 @@ from focal_d2.detectron2_compat import DetectorHooks
 from focal_d2.errors import UserError
 from focal_d2.modeling import traced
 from focal_d2.modeling.anchors import AnchorCache, Anchors
+from focal_d2.modeling.assigners import Assigner, build_assigner
 from focal_d2.modeling.candidates import Candidates, find_candidates
 from focal_d2.modeling.folding import fold_norms
 from focal_d2.modeling.head import FocalRetinaNetHead
@@ -46,7 +46,7 @@ from focal_d2.modeling.losses import (
 from focal_d2.modeling.metrics import put_metrics
 from focal_d2.modeling.parts import build_focal_parts
 from focal_d2.modeling.precision import check_channels_last, configured_type, is_narrow
-from focal_d2.modeling.targets import AnchorTargets, build_matcher, label_anchors
+from focal_d2.modeling.targets import AnchorTargets, label_anchors
 from focal_d2.ops.detect import best_boxes
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
         head_in_features: list[str],
         anchor_generator: nn.Module,
         box2box_transform: Box2BoxTransform,
-        anchor_matcher: Matcher,
+        assigner: Assigner,
         region_share: float,
         num_classes: int,
         cls_loss: ClassificationLoss,
@@ -101,7 +101,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
             head_in_features: names of the backbone's outputs that the head reads, finest first.
             anchor_generator: features -> L × `Boxes`.
             box2box_transform: the R-CNN parametrisation of boxes.
-            anchor_matcher: its thresholds, labels and allow_low_quality_matches; see `match_anchors`.
+            assigner: which anchors must detect which box.
             region_share: anchors of which an ignored region covers at least this share are not background.
             num_classes: K, without background.
             cls_loss: the classification loss, which also says what logits mean.
@@ -127,7 +127,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
         self.anchor_generator = anchor_generator
         self.anchors_of = AnchorCache(anchor_generator)
         self.box2box_transform = box2box_transform
-        self.anchor_matcher = anchor_matcher
+        self.assigner = assigner
         self.region_share = region_share
         self.cls_loss = cls_loss
         self.box_loss = box_loss
@@ -189,7 +189,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
             "head_in_features": retinanet.IN_FEATURES,
             "anchor_generator": anchor_generator,
             "box2box_transform": box2box_transform,
-            "anchor_matcher": build_matcher(cfg),
+            "assigner": build_assigner(cfg),
             "num_classes": retinanet.NUM_CLASSES,
             "test_score_thresh": retinanet.SCORE_THRESH_TEST,
             "test_topk_candidates": retinanet.TOPK_CANDIDATES_TEST,
@@ -334,7 +334,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
         return label_anchors(
             anchors,
             gt_instances,
-            self.anchor_matcher,
+            self.assigner,
             self.num_classes,
             regions=regions or [None] * len(gt_instances),
             region_share=self.region_share,

@@ -7,22 +7,18 @@ ignored.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Instances
 from torch import Tensor
 
-from focal_d2.config import focal_config
 from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import Anchors
+from focal_d2.modeling.assigners import Assigner
 from focal_d2.ops import IGNORE_LABEL
-from focal_d2.ops.common import MATCHING_KERNELS, find_kernels
-from focal_d2.ops.matching.match import Matches, inside_regions, match_anchors
+from focal_d2.ops.matching.match import Matches, inside_regions
 
 
 class Positives(NamedTuple):
@@ -51,42 +47,31 @@ class AnchorTargets(NamedTuple):
         return Positives(image, anchor, self.boxes[self.matched[image, anchor]])
 
 
-def build_matcher(cfg: CfgNode) -> Matcher:
-    """Read `MODEL.RETINANET.IOU_THRESHOLDS` and `IOU_LABELS`, and `MODEL.FOCAL.LOW_QUALITY_MATCHES`."""
-    return Matcher(
-        cfg.MODEL.RETINANET.IOU_THRESHOLDS,
-        cfg.MODEL.RETINANET.IOU_LABELS,
-        allow_low_quality_matches=focal_config(cfg).LOW_QUALITY_MATCHES,
-    )
-
-
 @torch.no_grad()
 def label_anchors(
     anchors: Anchors,
     gt_instances: list[Instances],
-    matcher: Matcher,
+    assigner: Assigner,
     num_classes: int,
     *,
     regions: Sequence[Tensor | None],
     region_share: float,
     use_kernels: bool,
 ) -> AnchorTargets:
-    """Match every anchor to at most one box by IoU (paper, section 4).
+    """Match every anchor to at most one box, as the assigner decides.
 
     Anchors without a box inside an ignored region (a crowd, or an object too difficult to count) are ignored,
     not background: COCO's evaluation ignores detections in such regions too. detectron2 has no regions.
 
-    Departure from the paper, as in detectron2: the anchors with the highest IoU with a box are positive, also
-    if this IoU is low, unless `MODEL.FOCAL.LOW_QUALITY_MATCHES` is false.
-
     Args:
         anchors: of the batch's image shape.
         gt_instances: N × `Instances`, on any device, with gt_boxes (M, 4) and gt_classes (M); M may be 0.
-        matcher: its thresholds, labels and allow_low_quality_matches; see `match_anchors`.
+        assigner: which anchors are positive, negative or ignored.
         num_classes: K.
         regions: N × (G, 4) boxes of an image's regions, on any device, or None.
         region_share: an anchor is in a region that covers at least this share of its area.
-        use_kernels: on a GPU with Triton, label the whole batch with Triton kernels; the labels are the same.
+        use_kernels: on a GPU with Triton, label the whole batch with the assigner's kernels, if it has any;
+            the labels are the same.
 
     Raises:
         UserError: for a class that the model does not have. Classes on a GPU are not checked: the host would
@@ -95,9 +80,9 @@ def label_anchors(
     device = anchors.boxes.device
     boxes, classes = _boxes_of(gt_instances, num_classes, device)
     counts = [len(x) for x in gt_instances]
-    kernels = find_kernels(MATCHING_KERNELS, anchors.boxes) if use_kernels else None
-    if kernels is not None and boxes.dtype == anchors.boxes.dtype == torch.float32:
-        labels, positive, matched = kernels.label_batch(
+    label_batch = assigner.batch_kernels(anchors.boxes) if use_kernels else None
+    if label_batch is not None and boxes.dtype == torch.float32:
+        labels, positive, matched = label_batch(
             boxes,
             classes,
             counts,
@@ -105,7 +90,6 @@ def label_anchors(
             anchors.boxes,
             num_classes=num_classes,
             region_share=region_share,
-            **_rules(matcher),
         )
         return AnchorTargets(labels, positive, matched, boxes, _count(positive))
     labels = torch.full((len(counts), len(anchors.boxes)), num_classes, dtype=torch.int64, device=device)
@@ -113,7 +97,9 @@ def label_anchors(
         if ignored is not None and len(ignored):
             inside = inside_regions(anchors.boxes, ignored.to(device, non_blocking=True), share=region_share)
             of_image.masked_fill_(inside, IGNORE_LABEL)
-    positive, matched = _match_images(matching(anchors, matcher), boxes.split(counts), classes, labels)
+    positive, matched = _match_images(
+        lambda of_image: assigner.assign(of_image, anchors), boxes.split(counts), classes, labels
+    )
     return AnchorTargets(labels, positive, matched, boxes, _count(positive))
 
 
@@ -146,19 +132,6 @@ def _boxes_of(gt_instances: list[Instances], num_classes: int, device: torch.dev
             f"MODEL.RETINANET.NUM_CLASSES {num_classes} means classes 0 to {num_classes - 1}"
         )
     return boxes.to(device, non_blocking=True), classes.to(device, non_blocking=True)
-
-
-def matching(anchors: Anchors, matcher: Matcher) -> Callable[[Tensor], Matches]:
-    """Return `match_anchors` for these anchors, as the matcher is set: a function of boxes (M, 4), M > 0."""
-    return functools.partial(match_anchors, anchors=anchors.boxes, grid=anchors.grid, **_rules(matcher))
-
-
-def _rules(matcher: Matcher) -> dict[str, Any]:
-    return {
-        "thresholds": matcher.thresholds[1:-1],  # without the infinities around them
-        "labels": matcher.labels,
-        "low_quality_matches": matcher.allow_low_quality_matches,
-    }
 
 
 def _count(positive: Tensor) -> Callable[[], int]:

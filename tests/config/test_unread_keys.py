@@ -203,6 +203,18 @@ def test_unread_keys_names_keys_without_effect_only(architecture, key, value, na
     assert unread_keys(plain) == ([expected] if named else [])
 
 
+def test_unread_keys_names_those_of_another_assigner():
+    changed = {"MODEL__RETINANET__IOU_THRESHOLDS": [0.3, 0.5], "MODEL__FOCAL__ASSIGNER__TOPK": 5}
+    assert unread_keys(make_resnet_cfg(**changed)) == [
+        "MODEL.FOCAL.ASSIGNER.TOPK has no effect, because MODEL.FOCAL.ASSIGNER.NAME is iou: only atss reads "
+        "it"
+    ]
+    assert unread_keys(make_resnet_cfg(**changed, MODEL__FOCAL__ASSIGNER__NAME="atss")) == [
+        "MODEL.RETINANET.IOU_THRESHOLDS has no effect, because MODEL.FOCAL.ASSIGNER.NAME is atss: only iou "
+        "reads it"
+    ]
+
+
 class MyRetinaNet(FocalRetinaNet):
     pass
 

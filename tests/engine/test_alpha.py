@@ -105,7 +105,7 @@ def test_auto_is_clipped(cfg, monkeypatch):
 @pytest.mark.parametrize("wanted", ["auto", "auto_per_class"])
 def test_auto_without_positives_is_refused(cfg, monkeypatch, wanted):
     cfg.MODEL.FOCAL.LOSS.ALPHA = wanted
-    none = LabelCounts([0], [10], 1, 1, [])
+    none = LabelCounts([0], [10], 1, 1, 1, [])
     monkeypatch.setattr("focal_d2.engine.alpha.count_labels", lambda *_, **__: none)
     with pytest.raises(UserError, match=f"ALPHA is {wanted}, but no anchor of DATASETS.TRAIN is positive"):
         resolve_alpha(cfg)
@@ -208,7 +208,7 @@ def test_auto_per_class_gives_each_class_its_own(cfg, caplog, name):
 
 def test_auto_per_class_says_when_it_balances_nothing(cfg, monkeypatch, caplog):
     cfg.MODEL.FOCAL.LOSS.ALPHA = "auto_per_class"
-    counts = LabelCounts([6], [10**6], 1, 1, [1, 2, 3])
+    counts = LabelCounts([6], [10**6], 1, 1, 0, [1, 2, 3])
     monkeypatch.setattr("focal_d2.engine.alpha.count_labels", lambda *_, **__: counts)
     assert resolve_alpha(cfg).MODEL.FOCAL.LOSS.ALPHA == [0.99] * 3
     assert "each gets the highest, 0.99" in caplog.text
@@ -220,7 +220,7 @@ def test_auto_per_class_says_when_it_balances_nothing(cfg, monkeypatch, caplog):
 def test_auto_per_class_says_how_many_classes_have_no_anchors(cfg, monkeypatch, caplog, by_class, expected):
     caplog.set_level("INFO", logger="focal_d2")
     cfg.MODEL.FOCAL.LOSS.ALPHA = "auto_per_class"
-    counts = LabelCounts([3], [10], 1, 1, by_class)
+    counts = LabelCounts([3], [10], 1, 1, 0, by_class)
     monkeypatch.setattr("focal_d2.engine.alpha.count_labels", lambda *_, **__: counts)
     resolve_alpha(cfg)
     assert expected in caplog.text

@@ -71,6 +71,14 @@ def test_focal_keys_and_their_overrides_on_the_command_line():
     torch.testing.assert_close(background, torch.full((9,), 0.99))
 
 
+@pytest.mark.parametrize("name, kind", [("iou", "IoUAssigner"), ("atss", "ATSSAssigner")])
+def test_the_assigner_is_the_matcher_unless_another_one_is_named(name, kind):
+    cfg = make_config()
+    cfg.model._target_ = focal_d2.build_focal_retinanet
+    cfg.model.focal = {"ASSIGNER": {"NAME": name}}
+    assert type(instantiate(cfg.model).assigner).__name__ == kind
+
+
 @pytest.mark.parametrize(
     ("focal", "match"),
     [

@@ -470,7 +470,9 @@ def test_positives_are_counted_without_a_copy_of_the_images(channels_last):
 def test_kernels_are_ruled_by_one_key(monkeypatch, value, wanted):
     asked = {"loss": [], "matching": []}
     monkeypatch.setattr("focal_d2.ops.losses.dense.find_kernels", lambda *_: asked["loss"].append(1))
-    monkeypatch.setattr("focal_d2.modeling.targets.find_kernels", lambda *_: asked["matching"].append(1))
+    monkeypatch.setattr(
+        "focal_d2.modeling.assigners.iou.find_kernels", lambda *_: asked["matching"].append(1)
+    )
     build_model(make_cfg(MODEL__FOCAL__KERNELS=value))([make_image(3, 3)])
     assert {what: len(calls) > 0 for what, calls in asked.items()} == {"loss": wanted, "matching": wanted}
 

@@ -22,6 +22,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from focal_d2 import ops
 from focal_d2.modeling import targets
 from focal_d2.modeling.anchors import Anchors
+from focal_d2.modeling.assigners import IoUAssigner, iou
 from focal_d2.ops import common, sigmoid_focal_loss
 from focal_d2.ops.losses import dense
 from focal_d2.ops.matching.match import inside_regions
@@ -81,7 +82,7 @@ def label_anchors(
     return targets.label_anchors(
         Anchors(anchors, None),
         [Instances((1, 1), gt_boxes=Boxes(x), gt_classes=torch.arange(len(x)) % 3) for x in images],
-        Matcher(list(thresholds), list(labels), allow_low_quality_matches=low_quality),
+        IoUAssigner(Matcher(list(thresholds), list(labels), allow_low_quality_matches=low_quality)),
         3,
         regions=regions or [None] * len(images),
         region_share=0.5,
@@ -122,7 +123,7 @@ def test_on_a_cpu_there_are_no_kernels():
 
 def test_kernels_are_not_looked_for_unless_asked_for(monkeypatch):
     asked = []
-    for module in (dense, targets):
+    for module in (dense, iou):
         monkeypatch.setattr(module, "find_kernels", lambda name, _: asked.append(name))
     labels, box = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[0.0, 0, 1, 1]])
     for wanted in (False, True):
@@ -583,7 +584,7 @@ def test_a_batch_is_labelled_in_two_launches_however_many_images(monkeypatch):
     kernels = {name: MagicMock() for name in ("_match_kernel", "_label_kernel")}
     for name, kernel in kernels.items():
         monkeypatch.setattr(match_triton, name, kernel)
-    monkeypatch.setattr(targets, "find_kernels", lambda *_: match_triton)
+    monkeypatch.setattr(iou, "find_kernels", lambda *_: match_triton)
     monkeypatch.setattr(targets, "_count", Mock())
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
     counts = []

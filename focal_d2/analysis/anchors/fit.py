@@ -14,7 +14,6 @@ import numpy as np
 import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.matcher import Matcher
 from scipy.optimize import differential_evolution
 
 from focal_d2.analysis.anchors.coverage import AnchorGrids, best_anchors, grids_of, recall
@@ -22,8 +21,8 @@ from focal_d2.annotations import Table
 from focal_d2.data.resolution import TrainingBoxes, training_boxes
 from focal_d2.errors import UserError, escaped
 from focal_d2.modeling.anchors import AnchorLayout
+from focal_d2.modeling.assigners import Assigner, assigner_name, build_assigner
 from focal_d2.modeling.label_counts import count_labels
-from focal_d2.modeling.targets import build_matcher
 
 THRESHOLDS = (0.5, 0.6, 0.7)
 # A fall of recall that is worth a line.
@@ -69,8 +68,8 @@ class Fit:
     boxes: int
     recall: list[float]  # share of boxes whose best anchor reaches an IoU, for each of THRESHOLDS
     mean_iou: float  # of the best anchors
-    missed: int  # boxes whose best anchor is below the matcher's threshold for positives
-    positives_per_box: float  # anchors that the matcher gives a box, at most 1000 images counted
+    missed: int  # boxes whose best anchor is below the threshold for positives of the assigner iou
+    positives_per_box: float  # anchors that the config's assigner gives a box, at most 1000 images counted
     negatives_per_positive: float | None  # None without a positive
 
 
@@ -81,7 +80,8 @@ class Comparison:
     current: AnchorSettings
     proposed: AnchorSettings
     better: bool  # whether the proposal's score is higher on held-out images, or on all if there are none
-    threshold: float  # from which IoU the matcher calls an anchor positive
+    threshold: float  # from which IoU on the assigner iou calls an anchor positive
+    assigner: str  # the config's
     before: dict[str, Fit]  # "fitted", "held out" and names of test sets
     after: dict[str, Fit]
 
@@ -122,6 +122,11 @@ class Comparison:
             f"missed: boxes below IoU {self.threshold:g}. positives: a box. negatives: a positive.",
             f"anchors a cell: now {self.current}, proposed {self.proposed}",
         ]
+        if self.assigner != "iou":
+            lines.append(
+                f"MODEL.FOCAL.ASSIGNER.NAME is {self.assigner}: positives and negatives are those of "
+                f"{self.assigner}, all other columns are IoUs, which it does not require."
+            )
         if not self.better:
             lines.append(
                 "On images outside the search the proposal fits no better: keep the current anchors."
@@ -179,16 +184,16 @@ def compare_anchors(
     deciding = list(parts)[-1]
     parts |= {name: training_boxes(cfg, table) for name, table in tests.items()}
     parts = {name: part for name, part in parts.items() if len(part.boxes)}
-    matcher = build_matcher(cfg)
+    assigner = build_assigner(cfg)
     fits, scores = [], []
     for settings in (current, proposed):
         grid = replace_anchors(settings, grids)
         best = {name: best_anchors(p.boxes, p.image, p.sizes, grid).iou for name, p in parts.items()}
         scores.append(score(best[deciding], threshold))
         fits.append(
-            {name: _fit(part, best[name], threshold, grid.layout, matcher) for name, part in parts.items()}
+            {name: _fit(part, best[name], threshold, grid.layout, assigner) for name, part in parts.items()}
         )
-    return Comparison(current, proposed, scores[1] > scores[0], threshold, *fits)
+    return Comparison(current, proposed, scores[1] > scores[0], threshold, assigner_name(cfg), *fits)
 
 
 def _split_images(
@@ -265,7 +270,7 @@ def fit_anchors(
 def score(iou: np.ndarray, threshold: float) -> float:
     """Return the number that the search maximises, from the IoU (B,) of each box with its best anchor.
 
-    It is 3 · recall at the matcher's threshold + mean IoU.
+    It is 3 · recall at the threshold + mean IoU.
 
     Training needs recall. But recall changes in steps and is often near 1 already. Mean IoU orders anchors of
     equal recall, moves missed boxes closer to the threshold, and makes the regression easier. With equal
@@ -357,9 +362,9 @@ def _select(boxes: TrainingBoxes, rows: np.ndarray) -> TrainingBoxes:
 
 
 def _fit(
-    boxes: TrainingBoxes, iou: np.ndarray, threshold: float, layout: AnchorLayout, matcher: Matcher
+    boxes: TrainingBoxes, iou: np.ndarray, threshold: float, layout: AnchorLayout, assigner: Assigner
 ) -> Fit:
-    counts = count_labels(boxes.boxes, boxes.image, boxes.sizes, layout=layout, matcher=matcher)
+    counts = count_labels(boxes.boxes, boxes.image, boxes.sizes, layout=layout, assigner=assigner)
     positives, negatives = sum(counts.positives), sum(counts.negatives)
     return Fit(
         boxes=len(iou),

@@ -27,9 +27,9 @@ from focal_d2.detectron2_compat import storage_number
 from focal_d2.errors import first_few
 from focal_d2.modeling import FocalRetinaNet
 from focal_d2.modeling.anchors import build_layout
-from focal_d2.modeling.label_counts import count_labels
+from focal_d2.modeling.assigners import assigner_name, build_assigner
+from focal_d2.modeling.label_counts import LabelCounts, count_labels
 from focal_d2.modeling.precision import configured_type
-from focal_d2.modeling.targets import build_matcher
 
 # The paper, section 4.1, and detectron2's baselines: SGD at these rates for 16 images a step. Batches of
 # another size scale them linearly (arXiv 1706.02677, section 2.1).
@@ -68,7 +68,7 @@ class Level(NamedTuple):
 class AnchorFacts:
     """Training boxes, at training resolution, compared with the model's anchors."""
 
-    threshold: float  # IoU from which an anchor is positive
+    threshold: float  # IoU from which a box has an anchor, which the assigner iou makes positive
     boxes: int
     with_anchor: int
     by_size: list[Share]
@@ -131,7 +131,7 @@ def anchor_facts(cfg: CfgNode, train: Mapping[str, Table]) -> tuple[AnchorFacts 
     seen = training_boxes(cfg, table)
     if not len(seen.boxes):
         return None, []
-    counts = count_labels(seen.boxes, seen.image, seen.sizes, layout=layout, matcher=build_matcher(cfg))
+    counts = count_labels(seen.boxes, seen.image, seen.sizes, layout=layout, assigner=build_assigner(cfg))
     iou, level, anchor = best_anchors(seen.boxes, seen.image, seen.sizes, grids)
     extent = seen.boxes[:, 2:] - seen.boxes[:, :2]
     side, aspect = np.sqrt(extent.prod(1)), extent[:, 1] / extent[:, 0]
@@ -164,7 +164,13 @@ def anchor_facts(cfg: CfgNode, train: Mapping[str, Table]) -> tuple[AnchorFacts 
         extents=extent,
     )
     worst = functools.partial(_worst, table, seen)
-    return facts, _check_anchors(facts, side, aspect, matched, min(layout.strides), worst)
+    findings = _check_sizes(facts, side, min(layout.strides), worst)
+    assigner = assigner_name(cfg)
+    if assigner == "iou":
+        findings += _check_anchors(facts, aspect, matched, worst)
+    else:
+        findings.append(_other_assigner(assigner, threshold, counts))
+    return facts, findings + _check_imbalance(facts)
 
 
 def _worst(table: Table, seen: TrainingBoxes, mask: np.ndarray, badness: np.ndarray) -> list[Example]:
@@ -208,23 +214,39 @@ def _by_class(names: Sequence[str], label: np.ndarray, matched: np.ndarray) -> l
     return sorted(shares, key=lambda s: -s.boxes)
 
 
-def _check_anchors(
+def _other_assigner(name: str, threshold: float, counts: LabelCounts) -> Finding:
+    message = (
+        f"MODEL.FOCAL.ASSIGNER.NAME is {name}: positive and negative anchors are those of {name}, and "
+        f"{share(counts.unmatched, counts.boxes)} boxes get no positive anchor; what has an anchor counts "
+        f"IoUs of at least {threshold:g}, which {name} does not require"
+    )
+    return Finding("assigner", message)
+
+
+def _check_sizes(
     facts: AnchorFacts,
     side: np.ndarray,
+    finest: int,
+    worst: Callable[[np.ndarray, np.ndarray], list[Example]],
+) -> list[Finding]:
+    tiny = facts.extents.max(1) < finest / 2
+    if tiny.sum() < _TINY * facts.boxes:
+        return []
+    message = (
+        f"{share(int(tiny.sum()), facts.boxes)} boxes are shorter than {finest / 2:g} pixels at training "
+        f"resolution; the finest level has a cell every {finest} pixels"
+    )
+    return [Finding("box-tiny", message, count=int(tiny.sum()), examples=worst(tiny, -side))]
+
+
+def _check_anchors(
+    facts: AnchorFacts,
     aspect: np.ndarray,
     matched: np.ndarray,
-    finest: int,
     worst: Callable[[np.ndarray, np.ndarray], list[Example]],
 ) -> list[Finding]:
     findings = []
     boxes = facts.boxes
-    tiny = facts.extents.max(1) < finest / 2
-    if tiny.sum() >= _TINY * boxes:
-        message = (
-            f"{share(int(tiny.sum()), boxes)} boxes are shorter than {finest / 2:g} pixels at training "
-            f"resolution; the finest level has a cell every {finest} pixels"
-        )
-        findings.append(Finding("box-tiny", message, count=int(tiny.sum()), examples=worst(tiny, -side)))
     elongation = np.maximum(aspect, 1 / aspect)
     long = (elongation >= _LONG_RATIO) & ~matched
     if long.sum() >= _LONG * boxes:
@@ -249,15 +271,18 @@ def _check_anchors(
         listed = first_few([f"{s.name} ({s.boxes - s.with_anchor} of {s.boxes})" for s in poor], 10)
         message = f"classes whose boxes mostly have no anchor of IoU {facts.threshold:g}: {listed}"
         findings.append(Finding("anchor-recall-class", message, count=len(poor), fixes=[_OPTIMIZE]))
+    return findings
+
+
+def _check_imbalance(facts: AnchorFacts) -> list[Finding]:
     if facts.ratio is None:
-        return findings
+        return []
     message = (
         f"{facts.positives} positive and {facts.negatives} negative anchors in {facts.images_counted} images "
         f"without crops, {odds(facts.ratio)}: α {facts.alpha:.4f} would balance them; focal loss needs no "
         "such α, it was best with 0.25 (paper, table 1b)"
     )
-    findings.append(Finding("imbalance", message))
-    return findings
+    return [Finding("imbalance", message)]
 
 
 def odds(ratio: float) -> str:

@@ -146,6 +146,7 @@ KINDS = {
         NOTE, "no rule for the learning rate of this optimizer or architecture is known", ""
     ),
     "architecture-unexamined": Kind(NOTE, "what the doctor cannot examine of this meta-architecture", ""),
+    "assigner": Kind(NOTE, "the assigner is not iou: which anchors are counted, and how", ""),
     "imbalance": Kind(NOTE, "negative anchors to positive ones, and the α that balances them", ""),
     "memory": Kind(NOTE, "an estimate of what a training step takes", ""),
 }

@@ -44,6 +44,8 @@ class AnchorGrid(NamedTuple):
     height: Tensor  # (S,) int64: rows
     first: Tensor  # (S,) int64: index of the anchor of the cell (0, 0)
     step: Tensor  # (S,) int64: anchors a cell, from a cell to the next
+    level: Tensor  # (S,) int64: index of the level
+    lead: Tensor  # (L,) int64: the first shape of each level
 
 
 class Matches(NamedTuple):
@@ -105,7 +107,7 @@ def match_anchors(
         # Below the first threshold, the list of pairs may lack the best box of an anchor.
         unsure = best_anchors[highest[best_anchors] < thresholds[0]].unique()
         for part in unsure.split(max(1, _MOST_PAIRS // len(boxes))):
-            matched[part] = _iou(boxes[:, None], anchors[part]).max(dim=0).indices
+            matched[part] = iou_of(boxes[:, None], anchors[part]).max(dim=0).indices
     return Matches(matched, outcome)
 
 
@@ -222,10 +224,10 @@ def _cells(
 
 
 def _compare(boxes: Tensor, anchors: Tensor, box: Tensor, anchor: Tensor) -> _Pairs:
-    return _Pairs(box, anchor, _iou(boxes[box], anchors[anchor]))
+    return _Pairs(box, anchor, iou_of(boxes[box], anchors[anchor]))
 
 
-def _iou(boxes: Tensor, anchors: Tensor) -> Tensor:
+def iou_of(boxes: Tensor, anchors: Tensor) -> Tensor:
     """Return the IoU of boxes (..., 4) and anchors (..., 4), to the bit as detectron2's `pairwise_iou`."""
     sides = torch.minimum(boxes[..., 2:], anchors[..., 2:]) - torch.maximum(boxes[..., :2], anchors[..., :2])
     width, height = sides.clamp_(min=0).unbind(-1)
@@ -269,12 +271,12 @@ def _match_all(
     """Compute all pairs, for a slice of anchors at a time."""
     slices = anchors.split(max(1, _MOST_PAIRS // len(boxes)))
     highest, matched = (
-        torch.cat(part) for part in zip(*(_iou(boxes[:, None], s).max(dim=0) for s in slices), strict=True)
+        torch.cat(part) for part in zip(*(iou_of(boxes[:, None], s).max(dim=0) for s in slices), strict=True)
     )
     outcome = _label(highest, thresholds, labels)
     if low_quality_matches:
-        best = torch.stack([_iou(boxes[:, None], s).amax(dim=1) for s in slices]).amax(dim=0)
-        tied = [(_iou(boxes[:, None], s) == best[:, None]).any(dim=0) for s in slices]
+        best = torch.stack([iou_of(boxes[:, None], s).amax(dim=1) for s in slices]).amax(dim=0)
+        tied = [(iou_of(boxes[:, None], s) == best[:, None]).any(dim=0) for s in slices]
         outcome[torch.cat(tied)] = 1
     return Matches(matched, outcome)
 

@@ -254,7 +254,7 @@ def _intersection(a0, b0, a1, b1, x0, y0, x1, y1):
 
 @triton.jit
 def _iou(a0, b0, a1, b1, x0, y0, x1, y1):
-    """IoU of a box with anchors, operation by operation as `match._iou`, the division rounded as there."""
+    """IoU of a box with anchors, operation by operation as `match.iou_of`, the division rounded as there."""
     intersection = _intersection(a0, b0, a1, b1, x0, y0, x1, y1)
     union = (a1 - a0) * (b1 - b0) + (x1 - x0) * (y1 - y0) - intersection
     return tl.where(intersection > 0, tl.div_rn(intersection, union), 0.0)

@@ -122,6 +122,18 @@ def test_comparison_adds_up(small_search):
     assert "keep the current anchors" not in text
 
 
+def test_comparison_with_atss_counts_its_positives_and_says_so(small_search):
+    train = [scene(0, images=4)]
+    by_iou, by_atss = (
+        compare(make_cfg(MODEL__FOCAL__ASSIGNER__NAME=name), train, num_sizes=1) for name in ("iou", "atss")
+    )
+    assert by_iou.proposed == by_atss.proposed
+    assert by_iou.before["fitted"].positives_per_box != by_atss.before["fitted"].positives_per_box
+    line = "MODEL.FOCAL.ASSIGNER.NAME is atss: positives and negatives are those of atss, all other columns"
+    assert line in by_atss.as_text()
+    assert "ASSIGNER" not in by_iou.as_text()
+
+
 def test_yaml_is_a_config(small_search):
     result = compare(make_cfg(), [scene(0)])
     cfg = make_cfg()

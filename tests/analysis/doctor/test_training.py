@@ -70,6 +70,19 @@ def test_anchor_facts_of_three_boxes():
     assert facts.aspect[1] == 2
 
 
+def test_anchor_facts_with_atss_count_its_anchors_and_say_what_iou_counts():
+    # No anchor's centre is inside the second box; no anchor is ignored.
+    boxes = [[32, 32, 32, 32], [190, 160, 1, 64]] * 3
+    cfg = square_anchors(MODEL__FOCAL__ASSIGNER__NAME="atss")
+    facts, findings = anchor_facts(cfg, {"train": table(boxes, [0, 1] * 3)})
+    assert (facts.boxes, facts.with_anchor) == (6, 3)
+    assert facts.positives + facts.negatives == 1364
+    assert [x.code for x in findings] == ["assigner", "imbalance"]
+    assert "NAME is atss: positive and negative anchors are those of atss, and 5 of 6" in findings[0].message
+    _, findings = anchor_facts(square_anchors(), {"train": table(boxes, [0, 1] * 3)})
+    assert [x.code for x in findings] == ["box-long", "anchor-recall", "imbalance"]
+
+
 def test_anchor_facts_are_those_of_the_training_resolution():
     boxes = [[16, 16, 16, 16]]
     cfg = square_anchors(INPUT__MIN_SIZE_TRAIN=(512,))
