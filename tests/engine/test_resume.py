@@ -596,6 +596,15 @@ def test_parameters_may_be_frozen_when_resuming(checkpoint):
     trainer.train()
 
 
+def test_skipped_steps_in_a_row_are_counted_on(checkpoint):
+    loop = checkpoint()()[0].loop
+    loop.steps_skipped = 3
+    state = loop.state_dict()
+    loop.steps_skipped = 0
+    loop.load_state_dict(state)
+    assert loop.steps_skipped == 3
+
+
 class OwnTrainer(FocalTrainer):
     """An optimizer and a schedule of the user's, whose numbers change during training."""
 
@@ -667,10 +676,11 @@ def test_a_run_of_which_only_the_end_is_left_goes_on(job_file, tmp_path, monkeyp
     assert run_main(monkeypatch, "--resume", *run, 3) == 0
     assert saved(tmp_path / "out/model_final.pth")["iteration"] == 2
     assert not (tmp_path / "out/earlier_1").exists()
-    assert run_main(monkeypatch, "--resume", *run, 1) == 0
-    assert (
-        "3 iterations are done and SOLVER.MAX_ITER is 1: nothing is left to train" in capfd.readouterr().out
-    )
+    for most in (3, 1):
+        capfd.readouterr()
+        assert run_main(monkeypatch, "--resume", *run, most) == 0
+        line = f"3 iterations are done and SOLVER.MAX_ITER is {most}: nothing is left to train"
+        assert line in capfd.readouterr().out
 
 
 def test_other_errors_are_not_told_away():

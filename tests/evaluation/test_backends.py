@@ -9,12 +9,17 @@ import sys
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools.cocoeval import COCOeval, Params
 
 from focal_d2.errors import UserError
 from focal_d2.evaluation import backends
-from focal_d2.evaluation.backends import BACKENDS, Detections, Truth, check_backend, coco_curves
+from focal_d2.evaluation.backends import AREAS, BACKENDS, Detections, Truth, check_backend, coco_curves
 from tests.evaluation.scenes import random_scene
+
+
+def test_areas_are_cocos():
+    coco = Params(iouType="bbox")
+    assert dict(zip(coco.areaRngLbl, map(tuple, coco.areaRng), strict=True)) == AREAS
 
 
 def pycocotools_alone(content, found, limits=(1, 10, 100)):
