@@ -1,7 +1,8 @@
 """focal_d2: focal-loss RetinaNet as a detectron2 plugin.
 
-Importing it registers the meta-architecture `FocalRetinaNet`, the backbone builder
-`build_focal_resnet_fpn_backbone` and the embedded datasets `neon_trees_*` and `digits_*` with detectron2.
+Importing it registers with detectron2 the meta-architecture `FocalRetinaNet`, the backbone builders
+`build_focal_resnet_fpn_backbone` and `build_focal_timm_fpn_backbone`, and the embedded datasets
+`neon_trees_*` and `digits_*`.
 
 In the process of a command, `focal_d2.engine` does so instead: `focal-d2 --help` need not wait for it.
 """
@@ -20,7 +21,12 @@ from focal_d2.errors import UserError
 if TYPE_CHECKING:
     from focal_d2.config import add_focal_config
     from focal_d2.inference import Detections, Predictor
-    from focal_d2.modeling import FocalRetinaNet, build_focal_resnet_fpn_backbone, build_focal_retinanet
+    from focal_d2.modeling import (
+        FocalRetinaNet,
+        build_focal_resnet_fpn_backbone,
+        build_focal_retinanet,
+        build_focal_timm_fpn_backbone,
+    )
 
 __version__ = "0.1.0"
 
@@ -32,6 +38,7 @@ __all__ = [
     "add_focal_config",
     "build_focal_resnet_fpn_backbone",
     "build_focal_retinanet",
+    "build_focal_timm_fpn_backbone",
     "register",
 ]
 
@@ -43,6 +50,7 @@ _MODULES = {
     "add_focal_config": "focal_d2.config",
     "build_focal_resnet_fpn_backbone": "focal_d2.modeling",
     "build_focal_retinanet": "focal_d2.modeling",
+    "build_focal_timm_fpn_backbone": "focal_d2.modeling",
 }
 
 

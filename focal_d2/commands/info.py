@@ -38,6 +38,7 @@ _OPTIONAL = {
     "matplotlib": "matplotlib",
     "tensorboard": "tensorboard",
     "scikit-learn": "sklearn",
+    "timm": "timm",
     "triton": "triton",
     "wandb": "wandb",
     "onnx": "onnx",

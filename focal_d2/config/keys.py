@@ -69,8 +69,16 @@ KEYS: dict[str, tuple[Any, Range]] = {
     "MODEL.FOCAL.HEAD.CHANNELS": (0, whole(0, MOST_CHANNELS, note="0: as many as the FPN has")),
     # What P6 is computed from: "res5" (C5; the paper and detectron2's model zoo) or "p5" (later variants).
     "MODEL.FOCAL.FPN.P6_FROM": ("res5", one_of("res5", "p5")),
+    # The levels of the pyramid, strides 8 to 128 or 4 to 64. MODEL.RETINANET.IN_FEATURES must name the same,
+    # and MODEL.ANCHOR_GENERATOR.SIZES has a list for each.
+    "MODEL.FOCAL.FPN.LEVELS": ("p3-p7", one_of("p3-p7", "p2-p6")),
     # How the pyramid's convolutions start: "xavier" (detectron2) or "paper", N(0, 0.01).
     "MODEL.FOCAL.FPN.INIT": ("xavier", one_of("xavier", "paper")),
+    # For MODEL.BACKBONE.NAME build_focal_timm_fpn_backbone: a model of timm (pip install timm), with or
+    # without the tag of pretrained weights: "convnext_tiny", "resnet18.a1_in1k". The backbone checks it.
+    "MODEL.FOCAL.TIMM.NAME": ("", ANYTHING),
+    # Its batch norms: "frozen" (pretrained weights, as FrozenBN of the ResNets) or "trained" (from scratch).
+    "MODEL.FOCAL.TIMM.BATCH_NORM": ("frozen", one_of("frozen", "trained")),
     # Which anchors must detect a box: "iou" (the paper: those of enough IoU, MODEL.RETINANET.IOU_THRESHOLDS
     # and IOU_LABELS) or "atss" (arXiv 1912.02424: a threshold for each box, from anchors near its centre).
     "MODEL.FOCAL.ASSIGNER.NAME": ("iou", one_of("iou", "atss")),
@@ -168,6 +176,9 @@ KEYS: dict[str, tuple[Any, Range]] = {
     "DATALOADER.FOCAL.TIMEOUT": (600.0, number(least=0, most=10**9, note="seconds; 0: no limit")),
     # "SGD" (detectron2's, with SOLVER.MOMENTUM and SOLVER.NESTEROV) or "AdamW".
     "SOLVER.FOCAL.OPTIMIZER": ("SGD", one_of("SGD", "AdamW")),
+    # Multiply the learning rate of the backbone's C5 by this, that of C4 by its square, … (d^5 for a stem of
+    # stride 2); pyramid and head have the whole rate. 1.0: the same rate everywhere.
+    "SOLVER.FOCAL.LAYER_DECAY": (1.0, number(above=0, most=1)),
     # Compute a batch in so many parts, one after another: the same step in less memory. Batch norm, GHM and
     # the like see a part at a time. At most the images that a process has in a batch.
     "SOLVER.FOCAL.ACCUMULATE": (1, whole(1, MOST_IMAGES)),

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 
 from focal_d2.config import RANGES, key_value
 from focal_d2.config.ranges import check_value
-from focal_d2.config.unread_keys import has_known_parts, is_unused
+from focal_d2.config.unread_keys import has_known_parts, is_of_other_backbone, is_unused
 
 
 def check_values(cfg: CfgNode, *sections: str) -> None:
@@ -23,7 +23,7 @@ def check_values(cfg: CfgNode, *sections: str) -> None:
     known = bool(sections) or has_known_parts(cfg)
     for key, range in RANGES.items():
         if sections:
-            is_read = key.startswith(sections)
+            is_read = key.startswith(sections) and not is_of_other_backbone(cfg, key)
         else:
             is_read = (known or not key.startswith("MODEL.")) and not is_unused(cfg, key)
         if is_read:

@@ -55,7 +55,7 @@ _UNUSED_BY_RETINANETS = (
     "MODEL.PANOPTIC_FPN.",
 )
 # What other architectures than FocalRetinaNet read of MODEL.FOCAL, in our backbone or in our trainer.
-_FOCAL_FOR_ALL = ("MODEL.FOCAL.AMP.", "MODEL.FOCAL.FPN.", "MODEL.FOCAL.TF32")
+_FOCAL_FOR_ALL = ("MODEL.FOCAL.AMP.", "MODEL.FOCAL.FPN.", "MODEL.FOCAL.TF32", "MODEL.FOCAL.TIMM.")
 # What only one assigner (MODEL.FOCAL.ASSIGNER.NAME) of FocalRetinaNet reads.
 _OF_ASSIGNERS = {
     "atss": ("MODEL.FOCAL.ASSIGNER.TOPK",),
@@ -122,11 +122,16 @@ def unread_keys(cfg: CfgNode) -> list[str]:
 
 def is_unused(cfg: CfgNode, key: str) -> bool:
     """Return whether no job with the config's architecture, one of detectron2's or ours, uses a key."""
-    if key.startswith(_UNUSED_BY_JOBS):
+    if key.startswith(_UNUSED_BY_JOBS) or is_of_other_backbone(cfg, key):
         return True
     if key.startswith("MODEL.FOCAL.") and cfg.MODEL.META_ARCHITECTURE != "FocalRetinaNet":
         return not key.startswith(_FOCAL_FOR_ALL)
     return key.startswith(_UNUSED_BY_RETINANETS if is_retinanet(cfg) else "MODEL.RETINANET.")
+
+
+def is_of_other_backbone(cfg: CfgNode, key: str) -> bool:
+    """Return whether a key of focal_d2 is for another backbone than the config's."""
+    return key.startswith("MODEL.FOCAL.TIMM.") and cfg.MODEL.BACKBONE.NAME != "build_focal_timm_fpn_backbone"
 
 
 def has_known_parts(cfg: CfgNode) -> bool:

@@ -22,6 +22,7 @@ from focal_d2.data.entries import register_datasets
 from focal_d2.data.image_files import allow_pixels
 from focal_d2.errors import UNLESS_TRUSTED, UserError, did_you_mean, one_line
 from focal_d2.evaluation import check_backend
+from focal_d2.modeling.backbones.timm_fpn import resolve_pixel_values
 from focal_d2.modeling.build import resolve_device
 from focal_d2.modeling.losses import LOSSES, parameter_names
 from focal_d2.storage.configs import find_config
@@ -96,6 +97,7 @@ def load_config(
     ):
         check_choice(key, value, tuple(sorted(name for name, _ in registry)))
     check_values(cfg)
+    resolve_pixel_values(cfg)
     # The evaluator is built at the end of training, which is too late to report a wrong backend.
     check_backend(cfg.TEST.FOCAL.EVAL_BACKEND)
     allow_pixels(cfg.INPUT.FOCAL.MAX_PIXELS)  # readers of annotations open images to read their size

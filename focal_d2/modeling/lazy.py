@@ -24,9 +24,12 @@ from focal_d2.modeling.retinanet import FocalRetinaNet
 # Keys of MODEL.FOCAL for parts that a LazyConfig passes as finished modules.
 _KEYS_OF_PARTS = {
     "FPN.INIT": "backbone",
+    "FPN.LEVELS": "backbone",
     "FPN.P6_FROM": "backbone.top_block",
     "HEAD.CHANNELS": "head.conv_dims",
     "LOW_QUALITY_MATCHES": "anchor_matcher.allow_low_quality_matches",
+    "TIMM.BATCH_NORM": "backbone",
+    "TIMM.NAME": "backbone",
 }
 # Arguments of detectron2's RetinaNet, and the keys with the same legal values.
 _NUMBERS = {

@@ -20,7 +20,8 @@ from focal_d2.storage.checkpoint_folder import LAST, CheckpointFolder
 from focal_d2.storage.downloads import check_address, fetch, is_address
 from focal_d2.storage.files import check_regular, write_aside
 from focal_d2.storage.pickles import ForbiddenImportError
-from focal_d2.storage.weights import read_pickle, read_torch
+from focal_d2.storage.pretrained import check_pretrained, fetch_pretrained, is_pretrained
+from focal_d2.storage.weights import read_pickle, read_safetensors, read_torch
 
 # What the losses remember: not in detectron2's checkpoints, and each loss has its own.
 _OURS = ("loss_normalizer.", "cls_loss.", "box_loss.")
@@ -197,7 +198,9 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
         check_file(path, allow_download=self.allow_download)
         before = {name: x.detach().to("cpu", copy=True) for name, x in self.model.state_dict().items()}
         try:
-            if is_address(file):
+            if is_pretrained(file):
+                file = fetch_pretrained(file)
+            elif is_address(file):
                 file = fetch(file, allow_download=self.allow_download)
             # fvcore's: detectron2's, between, takes every path for an address.
             return dict(Checkpointer.load(self, file, *args, **kwargs))
@@ -225,8 +228,12 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
             state = read_torch(filename, trusted=self.trust_files)["model_state"]
             state = {name: x for name, x in state.items() if not name.endswith(_COUNTER)}
             return {"model": state, "__author__": "pycls", "matching_heuristics": True}
-        content = self.read_torch_file(filename)
-        content = content if "model" in content else {"model": content}
+        content: dict[str, Any]
+        if filename.endswith(".safetensors"):
+            content = {"model": read_safetensors(filename)}
+        else:
+            content = self.read_torch_file(filename)
+            content = content if "model" in content else {"model": content}
         return {**content, "matching_heuristics": True} if self._by_heuristics else content
 
     def read_torch_file(self, filename: str) -> dict[str, Any]:
@@ -248,6 +255,7 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
         for name in checkpoint["model"]:
             if not str(name).isprintable():  # fvcore and detectron2 log names as they are
                 raise ValueError(f"an entry is called {name!r}; control characters are refused")
+        translated = self._translate(checkpoint)
         incompatible = super().load_model(checkpoint)
         misshaped = {name: (theirs, ours) for name, theirs, ours in incompatible.incorrect_shapes}
         entries = set(self.model.state_dict())
@@ -258,7 +266,7 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
             prefix = next((x for x in _PRETRAINED if any(n.startswith(x) for n in entries)), "")
             needed = {n for n in entries if n.startswith(prefix)}
             missing &= needed
-            surplus = {n for n in surplus if _BLOCK.search(n)}
+            surplus = {n for n in surplus if translated or _BLOCK.search(n)}
             misshaped = {n: shapes for n, shapes in misshaped.items() if n in needed}
         self._check_classes(misshaped)
         reasons = []
@@ -276,6 +284,22 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
             raise UserError(f"weights {self._source} do not fit this model: they {'; '.join(reasons)}")
         check_finite(self.model)
         return incompatible
+
+    def _translate(self, checkpoint: dict[str, Any]) -> bool:
+        """Give a backbone's own weights the model's names, in place; return whether they were such weights.
+
+        A backbone of another library than detectron2 has `translate_weights`: that library's files have
+        other names than our checkpoints.
+        """
+        bottom_up = getattr(getattr(self.model, "backbone", None), "bottom_up", None)
+        translate = getattr(bottom_up, "translate_weights", None)
+        if translate is None or any(str(name).startswith(_PRETRAINED) for name in checkpoint["model"]):
+            return False
+        weights = checkpoint["model"]
+        for name in ("state_dict", "state_dict_ema"):  # what timm's training script saves
+            weights = weights[name] if isinstance(weights.get(name), dict) else weights
+        checkpoint["model"] = {f"{_PRETRAINED[0]}{name}": x for name, x in translate(weights).items()}
+        return True
 
     def convert_arrays(self, state_dict: dict[str, Any]) -> None:
         """Make tensors of arrays, and check the types; the entries have the model's names by then."""
@@ -352,7 +376,9 @@ def check_file(path: str, *, allow_download: bool = False) -> None:
         UserError: if not.
     """
     file, _ = _without_option(path)
-    if is_address(file):
+    if is_pretrained(file):
+        check_pretrained(file)
+    elif is_address(file):
         check_address(file, allow_download=allow_download)
     elif file and not os.path.exists(file):
         raise UnusableFileError(f"weights file not found: {file}")

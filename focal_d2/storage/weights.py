@@ -1,4 +1,4 @@
-"""Files of weights: those of `torch.save`, and the pickles of the model zoos, read without running code."""
+"""Files of weights: of `torch.save`, pickles of the model zoos, safetensors; read without running code."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import IO, Any
 
 import torch
 
+from focal_d2.errors import UserError
 from focal_d2.storage.downloads import LARGEST_DOWNLOAD
-from focal_d2.storage.files import open_file
+from focal_d2.storage.files import open_file, read_file
 from focal_d2.storage.pickles import Reader, Storage, unpickle
 
 LONGEST_DIRECTORY = 2**24  # bytes of a zip file's directory; a tensor takes about 70
@@ -69,6 +70,21 @@ def read_pickle(path: str, *, trusted: bool) -> Any:
             return pickle.load(file, encoding="latin1")
         size = os.fstat(file.fileno()).st_size
         return unpickle(Reader(file, size), size)
+
+
+def read_safetensors(path: str) -> dict[str, torch.Tensor]:
+    """Read a file of the safetensors format: tensors and their names, nothing that could run.
+
+    Raises:
+        UserError: if the library that reads it is not installed.
+        Exception: of several types, if the file is damaged or something else.
+    """
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise UserError(f"{path} needs safetensors ({error}): pip install safetensors") from error
+    tensors: dict[str, torch.Tensor] = safetensors.torch.load(read_file(path, limit=LARGEST_DOWNLOAD))
+    return tensors
 
 
 def _read_zip(file: IO[bytes], size: int) -> Any:

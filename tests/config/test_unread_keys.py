@@ -176,6 +176,7 @@ def test_unread_keys_names_what_is_read_instead():
         ("FocalRetinaNet", "MODEL__RPN__BATCH_SIZE_PER_IMAGE", 8, True),
         ("RetinaNet", "MODEL__FOCAL__LOSS__NAME", "ghm", True),
         ("RetinaNet", "MODEL__FOCAL__FPN__INIT", "paper", False),
+        ("RetinaNet", "MODEL__FOCAL__TIMM__NAME", "resnet18", True),  # of a ResNet of detectron2
         ("FocalRetinaNet", "MODEL__FOCAL__LOSS__NAME", "ghm", False),
         ("GeneralizedRCNN", "TEST__AUG__ENABLED", True, True),
         ("GeneralizedRCNN", "MODEL__RETINANET__NMS_THRESH_TEST", 0.4, True),

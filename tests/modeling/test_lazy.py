@@ -97,6 +97,11 @@ def test_the_assigner_is_the_matcher_unless_another_one_is_named(name, kind):
         ({"CHANNELS_LAST": 3}, "model.focal: .*CHANNELS_LAST"),
         ({"HEAD": {"CHANNELS": 64}}, "model.focal.HEAD.CHANNELS has no effect .*model.head.conv_dims"),
         ({"LOW_QUALITY_MATCHES": False}, "model.focal.LOW_QUALITY_MATCHES has no effect"),
+        (
+            {"FPN": {"LEVELS": "p2-p6"}},
+            "model.focal.FPN.LEVELS has no effect in a LazyConfig: set model.backbone",
+        ),
+        ({"TIMM": {"NAME": "resnet18"}}, "model.focal.TIMM.NAME has no effect"),
     ],
 )
 def test_a_mistake_in_focal_is_named(focal, match):
