@@ -165,6 +165,17 @@ KEYS: dict[str, tuple[Any, Range]] = {
     # A box that shows less than this share of its area in the crop is an ignored region: neither object nor
     # background.
     "INPUT.FOCAL.BOX_CROP.MIN_VISIBLE": (0.25, number(least=0, most=1)),
+    # How often an image becomes a mosaic (arXiv 2004.10934): windows of it and three others around a point,
+    # of the size of the first. All other augmentations come before; BOX_CROP.MIN_VISIBLE counts here, too.
+    "INPUT.FOCAL.MOSAIC.PROBABILITY": (0.0, number(least=0, most=1)),
+    # Each of the four is resized by a factor drawn from [low, high] before its window is cut.
+    "INPUT.FOCAL.MOSAIC.SCALE": (
+        [0.5, 1.0],
+        list_of(number(above=0, most=1), length=2, order="not descending"),
+    ),
+    # The last share of the iterations, in which nothing is mixed: training ends with images as evaluation has
+    # them, whole and without edges inside.
+    "INPUT.FOCAL.PLAIN_SHARE": (0.1, number(least=0, most=1)),
     # Own datasets, a list of {NAME, FORMAT (coco, voc, yolo, csv), IMAGES, ANNOTATIONS, CLASSES, LIST}: see
     # docs/data.md. `data.entries` checks them.
     "DATASETS.FOCAL": ([], ANYTHING),

@@ -5,6 +5,8 @@
 3. `INPUT.RANDOM_FLIP`, `VERTICAL_FLIP`, `ROTATE_90`.
 4. `BRIGHTNESS`, `CONTRAST`, `SATURATION`, `HUE`.
 
+`mixing` then puts several images together.
+
 All draw from NumPy's global generator, as detectron2's do. Images are (H, W, C) uint8, of YUV-BT.601 float32.
 """
 

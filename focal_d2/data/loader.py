@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from focal_d2.data.handover import hand_over
+from focal_d2.data.mixing import Mixing, build_mixing, check_unmixed
 from focal_d2.data.sampling import build_sampler, check_sampler, training_records
 from focal_d2.data.seeding import derived_seed, seeded
 from focal_d2.data.workers import (
@@ -36,8 +37,9 @@ from focal_d2.errors import UserError
 # More images than any training draws: to continue after so many would take an hour of counting.
 _MOST_DRAWS = 10**9
 
-# Tells the seed that a sample has for its losses from that of its augmentation.
+# Tell the seeds of a sample's losses, and of what is mixed into it, from that of its augmentation.
 _FOR_LOSSES = 1
+_FOR_MIXING = 2
 
 
 class TrainingBatches(Sampler[list[tuple[int, int]]]):
@@ -80,13 +82,28 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
 class SeededSamples(Dataset[dict[str, Any]]):
     """Mapped records; the augmentation of each is seeded by (seed, number of the draw).
 
-    So is their "sampling_seed", which losses that choose examples at random read. Both are the same in any
-    number of workers and ranks, and after a resumption.
+    So are what is mixed into it, and its "sampling_seed", which losses that choose examples at random read.
+    All are the same in any number of workers and ranks, and after a resumption.
     """
 
-    def __init__(self, records: list[dict[str, Any]], mapper: Callable[[Any], Any], *, seed: int) -> None:
-        """Take the records, which are packed as detectron2 does, so that workers share them."""
+    def __init__(
+        self,
+        records: list[dict[str, Any]],
+        mapper: Callable[[Any], Any],
+        *,
+        mixing: Mixing | None,
+        seed: int,
+    ) -> None:
+        """Take the records, which are packed as detectron2 does, so that workers share them.
+
+        Args:
+            records: in detectron2's format.
+            mapper: from a record to a sample.
+            mixing: puts other samples into one; None: each is of one record.
+            seed: of all draws.
+        """
         self.records, self.mapper, self.seed = DatasetFromList(records, copy=False), mapper, seed
+        self.mixing = mixing
 
     def __len__(self) -> int:
         return len(self.records)
@@ -95,8 +112,15 @@ class SeededSamples(Dataset[dict[str, Any]]):
         """Map the record of (number of the draw, place in the list)."""
         draw, image = key
         with seeded(self.seed, draw):
-            sample = self.mapper(self.records[image])
+            sample = self._read(image)
+        if self.mixing is not None and draw < self.mixing.end:
+            with seeded(self.seed, draw, _FOR_MIXING):
+                sample = self.mixing(sample, self._read)
         sample["sampling_seed"] = derived_seed(self.seed, draw, _FOR_LOSSES)
+        return sample
+
+    def _read(self, image: int) -> dict[str, Any]:
+        sample: dict[str, Any] = self.mapper(self.records[image])
         return sample
 
 
@@ -312,6 +336,7 @@ def build_training_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Any:
     records = training_records(cfg)
     pinned = torch.device(cfg.MODEL.DEVICE).type == "cuda"
     if not isinstance(records, list):
+        check_unmixed(cfg)
         # Each sample by itself: detectron2 makes the batches elsewhere.
         return build_detection_train_loader(
             cfg, mapper=_HandedOver(mapper, pinned=pinned), dataset=records, pin_memory=pinned
@@ -326,7 +351,7 @@ def build_training_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Any:
             )
         wide = np.array([x["width"] > x["height"] for x in records])
     return TrainingLoader(
-        SeededSamples(records, mapper, seed=seed),
+        SeededSamples(records, mapper, mixing=build_mixing(cfg, records), seed=seed),
         lambda seed: build_sampler(cfg, records, seed=seed),
         resumes_seed=cfg.SEED < 0,
         images=cfg.SOLVER.IMS_PER_BATCH,
