@@ -88,7 +88,7 @@ def fetch(address: str, *, allow_download: bool, limit: int = LARGEST_DOWNLOAD) 
         UserError: if it may not be fetched, or can't be.
     """
     url = check_address(address, allow_download=allow_download)
-    root = os.path.expanduser(os.environ.get("FVCORE_CACHE", "~/.torch/iopath_cache"))
+    root = cache_folder()
     target = os.path.join(root, *_place(url))
     folder = os.path.dirname(target)
     if os.path.commonpath([os.path.realpath(root), os.path.realpath(folder)]) != os.path.realpath(root):
@@ -97,7 +97,7 @@ def fetch(address: str, *, allow_download: bool, limit: int = LARGEST_DOWNLOAD) 
         return target
     try:
         os.makedirs(folder, exist_ok=True)
-        with _locked(f"{target}.lock"):
+        with locked(f"{target}.lock"):
             if not os.path.isfile(target):
                 _download(url, target, allow_download=allow_download, limit=limit)
     except UserError:
@@ -105,6 +105,11 @@ def fetch(address: str, *, allow_download: bool, limit: int = LARGEST_DOWNLOAD) 
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"{address} can't be fetched into {folder}: {describe_error(error)}") from error
     return target
+
+
+def cache_folder() -> str:
+    """Return the folder of what was downloaded: $FVCORE_CACHE, or detectron2's default."""
+    return os.path.expanduser(os.environ.get("FVCORE_CACHE", "~/.torch/iopath_cache"))
 
 
 def _url(address: str) -> str:
@@ -136,7 +141,7 @@ def _place(url: str) -> list[str]:
 
 
 @contextmanager
-def _locked(path: str) -> Iterator[None]:
+def locked(path: str) -> Iterator[None]:
     """Hold a lock, so that only one process downloads at a time."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:

