@@ -933,7 +933,7 @@ def test_is_read_right_or_refused_in_one_line(case, backend, tmp_path):
             read(broken, backend)
         message = user_message(error.value)
         assert "\n" not in message
-        assert len(message) < 400
+        assert len(message.replace(str(tmp_path), "")) < 300
         assert re.search(match, message), message
         # Where the item alone matters, the file is named all the same.
         assert re.search(r"annotations|images/|data\.yaml|CLASSES", message), message

@@ -17,7 +17,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from focal_d2.console import prepare_output
 from focal_d2.engine.launch.signals import SIGNALS, StopRequest, signal_children
-from focal_d2.engine.launch.torchrun import run_under_torchrun
+from focal_d2.engine.launch.torchrun import leave_group, run_under_torchrun
 from focal_d2.errors import UserError, user_message
 
 # Seconds that the processes have after the first signal, to end their iteration or evaluation and save.
@@ -111,5 +111,5 @@ def _run_in_child(run: Callable[[argparse.Namespace], None], args: argparse.Name
             raise
         # The parent process shows the last line of a child's exception.
         raise UserError(message) from None
-    distributed.destroy_process_group()
+    leave_group()
     sys.stdout.flush()

@@ -62,6 +62,12 @@ def run_under_torchrun(run: Callable[[argparse.Namespace], None], args: argparse
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
     comm.create_local_process_group(ranks)
     run(args)
+    leave_group()
+
+
+def leave_group() -> None:
+    """Leave the group of processes when all are done: one that still uses it would end with SIGABRT."""
+    comm.synchronize()
     distributed.destroy_process_group()
 
 
