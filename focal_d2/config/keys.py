@@ -173,6 +173,12 @@ KEYS: dict[str, tuple[Any, Range]] = {
         [0.5, 1.0],
         list_of(number(above=0, most=1), length=2, order="not descending"),
     ),
+    # How often boxes of another image are pasted into one, with their pixels, after the mosaic. Their number
+    # is drawn from 1 to BOXES, or to all that the other image has.
+    "INPUT.FOCAL.COPY_PASTE.PROBABILITY": (0.0, number(least=0, most=1)),
+    "INPUT.FOCAL.COPY_PASTE.BOXES": (5, whole(1, MOST_BOXES)),
+    # They cover at most this share of the area of any box in the image.
+    "INPUT.FOCAL.COPY_PASTE.MAX_COVERED": (0.3, number(least=0, most=1)),
     # The last share of the iterations, in which nothing is mixed: training ends with images as evaluation has
     # them, whole and without edges inside.
     "INPUT.FOCAL.PLAIN_SHARE": (0.1, number(least=0, most=1)),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,37 +50,48 @@ class _Content(NamedTuple):
         return self.image.shape[1], self.image.shape[2]
 
 
+class Step(NamedTuple):
+    """One kind of mixing."""
+
+    probability: float
+    mix: Callable[[_Sample, Callable[[], _Sample]], _Sample]  # a sample, and what reads another one
+    records: np.ndarray  # int64: positions of the records to draw from, each as likely
+
+
 class Mixing:
     """What `INPUT.FOCAL.*` asks for, and until which draw."""
 
-    def __init__(self, steps: Sequence[tuple[float, Mosaic]], *, images: int, end: int) -> None:
+    def __init__(self, steps: Sequence[Step], *, end: int) -> None:
         """Set up the steps.
 
         Args:
-            steps: each with its probability, in the order in which they are applied.
-            images: number of records to draw from.
+            steps: in the order in which they are applied.
             end: draws from this one on stay as they are.
         """
-        self.steps, self.images, self.end = steps, images, end
+        self.steps, self.end = steps, end
 
     def __call__(self, sample: _Sample, read: Callable[[int], _Sample]) -> _Sample:
         """Mix other samples into one.
 
         Args:
-            sample: what was drawn. It may be changed.
-            read: maps the record at a position; each is as likely.
+            sample: what was drawn. Its image is written to.
+            read: maps the record at a position.
 
         Raises:
             UserError: if a sample has no annotations.
         """
-        for probability, step in self.steps:
-            if _uniform(0, 1) < probability:
-                sample = step(sample, lambda: read(_whole(self.images - 1)))
+
+        def read_one(records: np.ndarray) -> _Sample:
+            return read(int(records[_whole(len(records) - 1)]))
+
+        for step in self.steps:
+            if _uniform(0, 1) < step.probability and len(step.records):
+                sample = step.mix(sample, partial(read_one, step.records))
         return sample
 
 
 def build_mixing(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> Mixing | None:
-    """Read `INPUT.FOCAL.MOSAIC` and `PLAIN_SHARE`; return None if nothing is mixed.
+    """Read `INPUT.FOCAL.MOSAIC`, `COPY_PASTE` and `PLAIN_SHARE`; return None if nothing is mixed.
 
     Args:
         cfg: full config, its values checked.
@@ -88,22 +100,31 @@ def build_mixing(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> Mixing | No
     Raises:
         UserError: if the model or the records have more than boxes.
     """
+    names = _names(cfg)
+    if not names:
+        return None
+    for key in ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS"):
+        if cfg.MODEL[key]:
+            raise UserError(f"INPUT.FOCAL.{names[0]} knows boxes only: MODEL.{key} must be False")
+    if any("sem_seg_file_name" in x for x in records):
+        raise UserError(
+            f"INPUT.FOCAL.{names[0]} knows boxes only, but DATASETS.TRAIN has semantic segmentation"
+        )
     inputs = cfg.INPUT.FOCAL
     min_visible = inputs.BOX_CROP.MIN_VISIBLE
     steps = []
     if inputs.MOSAIC.PROBABILITY:
         mosaic = Mosaic(scale=tuple(inputs.MOSAIC.SCALE), fill=_fill(cfg), min_visible=min_visible)
-        steps.append((inputs.MOSAIC.PROBABILITY, mosaic))
-    if not steps:
-        return None
-    for key in ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS"):
-        if cfg.MODEL[key]:
-            raise UserError(f"INPUT.FOCAL.MOSAIC knows boxes only: MODEL.{key} must be False")
-    if any("sem_seg_file_name" in x for x in records):
-        raise UserError("INPUT.FOCAL.MOSAIC knows boxes only, but DATASETS.TRAIN has semantic segmentation")
+        steps.append(Step(inputs.MOSAIC.PROBABILITY, mosaic, np.arange(len(records))))
+    if inputs.COPY_PASTE.PROBABILITY:
+        paste = CopyPaste(
+            most=inputs.COPY_PASTE.BOXES, max_covered=inputs.COPY_PASTE.MAX_COVERED, min_visible=min_visible
+        )
+        with_boxes = [not all(a.get("iscrowd", 0) for a in x.get("annotations", ())) for x in records]
+        steps.append(Step(inputs.COPY_PASTE.PROBABILITY, paste, np.flatnonzero(with_boxes)))
     # By the draw and not the iteration: then workers, which read ahead, need no iteration.
     iterations = math.floor(cfg.SOLVER.MAX_ITER * (1 - inputs.PLAIN_SHARE))
-    return Mixing(steps, images=len(records), end=iterations * cfg.SOLVER.IMS_PER_BATCH)
+    return Mixing(steps, end=iterations * cfg.SOLVER.IMS_PER_BATCH)
 
 
 def check_unmixed(cfg: CfgNode) -> None:
@@ -112,11 +133,15 @@ def check_unmixed(cfg: CfgNode) -> None:
     Raises:
         UserError: naming the key.
     """
-    if cfg.INPUT.FOCAL.MOSAIC.PROBABILITY:
+    if names := _names(cfg):
         raise UserError(
-            "INPUT.FOCAL.MOSAIC draws images from a list of records, which DATASETS.TRAIN does not have: set "
-            "PROBABILITY 0"
+            f"INPUT.FOCAL.{names[0]} draws images from a list of records, which DATASETS.TRAIN does not "
+            "have: set PROBABILITY 0"
         )
+
+
+def _names(cfg: CfgNode) -> list[str]:
+    return [name for name in ("MOSAIC", "COPY_PASTE") if cfg.INPUT.FOCAL[name].PROBABILITY]
 
 
 def _fill(cfg: CfgNode) -> list[float]:
@@ -153,7 +178,7 @@ class Mosaic:
         fill = self.fill if dtype.is_floating_point else self.fill.round()
         image = fill.to(dtype)[:, None, None].repeat(1, height, width)
         mosaic = _Content(image, *(x[:0] for x in contents[0][1:]))
-        for content, place in zip(contents, _places(), strict=True):
+        for content, place in zip(contents, _order(4), strict=True):
             below, right = divmod(place, 2)
             room = (height - row if below else row), (width - column if right else column)
             content = _resized(content, _uniform(*self.scale))
@@ -165,9 +190,70 @@ class Mosaic:
         return _sample_of(sample, mosaic, "mosaic with", samples[1:])
 
 
-def _places() -> list[int]:
-    """Draw the order of the four quarters, which are numbered row by row."""
-    order: list[int] = np.random.permutation(4).tolist()  # noqa: NPY002
+class CopyPaste:
+    """Boxes of another image, pasted with their pixels (arXiv 2012.07177 pastes objects by their masks)."""
+
+    def __init__(self, *, most: int, max_covered: float, min_visible: float) -> None:
+        """Set up the pasting.
+
+        Args:
+            most: boxes to paste; their number is uniform from 1 on.
+            max_covered: the largest share of a box's area that all pasted boxes together may cover.
+            min_visible: share of a box's area from which it is an object.
+        """
+        self.most, self.max_covered, self.min_visible = most, max_covered, min_visible
+
+    def __call__(self, sample: _Sample, draw_other: Callable[[], _Sample]) -> _Sample:
+        """Draw another sample and paste some of its boxes at random positions.
+
+        What else is inside a pasted box is pasted with it, as an object or as an ignored region. A box that
+        does not fit into the image, or for which several positions would cover too much, is left out.
+        """
+        other = draw_other()
+        content, source = _content_of(sample), _content_of(other)
+        if not len(source.boxes):
+            return sample
+        covered = torch.zeros(len(content.boxes))  # (M,) area of each box that is covered
+        number = 1 + _whole(min(self.most, len(source.boxes)) - 1)
+        pasted = 0
+        for left, top, right, bottom in source.boxes[_order(len(source.boxes))[:number]].tolist():
+            corner = math.floor(top), math.floor(left)
+            part = _window(
+                source,
+                *corner,
+                math.ceil(bottom) - corner[0],
+                math.ceil(right) - corner[1],
+                min_visible=self.min_visible,
+            )
+            place = self._find_place(content, part.size, covered)
+            if place is None:
+                continue
+            at, shares = place
+            content, pasted = _pasted(content, part, *at), pasted + 1
+            covered = torch.cat([covered + shares, torch.zeros(len(part.boxes))])
+        return _sample_of(sample, content, "pasted from", [other]) if pasted else sample
+
+    def _find_place(
+        self, content: _Content, size: tuple[int, int], covered: Tensor
+    ) -> tuple[tuple[int, int], Tensor] | None:
+        """Draw where a rectangle goes; return its upper left corner and the area (M,) of boxes under it."""
+        room = [a - b for a, b in zip(content.size, size, strict=True)]
+        if min(room) < 0:
+            return None
+        whole = _areas(content.boxes)
+        for _ in range(_TRIES):
+            top, left = map(_whole, room)
+            low, high = torch.tensor([left, top]), torch.tensor([left + size[1], top + size[0]])
+            sides = torch.minimum(content.boxes[:, 2:], high) - torch.maximum(content.boxes[:, :2], low)
+            under = sides.clamp(min=0).prod(1)
+            if (covered + under <= self.max_covered * whole).all():
+                return (top, left), under
+        return None
+
+
+def _order(number: int) -> list[int]:
+    """Draw an order of so many things."""
+    order: list[int] = np.random.permutation(number).tolist()  # noqa: NPY002
     return order
 
 
@@ -183,7 +269,9 @@ def _whole(most: int) -> int:
 def _content_of(sample: _Sample) -> _Content:
     """Take a mapped sample apart."""
     if "instances" not in sample:
-        raise UserError(f"{sample.get('file_name')} has no annotations, which INPUT.FOCAL.MOSAIC needs")
+        raise UserError(
+            f"{sample.get('file_name')} has no annotations, which INPUT.FOCAL.MOSAIC and COPY_PASTE need"
+        )
     instances = sample["instances"]
     return _Content(
         sample["image"],

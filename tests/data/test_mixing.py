@@ -9,12 +9,20 @@ from detectron2.structures import Boxes, Instances
 
 from focal_d2 import UserError
 from focal_d2.data import mixing, register_datasets
-from focal_d2.data.mixing import Mosaic, build_mixing
+from focal_d2.data.mixing import CopyPaste, Mosaic, build_mixing
 from focal_d2.data.seeding import seeded
 from focal_d2.engine import FocalTrainer
 from tests.conftest import make_cfg
 
 MOSAIC = {"INPUT__FOCAL__MOSAIC__PROBABILITY": 1.0, "INPUT__FOCAL__PLAIN_SHARE": 0.0}
+PASTE = {
+    "INPUT__FOCAL__COPY_PASTE__PROBABILITY": 1.0,
+    "INPUT__FOCAL__COPY_PASTE__MAX_COVERED": 1.0,
+    "INPUT__FOCAL__PLAIN_SHARE": 0.0,
+}
+each_kind = pytest.mark.parametrize(
+    "on", [MOSAIC, PASTE, {**MOSAIC, **PASTE}], ids=["mosaic", "paste", "both"]
+)
 
 
 def sample(value, boxes=(), ignored=(), *, size=(8, 8), classes=None, channels=1, dtype=torch.uint8):
@@ -49,7 +57,7 @@ def test_a_mosaic_by_hand(monkeypatch):
         monkeypatch,
         _uniform=[0.5, 0.25, 1, 1, 1, 1],
         _whole=[4, 0, 0, 6, 1, 2, 0, 3],  # rows and columns at which the windows start
-        _places=[[3, 0, 1, 2]],
+        _order=[[3, 0, 1, 2]],
     )
     first = sample(10, [[0.0, 4, 4, 8], [5, 3, 8, 8]])  # its window is (0, 4, 6, 8), moved by (2, 0)
     others = iter(
@@ -72,7 +80,7 @@ def test_a_mosaic_by_hand(monkeypatch):
 
 
 def test_boxes_of_which_too_little_is_left_are_ignored_regions(monkeypatch):
-    let_draw(monkeypatch, _uniform=[0.5, 0.5, 1, 1, 1, 1], _whole=[0] * 8, _places=[[0, 1, 2, 3]])
+    let_draw(monkeypatch, _uniform=[0.5, 0.5, 1, 1, 1, 1], _whole=[0] * 8, _order=[[0, 1, 2, 3]])
     cut = sample(1, [[0.0, 0, 8, 8], [0, 0, 8, 4], [5, 5, 8, 8]])  # a quarter, a half and nothing are left
     mosaic = make_mosaic(min_visible=0.3)(cut, lambda: sample(2))
     assert boxes_of(mosaic) == [[0, 0, 4, 4]]
@@ -83,7 +91,7 @@ def test_boxes_of_which_too_little_is_left_are_ignored_regions(monkeypatch):
 def test_images_that_are_smaller_than_their_quarter_touch_the_meeting_point(monkeypatch):
     # The first is 8 × 8 pixels and resized to 2 × 2, with its box of 4 × 8; the others have 3 × 2, 1 × 1 and
     # 8 × 12 pixels, which become 2 × 1, 1 × 1 and 2 × 3.
-    let_draw(monkeypatch, _uniform=[0.5, 0.5, 0.25, 0.5, 0.5, 0.25], _whole=[0] * 8, _places=[[0, 1, 2, 3]])
+    let_draw(monkeypatch, _uniform=[0.5, 0.5, 0.25, 0.5, 0.5, 0.25], _whole=[0] * 8, _order=[[0, 1, 2, 3]])
     others = iter([sample(20, size=(3, 2)), sample(30, size=(1, 1)), sample(40, size=(8, 12))])
     mosaic = make_mosaic(fill=(7.4,))(sample(10, [[4.0, 0, 8, 8]]), lambda: next(others))
     expected = torch.full((1, 8, 8), 7, dtype=torch.uint8)
@@ -104,7 +112,61 @@ def test_a_mosaic_of_hardly_any_pixel_has_that_size(size):
     assert mosaic["image"].shape[1:] == mosaic["instances"].image_size == size
 
 
-def test_boxes_of_random_mosaics_show_their_own_pixels():
+def make_paste(most=5, *, max_covered=0.3, min_visible=0.25) -> CopyPaste:
+    return CopyPaste(most=most, max_covered=max_covered, min_visible=min_visible)
+
+
+def test_pasted_boxes_by_hand(monkeypatch):
+    # Three of the other image's boxes are pasted: the last, the first, and the second, which is too high.
+    # Pixels are whole: the last one's window is (3, 1, 6, 3), and the first one's is (5, 0, 8, 4).
+    other = sample(20, [[5.0, 0, 8, 4], [0, 0, 2, 8], [3.5, 1, 5.5, 2.5]], [[0.0, 0, 4, 8]])
+    first = sample(10, [[0.0, 0, 4, 4]], [[6.0, 6, 8, 8]], classes=[7], size=(7, 8))
+    let_draw(
+        monkeypatch,
+        _order=[[2, 0, 1]],
+        # The number less one. The first position covers 2 · 2 of 16 pixels of the box; the second box's first
+        # position 4 more, 0.5 in all and too much, and its second position none.
+        _whole=[2, 2, 2, 0, 1, 3, 4],
+    )
+    result = make_paste(min_visible=0.3)(first, lambda: other)
+    expected = torch.full((1, 7, 8), 10, dtype=torch.uint8)
+    expected[:, 2:4, 2:5] = expected[:, 3:7, 4:7] = 20
+    assert torch.equal(result["image"], expected)
+    # In each window is a part of the other box, 2 of 12 pixels and 0.75 of 3: ignored regions.
+    assert boxes_of(result) == [[0, 0, 4, 4], [2.5, 2, 4.5, 3.5], [4, 3, 7, 7]]
+    assert result["instances"].gt_classes.tolist() == [7, 2, 0]
+    ignored = [[6, 6, 8, 8], [2, 2, 3, 4], [4, 2, 5, 4], [4, 4, 4.5, 5.5]]
+    assert result["ignored_boxes"].tolist() == ignored
+    assert result["file_name"] == "10.png (pasted from 20.png)"
+
+
+def test_boxes_are_not_pasted_where_they_would_hide_others():
+    # Any position covers more than 0.3 of the box, but for the upper left corner of the image.
+    first = sample(10, [[1.0, 1, 8, 8]])
+    for max_covered, pasted in ((0.3, False), (0.7, True)):
+        with seeded(0):
+            result = make_paste(max_covered=max_covered)(dict(first), lambda: sample(20, [[0.0, 0, 6, 6]]))
+        assert (len(result["instances"]) == 2) is pasted
+        assert (result["file_name"] != "10.png") is pasted
+        assert bool((result["image"] == 20).any()) is pasted
+
+
+@pytest.mark.parametrize("boxes", [[], [[0.0, 0, 9, 2]]], ids=["no box", "a box wider than the image"])
+def test_where_nothing_can_be_pasted_the_sample_stays(boxes):
+    first = sample(10, [[0.0, 0, 4, 4]])
+    with seeded(0):
+        result = make_paste()(first, lambda: sample(20, boxes, size=(8, 10)))
+    assert result is first
+
+
+def test_boxes_are_pasted_into_an_image_without_boxes():
+    with seeded(0):
+        result = make_paste()(sample(10), lambda: sample(20, [[0.0, 0, 3, 2]]))
+    (box,) = boxes_of(result)
+    assert (box[2] - box[0], box[3] - box[1]) == (3, 2)
+
+
+def test_boxes_of_random_mixtures_show_their_own_pixels():
     """Each box is of one colour on a background of another, whatever is drawn."""
     generator = torch.Generator().manual_seed(0)
 
@@ -115,13 +177,14 @@ def test_boxes_of_random_mosaics_show_their_own_pixels():
         x["image"][:, top : height - 4, left : width - 5] = 200
         return x
 
-    for seed in range(30):
+    mosaic = make_mosaic(fill=(0,), min_visible=0.0)
+    for seed, mix in itertools.product(range(20), (mosaic, make_paste(max_covered=1.0))):
         with seeded(seed):
-            mosaic = make_mosaic(fill=(0,), min_visible=0.0)(bright(), bright)
-        shown = torch.zeros_like(mosaic["image"])
-        for x0, y0, x1, y1 in boxes_of(mosaic):
+            mixed = mix(bright(), bright)
+        shown = torch.zeros_like(mixed["image"])
+        for x0, y0, x1, y1 in boxes_of(mixed):
             shown[:, int(y0) : int(y1), int(x0) : int(x1)] = 200
-        assert torch.equal(mosaic["image"], shown)
+        assert torch.equal(mixed["image"], shown)
 
 
 @pytest.fixture
@@ -150,11 +213,11 @@ def are_equal(a: dict, b: dict) -> bool:
     return a["file_name"] == b["file_name"] and all(map(torch.equal, *tensors))
 
 
-@pytest.mark.parametrize("on", [MOSAIC], ids=["mosaic"])
+@each_kind
 def test_workers_ranks_and_starts_change_nothing(crowded, monkeypatch, on):
     cfg = make_cfg(**crowded, **on, INPUT__FOCAL__BRIGHTNESS=0.5, INPUT__FOCAL__VERTICAL_FLIP=True)
     whole = samples(cfg, 0, 4)
-    assert all("with" in x["file_name"] for x in whole)
+    assert sum(" (" in x["file_name"] for x in whole) >= 6
     cfg.DATALOADER.NUM_WORKERS = 2
     assert all(map(are_equal, samples(cfg, 1, 4), whole[2:]))
     cfg.DATALOADER.NUM_WORKERS = 0
@@ -190,7 +253,7 @@ def test_a_probability_is_a_share_of_the_samples(crowded):
         {"INPUT__CROP__ENABLED": True, "INPUT__CROP__TYPE": "absolute", "INPUT__CROP__SIZE": [33, 20]},
     ],
 )
-@pytest.mark.parametrize("on", [MOSAIC], ids=["mosaic"])
+@each_kind
 def test_samples_have_the_size_and_type_of_the_first_image(crowded, settings, on):
     cfg = make_cfg(**crowded, **settings)
     mixed_cfg = make_cfg(**crowded, **settings, **on)
@@ -206,7 +269,7 @@ def test_samples_have_the_size_and_type_of_the_first_image(crowded, settings, on
     assert not all(torch.equal(a["image"], b["image"]) for a, b in pairs)
 
 
-@pytest.mark.parametrize("on, name", [(MOSAIC, "MOSAIC")], ids=["mosaic"])
+@pytest.mark.parametrize("on, name", [(MOSAIC, "MOSAIC"), (PASTE, "COPY_PASTE")], ids=["mosaic", "paste"])
 def test_what_has_more_than_boxes_is_refused(on, name):
     with pytest.raises(UserError, match=f"INPUT.FOCAL.{name} knows boxes only: MODEL.MASK_ON must be False"):
         build_mixing(make_cfg(**on, MODEL__MASK_ON=True), [{}])
@@ -219,8 +282,24 @@ def test_what_has_more_than_boxes_is_refused(on, name):
 def test_images_without_annotations_are_refused(crowded):
     cfg = make_cfg(**crowded, **MOSAIC)
     mix = build_mixing(cfg, [{}])
-    with pytest.raises(UserError, match="mosaic.png has no annotations, which INPUT.FOCAL.MOSAIC needs"):
+    with pytest.raises(UserError, match="mosaic.png has no annotations, which INPUT.FOCAL.MOSAIC and C"):
         mix({"image": torch.zeros(1, 2, 2), "file_name": "mosaic.png"}, lambda _: sample(1))
+
+
+def test_boxes_are_pasted_from_images_that_have_one(crowded):
+    cfg = make_cfg(**crowded, **PASTE)
+    names = {x["file_name"].partition(" (pasted from ")[2][-6:-1] for x in samples(cfg, 0, 20)}
+    # The first image has no box. Each of the others is drawn sooner or later.
+    assert names - {""} == {f"{i}.png" for i in range(1, 6)}
+
+
+def test_what_is_pasted_is_at_most_so_many_boxes(crowded):
+    cfg = make_cfg(**crowded, **PASTE, INPUT__FOCAL__COPY_PASTE__BOXES=1)
+    plain = samples(make_cfg(**crowded), 0, 4)
+    more = [len(a["instances"]) - len(b["instances"]) for a, b in zip(samples(cfg, 0, 4), plain, strict=True)]
+    # One, and what else its window shows.
+    assert 1 <= max(more) <= 3
+    assert min(more) >= 0
 
 
 def test_nothing_is_mixed_by_default():
