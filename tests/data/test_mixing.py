@@ -227,6 +227,17 @@ def test_workers_ranks_and_starts_change_nothing(crowded, monkeypatch, on):
         assert all(map(are_equal, samples(cfg, 0, 4), whole[rank::2]))
 
 
+def test_a_resumed_loader_goes_on_with_the_same_samples(crowded):
+    cfg = make_cfg(**{**crowded, **MOSAIC, **PASTE})
+    first, resumed = (FocalTrainer.build_train_loader(cfg) for _ in range(2))
+    batches = iter(first)
+    next(batches)
+    first.count_batch()
+    assert resumed.load_state_dict(first.state_dict()) == []
+    for expected, batch in itertools.islice(zip(batches, resumed, strict=False), 2):
+        assert all(map(are_equal, expected, batch))
+
+
 def test_nothing_is_mixed_in_the_last_share_of_iterations(crowded):
     settings = {**crowded, "SOLVER__MAX_ITER": 5}
     plain = samples(make_cfg(**settings), 0, 5)
