@@ -11,6 +11,9 @@ from focal_d2.commands.cli import Parser, add_config_options, add_trust_flag
 from focal_d2.console import tell, write
 from focal_d2.errors import escaped
 
+# The lowest score that is shown with a checkpoint that has no operating point.
+_WITHOUT_POINT = 0.3
+
 
 def add_options(parser: Parser) -> None:
     """Add the options."""
@@ -22,8 +25,8 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--threshold",
         type=float,
-        default=0.3,
-        help="lowest score that is shown; the model returns none below SCORE_THRESH_TEST",
+        help="lowest score that is shown (default: the checkpoint's operating point, or 0.3 if it has none); "
+        "the model returns none below SCORE_THRESH_TEST",
     )
     parser.add_argument("--json", action="store_true", help="print the detections as JSON lines")
     add_trust_flag(parser)
@@ -54,31 +57,36 @@ def run(args: argparse.Namespace) -> None:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.TEST.DETECTIONS_PER_IMAGE = limit + 1
-    predictor = Predictor(cfg, **trust)
+    predictor = Predictor(cfg, threshold=args.threshold, **trust)
+    if args.threshold is None:
+        point = predictor.operating_point
+        if point is None:
+            predictor.threshold = _WITHOUT_POINT
+        where = point or f"score {_WITHOUT_POINT:g}, because the checkpoint has no operating point"
+        tell(f"threshold: {where}; --threshold sets another")
     # The pictures have colours, whatever INPUT.FORMAT the model reads.
     in_colours = ImageReader("BGR", "pil", cfg.INPUT.FOCAL.MAX_PIXELS)
     targets = picture_files(paths, args.output)
     cut: list[Path] = []
     for path, target in zip(paths, targets, strict=True):
         boxes, scores, classes = predictor(path)
-        shown = scores >= args.threshold
-        if 0 < limit < shown.sum():
+        if 0 < limit < len(boxes):
             cut.append(path)
-            shown[limit:] = False  # the best come first
-        picture = draw_detections(read_image(path, in_colours), boxes[shown], truth.get(path))
+            boxes, scores, classes = boxes[:limit], scores[:limit], classes[:limit]  # the best come first
+        picture = draw_detections(read_image(path, in_colours), boxes, truth.get(path))
         write_picture(target, picture)
         if args.json:
             detections = {
                 "file": str(path),
-                "boxes": boxes[shown].tolist(),
-                "scores": scores[shown].tolist(),
-                "classes": [predictor.class_names[k] for k in classes[shown]],
+                "boxes": boxes.tolist(),
+                "scores": scores.tolist(),
+                "classes": [predictor.class_names[k] for k in classes],
             }
             write(json.dumps(detections))
     if not args.json:
         write(escaped(f"{len(paths)} pictures in {args.output}"))
     if cut:
         tell(
-            f"TEST.DETECTIONS_PER_IMAGE {limit} cuts off detections with scores of {args.threshold:g} and "
-            f"above in {len(cut)} of {len(paths)} images; the first is {cut[0]}"
+            f"TEST.DETECTIONS_PER_IMAGE {limit} cuts off detections with scores of {predictor.threshold:g} "
+            f"and above in {len(cut)} of {len(paths)} images; the first is {cut[0]}"
         )

@@ -214,6 +214,11 @@ KEYS: dict[str, tuple[Any, Range]] = {
     # Limits on the detections of a class in an image, ascending: a recall is given at each, AP at the last.
     # []: 1, 10 and the higher of 100 and TEST.DETECTIONS_PER_IMAGE.
     "TEST.FOCAL.MAX_DETS": ([], list_of(whole(1, MOST_BOXES), may_be_empty=True, order="ascending")),
+    # What the operating point is chosen for, the score that a checkpoint keeps as its threshold: "f1", the
+    # highest F1; or a "recall" or "precision" of at least WANTED. It is chosen on the first dataset of
+    # DATASETS.VAL or, if VAL is (), of DATASETS.TEST.
+    "TEST.FOCAL.OPERATING_POINT": ("f1", one_of("f1", "recall", "precision")),
+    "TEST.FOCAL.WANTED": (0.9, number(above=0, most=1)),
     # Save model_best.pth whenever an evaluation (TEST.EVAL_PERIOD) improves this metric of DATASETS.VAL or,
     # if VAL is (), of DATASETS.TEST: "bbox/AP", "bbox/AP50", …, with several sets "NAME/bbox/AP"; "": off.
     # `engine.hooks.evaluation` checks it.

@@ -17,6 +17,7 @@ from focal_d2.data.dataset_checks import datasets_of
 from focal_d2.data.datasets import announce
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.checks import PHASES, run_checks
+from focal_d2.engine.evaluators import evaluators_at
 from focal_d2.engine.launch.start import check_devices, start
 from focal_d2.engine.launch.torchrun import check_restarts
 from focal_d2.engine.load_config import load_config
@@ -25,6 +26,7 @@ from focal_d2.engine.setup import save_config, set_up_job
 from focal_d2.engine.trainer import FocalTrainer
 from focal_d2.engine.user_modules import import_modules
 from focal_d2.errors import UserError
+from focal_d2.evaluation.operating_point import saved_point
 from focal_d2.modeling.build import building
 from focal_d2.storage.checkpoint import FocalCheckpointer
 from focal_d2.storage.configs import find_config
@@ -113,11 +115,15 @@ def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
     if not (cfg.MODEL.WEIGHTS or (args.resume and checkpointer.has_checkpoint())):
         where = f" (--resume finds none in {cfg.OUTPUT_DIR})" if args.resume else ""
         raise UserError(f"--eval-only needs a checkpoint: add MODEL.WEIGHTS FILE{where}")
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    content = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    point = saved_point(content, "the checkpoint")
+    if comm.is_main_process():
+        without = "not in the checkpoint; each dataset is analysed at a score that is chosen on it"
+        logger.info(f"operating point: {point or without}")
     # The config.yaml of a training must describe the training, not a later evaluation.
     if not was_trained_in(cfg.OUTPUT_DIR):
         save_config(cfg)
-    results = FocalTrainer.test(cfg, model)
+    results = FocalTrainer.test(cfg, model, evaluators_at(FocalTrainer, cfg, point))
     if comm.is_main_process():
         verify_results(cfg, results)
 

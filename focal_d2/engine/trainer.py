@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import weakref
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
@@ -25,6 +24,7 @@ from focal_d2.data.loader import TrainingLoader, build_training_loader
 from focal_d2.data.mapper import FocalDatasetMapper
 from focal_d2.detectron2_compat import TrainerParts
 from focal_d2.engine.checks import run_checks
+from focal_d2.engine.evaluators import build_evaluator, evaluators_at
 from focal_d2.engine.failures import end_hung_workers, failure_message
 from focal_d2.engine.hooks.arrangement import arrange_hooks
 from focal_d2.engine.hooks.evaluation import Evaluation, TrainingEnded
@@ -46,7 +46,8 @@ from focal_d2.engine.resume import (
 from focal_d2.engine.step import FocalLoop, MovingAverage, Stopped, stopping_between_batches
 from focal_d2.engine.validation import validate, without_effect
 from focal_d2.errors import UserError, user_message
-from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator, log_results
+from focal_d2.evaluation import log_results
+from focal_d2.evaluation.operating_point import OperatingPoint
 from focal_d2.modeling.retinanet import precision_around
 from focal_d2.storage.checkpoint import FocalCheckpointer
 
@@ -143,23 +144,8 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Evaluate boxes as COCO does; predictions and their analysis go to OUTPUT_DIR/inference/DATASET.
-
-        Datasets that are evaluated as LVIS get detectron2's evaluator for that.
-
-        Raises:
-            UserError: for keys under TEST.FOCAL that can't be used.
-        """
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        if MetadataCatalog.get(dataset_name).get("evaluator_type") == "lvis":
-            return FocalLVISEvaluator(dataset_name, tasks=("bbox",), output_dir=folder)
-        test = cfg.TEST.FOCAL
-        return FocalCOCOEvaluator(
-            dataset_name,
-            output_dir=folder,
-            backend=test.EVAL_BACKEND,
-            max_dets_per_image=list(test.MAX_DETS) or max(100, cfg.TEST.DETECTIONS_PER_IMAGE),
-        )
+        """Evaluate boxes as COCO does; predictions and their analysis go to OUTPUT_DIR/inference/DATASET."""
+        return build_evaluator(cfg, dataset_name)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators: Any = None) -> dict[str, Any]:
@@ -319,18 +305,19 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
             raise error
         raise UserError(f"{message}{kept}") from error
 
-    def _test(self) -> dict[str, Any]:
-        self.last_results = self.test(self.cfg, self.offered)
+    def _test(self, point: OperatingPoint | None) -> dict[str, Any]:
+        evaluators = evaluators_at(type(self), self.cfg, point)
+        self.last_results = self.test(self.cfg, self.offered, evaluators)
         return self.last_results
 
     def _validate(self) -> dict[str, Any]:
         return {"validation": validate(type(self), self.cfg, self.offered)}
 
-    def _measure(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _measure(self, measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
         """Evaluate `offered`, without a change to the state of training."""
         try:
             with without_effect(self.offered), stopping_between_batches(self.offered, self._stop):
-                return measure()
+                return measure(*arguments)
         except Exception as error:
             # The iteration is complete: the schedule's hook has run.
             self.loop.stepping = False

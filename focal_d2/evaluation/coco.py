@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from focal_d2.evaluation.backends import (
 )
 from focal_d2.evaluation.errors import analyse, finite
 from focal_d2.evaluation.ground_truth import read_ground_truth
+from focal_d2.evaluation.operating_point import BEST_F1, Goal, OperatingPoint
 from focal_d2.storage.files import write_aside
 
 logger = logging.getLogger(__name__)
@@ -52,8 +54,14 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
         *,
         backend: str = "hotcoco",
         max_dets_per_image: int | Sequence[int] | None = None,
+        goal: Goal = BEST_F1,
+        validation: bool = False,
     ) -> None:
         """See detectron2's `COCOEvaluator`.
+
+        With `output_dir`, "operating_point" is a second task of the results: "score", and "precision",
+        "recall" and "f1" from it on (0 to 1, at IoU 0.5, all classes together). The score is that of the
+        attribute `operating_point`, or is chosen on the detections if that is None.
 
         Args:
             dataset_name: registered; see `read_ground_truth`.
@@ -63,6 +71,8 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
             backend: "hotcoco" or "pycocotools".
             max_dets_per_image: limits on the detections of a class in an image; AP takes the last. A number n
                 is those of [1, 10] that are lower, and n; None is [1, 10, 100].
+            goal: what the score of the operating point is chosen for.
+            validation: whether the dataset is held out from testing, too: a report says where it was chosen.
 
         Raises:
             UserError: for a mistake in these, or for a dataset's file that can't be read.
@@ -74,6 +84,8 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
         self._gathers = distributed
         self._backend = check_backend(backend)
         self._max_dets = detection_limits(max_dets_per_image)
+        self._goal, self._validation = goal, validation
+        self.operating_point: OperatingPoint | None = None
         self._ground_truth = read_ground_truth(dataset_name)
         self.metadata, self.output_dir = MetadataCatalog.get(dataset_name), output_dir
         self.prepare(
@@ -136,7 +148,24 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
 
     def _write_analysis(self, truth: Truth, detections: Detections, curves: Curves) -> None:
         names = self.metadata.get("thing_classes") or [str(k) for k in range(truth.classes)]
-        analysis = analyse(truth, detections, curves, names=names, max_dets=self._max_dets)
+        point = self.operating_point
+        analysis = analyse(
+            truth,
+            detections,
+            curves,
+            names=names,
+            max_dets=self._max_dets,
+            goal=self._goal,
+            score=None if point is None else point.score,
+        )
+        self.results["operating_point"] = {
+            name: math.nan if x is None else x for name, x in analysis["operating_point"].items()
+        }
+        analysis["operating_point"] |= {
+            "goal": self._goal.in_words(analysis["operating_point"]) if point is None else point.goal,
+            "chosen_on": self._name if point is None else point.chosen_on,
+            "validation": self._validation if point is None else point.validation,
+        }
         analysis["coco"] = {**finite(self.results["bbox"]), **analysis["coco"]}
         analysis = {"dataset": self._name, "backend": self._backend, **analysis}
         path = str(Path(self.output_dir or "") / "analysis.json")

@@ -12,7 +12,9 @@ The file is one JSON object; a figure that is not defined is null, and lists of 
     coco                   the evaluator's metrics, per cent, and ARs, ARm, ARl: recall by size
     per_class              a list of {name, boxes, detections, AP, AP50, AP75, AR, voc_AP50}, per cent
     voc                    {iou, mAP}: VOC's average precision at IoU 0.5, per cent
-    operating_point        {score, precision, recall, f1}: the score from which F1 over all classes is highest
+    operating_point        {score, precision, recall, f1, goal, chosen_on, validation}: what detections from
+                           this score on reach over all classes at IoU 0.5; what the score was chosen for, on
+                           which dataset, and whether that is one of DATASETS.VAL
     confusion              {iou, score, matrix}: K + 1 rows of truth, columns of detections, background last
     tide                   {match, background, AP50, errors}; errors is kind -> {count, delta_AP50, share}
     curves                 {recall, precision}: 101 recalls; IoU ("0.5", "0.75") -> class -> 101 precisions
@@ -28,6 +30,7 @@ import numpy as np
 
 from focal_d2.evaluation.backends import AREAS, IOUS, Curves, Detections, Truth
 from focal_d2.evaluation.matching import BACKGROUND, MATCH, Pairs, best, in_order, match, overlaps, ranks
+from focal_d2.evaluation.operating_point import Goal, Tally, choose, figures_from
 
 RECALLS = np.linspace(0, 1, 101)
 # The kinds of error, in the order in which a wrong detection is tried.
@@ -41,8 +44,12 @@ def analyse(
     *,
     names: Sequence[str],
     max_dets: Sequence[int],
+    goal: Goal,
+    score: float | None,
 ) -> dict[str, Any]:
     """Compute what `analysis.json` holds, but for "dataset", "backend" and the evaluator's own metrics.
+
+    Of "operating_point" it returns the numbers only.
 
     Args:
         truth: the ground truth.
@@ -50,6 +57,8 @@ def analyse(
         curves: of the same.
         names: of the K classes.
         max_dets: limits that the curves were made with.
+        goal: what the operating point's score is chosen for.
+        score: it was chosen already; None: choose it on these detections.
     """
     truth, detections = in_order(truth, detections)
     pairs = overlaps(truth, detections)
@@ -60,7 +69,8 @@ def analyse(
     pairs = pairs.where(kept[pairs.detection])
     pairs = pairs._replace(detection=(np.cumsum(kept) - 1)[pairs.detection])
     outcome = coco_outcome(truth, detections, pairs)
-    point = operating_point(truth, detections, outcome)
+    counted = tally(truth, detections, outcome)
+    point = choose(counted, goal) if score is None else figures_from(counted, score)
     score = math.inf if point["score"] is None else point["score"]
     precision = curves.precision[..., -1]
     at = {iou: precision[np.isclose(IOUS, iou)][0] for iou in (0.5, 0.75)}
@@ -226,24 +236,11 @@ def _split(
     return np.split(hit[order], np.searchsorted(labels[order], np.arange(1, classes)))
 
 
-def operating_point(truth: Truth, detections: Detections, outcome: Outcome) -> dict[str, float | None]:
-    """Find the score from which F1 at IoU 0.5 of all classes together is highest; of several, the highest."""
-    boxes = int((~truth.ignored).sum())
+def tally(truth: Truth, detections: Detections, outcome: Outcome) -> Tally:
+    """Return which detections are right at IoU 0.5, by falling score, without those that do not count."""
     order = np.argsort(-detections.scores, kind="stable")
     order = order[~outcome.ignored[order]]
-    if not boxes or not len(order):
-        return dict.fromkeys(("score", "precision", "recall", "f1"))
-    scores = detections.scores[order]
-    right, number = np.cumsum(outcome.matched[order] >= 0), np.arange(1, len(order) + 1)
-    whole = np.append(scores[1:] != scores[:-1], True)  # equal scores pass together
-    f1 = np.where(whole, 2 * right / (number + boxes), -1)
-    i = int(np.argmax(f1))
-    return {
-        "score": float(scores[i]),
-        "precision": float(right[i] / number[i]),
-        "recall": float(right[i] / boxes),
-        "f1": float(f1[i]),
-    }
+    return Tally(detections.scores[order], outcome.matched[order] >= 0, int((~truth.ignored).sum()))
 
 
 def confusion_matrix(truth: Truth, detections: Detections, pairs: Pairs, score: float) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +19,11 @@ from focal_d2.data.mapper import build_reader
 from focal_d2.data.pictures import read_image
 from focal_d2.data.pixels import from_array
 from focal_d2.errors import UserError
+from focal_d2.evaluation.operating_point import saved_point
 from focal_d2.modeling.build import building, resolve_device
 from focal_d2.storage.checkpoint import FocalCheckpointer
+
+logger = logging.getLogger(__name__)
 
 
 class Detections(NamedTuple):
@@ -38,14 +42,29 @@ class Predictor:
         predictor = focal_d2.Predictor(cfg)
         for box, score, label in zip(*predictor("field.png")):
             print(predictor.class_names[label], score, box)
+
+    Attributes:
+        threshold: the lowest score of the detections that are returned; the model itself returns none below
+            `SCORE_THRESH_TEST`.
+        operating_point: of the checkpoint; None if it has none.
+        class_names: K names.
     """
 
-    def __init__(self, cfg: CfgNode, *, trust_files: bool = False, allow_download: bool = False) -> None:
+    def __init__(
+        self,
+        cfg: CfgNode,
+        *,
+        threshold: float | None = None,
+        trust_files: bool = False,
+        allow_download: bool = False,
+    ) -> None:
         """Build the model and load `MODEL.WEIGHTS`.
 
         Args:
             cfg: full config; see `focal_d2.engine.load_config`. The class names are those of the first
                 dataset of `DATASETS.TEST`, or numbers if it is missing or has another number of classes.
+            threshold: see the attributes; None: that of the checkpoint's operating point, or 0 if there is
+                none. A line of the log says which.
             trust_files: let the checkpoint import and run code.
             allow_download: let `MODEL.WEIGHTS` be an address outside detectron2's stores.
 
@@ -61,9 +80,14 @@ class Predictor:
             raise UserError("MODEL.WEIGHTS is empty: prediction needs a checkpoint")
         with building("model"):
             self.model = build_model(cfg).eval()
-        FocalCheckpointer(
+        content = FocalCheckpointer(
             self.model, partial=False, trust_files=trust_files, allow_download=allow_download
         ).load(cfg.MODEL.WEIGHTS)
+        self.operating_point = saved_point(content, cfg.MODEL.WEIGHTS)
+        self.threshold = threshold if threshold is not None else 0.0
+        if threshold is None and self.operating_point is not None:
+            self.threshold = self.operating_point.score
+            logger.info(f"threshold: {self.operating_point}, from {cfg.MODEL.WEIGHTS}")
         self.resize = Resize(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         names = known_class_names(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
         counted_by = class_key(cfg)
@@ -74,7 +98,7 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray | str | Path) -> Detections:
-        """Detect objects.
+        """Detect objects with scores of at least `threshold`.
 
         Args:
             image: a file, or pixels as OpenCV reads them: (H, W, 3) uint8 in BGR order, or (H, W) or
@@ -103,6 +127,7 @@ class Predictor:
                 "instances"
             )
         instances = output["instances"].to("cpu")
+        instances = instances[instances.scores >= self.threshold]
         return Detections(
             instances.pred_boxes.tensor.numpy(),
             instances.scores.numpy(),

@@ -10,6 +10,7 @@ import torch
 import yaml
 from detectron2.modeling import build_model
 
+from focal_d2.evaluation.operating_point import OperatingPoint
 from tests.conftest import make_cfg
 from tests.engine.runs import run_command
 from tests.storage.test_weights import Evil
@@ -31,6 +32,27 @@ def job(coco_dataset, tmp_path):
 
 def predict(monkeypatch, config, *argv) -> int:
     return run_command(monkeypatch, "predict", "--config-file", config, "--threshold", 0.0, *argv)
+
+
+def test_threshold_is_the_checkpoint_s_operating_point_or_0_3(job, tmp_path, monkeypatch, capsys):
+    config, data = job
+    arguments = ["--config-file", config, "--input", data.images / "0.png", "--output", tmp_path, "--json"]
+
+    def run() -> tuple[list[float], str]:
+        assert run_command(monkeypatch, "predict", *arguments) == 0
+        out, err = capsys.readouterr()
+        (scores,) = (json.loads(x)["scores"] for x in out.splitlines() if x.startswith("{"))
+        return scores, next(x for x in err.splitlines() if x.startswith("threshold: "))
+
+    scores, line = run()
+    assert all(score >= 0.3 for score in scores)
+    assert line.startswith("threshold: score 0.3, because the checkpoint has no operating point; --threshold")
+    point = OperatingPoint(0.001, 0.8, 0.4, 0.53, "best F1", "mine_val", True)
+    weights = tmp_path / "model.pth"
+    torch.save({**torch.load(weights), "operating_point": point._asdict()}, weights)
+    more, line = run()
+    assert len(more) > len(scores)
+    assert line.startswith(f"threshold: {point}; --threshold")
 
 
 def test_dataset_is_drawn_beside_its_ground_truth(job, tmp_path, monkeypatch, capsys):

@@ -17,8 +17,10 @@ from focal_d2 import UserError
 from focal_d2.engine import FocalTrainer, check_job, load_config
 from focal_d2.engine.checks import run_checks
 from focal_d2.engine.validation import ModelWithLosses
+from focal_d2.evaluation.operating_point import OperatingPoint, saved_point
+from focal_d2.storage.checkpoint import FocalCheckpointer
 from tests.conftest import make_cfg
-from tests.engine.runs import metrics
+from tests.engine.runs import metrics, run_main
 
 
 @pytest.fixture
@@ -115,10 +117,73 @@ def test_best_metric_and_patience_use_the_validation_set(train, val, monkeypatch
     assert "AP" in trainer.last_results["bbox"]  # of the test set, after all
 
 
-def test_without_a_validation_set_a_line_names_the_test_set(train, job, caplog):
-    train("out", "TEST.FOCAL.BEST_METRIC", "bbox/AP")
-    line = f"DATASETS.VAL is empty: the best model is chosen by bbox/AP of the test set ({job[1].name})"
+def saved(path: Path) -> OperatingPoint | None:
+    return saved_point(torch.load(path, weights_only=True), str(path))
+
+
+def test_operating_point_is_chosen_on_the_validation_set_and_saved(
+    train, job, val, tmp_path, monkeypatch, caplog, capsys
+):
+    caplog.set_level(logging.INFO, "focal_d2")
+    overrides = ["TEST.FOCAL.BEST_METRIC", "operating_point/f1", "TEST.FOCAL.OPERATING_POINT", "recall"]
+    _, out = train("out", *val, *overrides, "TEST.FOCAL.WANTED", "0.05", "SOLVER.FOCAL.EMA", "0.5")
+    of_val, of_test = (
+        json.loads(file.read_text())["operating_point"]
+        for file in (out / "inference/held_out/analysis.json", *out.glob("inference/squares*/analysis.json"))
+    )
+    point = saved(out / "model_final.pth")
+    assert point is not None
+    assert point._asdict() == of_val
+    assert (point.goal.split(" (")[0], point.chosen_on, point.validation) == (
+        "recall of at least 0.05", "held_out", True
+    )  # fmt: skip
+    # The test set is looked at from the same score on.
+    assert {**of_test, **dict.fromkeys(("precision", "recall", "f1"))} == {
+        **of_val, **dict.fromkeys(("precision", "recall", "f1"))
+    }  # fmt: skip
+    assert metrics(out)[-1]["operating_point/score"] == point.score
+    assert f"operating point of model_final.pth: {point}" in caplog.text
+    best = saved(out / "model_best.pth")
+    assert best is not None
+    assert best.chosen_on == "held_out"
+    # So does an evaluation of the checkpoint.
+    argv = ["--eval-only", "--config-file", job[0], *val, "OUTPUT_DIR", tmp_path / "eval"]
+    assert run_main(monkeypatch, *argv, "MODEL.WEIGHTS", out / "model_final.pth") == 0
+    analysis = json.loads((tmp_path / f"eval/inference/{job[1].name}/analysis.json").read_text())
+    assert analysis["operating_point"] == of_test
+    assert f"operating point: {point}" in capsys.readouterr().out
+
+
+def test_operating_point_adds_nothing_else_to_the_last_checkpoint(train, val, monkeypatch):
+    names = []
+    save = FocalCheckpointer.save
+
+    def record(self, name, **kwargs):
+        before = self.read_torch_file(f"{self.save_dir}/{name}.pth") if name in names else None
+        names.append(name)
+        save(self, name, **kwargs)
+        if before is not None:
+            after = self.read_torch_file(f"{self.save_dir}/{name}.pth")
+            assert after.pop("operating_point")
+            for checkpoint in (before, after):
+                checkpoint["trainer"]["hooks"]["Evaluation"].pop("operating_point", None)
+            assert equal(before, after)
+
+    monkeypatch.setattr(FocalCheckpointer, "save", record)
+    train("out", *val, "TEST.EVAL_PERIOD", "0")
+    assert names == ["model_0000003", "model_final", "model_final"]
+
+
+def test_without_a_validation_set_lines_name_the_test_set(train, job, caplog):
+    caplog.set_level(logging.INFO, "focal_d2")
+    _, out = train("out", "TEST.FOCAL.BEST_METRIC", "bbox/AP")
+    name = job[1].name
+    line = f"DATASETS.VAL is empty: the best model is chosen by bbox/AP of the test set ({name})"
     assert line in caplog.text
+    point = saved(out / "model_final.pth")
+    assert point is not None
+    assert (point.chosen_on, point.validation) == (name, False)
+    assert f"best F1 on {name}, a test set (" in caplog.text
 
 
 @pytest.mark.parametrize(

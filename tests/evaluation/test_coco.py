@@ -150,6 +150,9 @@ def test_analysis_is_written_with_the_evaluators_figures(tmp_path):
         fast, slow = (json.loads((tmp_path / f"{x}{seed}/analysis.json").read_text()) for x in "ab")
         assert (fast.pop("backend"), slow.pop("backend")) == ("hotcoco", "pycocotools")
         assert (fast.pop("dataset"), slow.pop("dataset")) == (f"scene_a{seed}", f"scene_b{seed}")
+        assert (fast["operating_point"].pop("chosen_on"), slow["operating_point"].pop("chosen_on")) == (
+            f"scene_a{seed}", f"scene_b{seed}"
+        )  # fmt: skip
         assert fast == slow
         stats = pycocotools_alone(content, json.loads((tmp_path / f"a{seed}" / FOUND).read_text())).stats
         for name, value in zip(("ARs", "ARm", "ARl"), stats[9:], strict=True):

@@ -14,11 +14,12 @@ from focal_d2.evaluation.errors import (
     confusion_matrix,
     errors_of,
     fixed_ap50,
-    operating_point,
+    tally,
     tide,
     voc_average_precision,
 )
 from focal_d2.evaluation.matching import best, in_order, match, overlaps, ranks
+from focal_d2.evaluation.operating_point import BEST_F1
 from tests.evaluation.scenes import random_scene
 from tests.evaluation.test_backends import columns
 
@@ -53,10 +54,10 @@ def scene(boxes, found, images=2, classes=3):
     return in_order(truth, detections)
 
 
-def figures(truth, detections, limits=(1, 10, 100)):
+def figures(truth, detections, limits=(1, 10, 100), score=None):
     curves = coco_curves(truth, detections, backend="hotcoco", max_dets=limits)
     names = [f"class{k}" for k in range(truth.classes)]
-    return analyse(truth, detections, curves, names=names, max_dets=limits)
+    return analyse(truth, detections, curves, names=names, max_dets=limits, goal=BEST_F1, score=score)
 
 
 def tide_of(truth, detections):
@@ -266,14 +267,32 @@ def test_confusion_matrix_prefers_its_own_class_at_equal_overlap():
     assert confusion_matrix(*s, overlaps(*s), 0).trace() == 2
 
 
-def test_operating_point_is_where_f1_is_highest():
+def test_tally_orders_detections_by_score_and_leaves_out_ignored_ones():
     boxes = [(0, 0, BOX), (1, 0, BOX)]
-    # Right at 0.9 and 0.5; wrong at 0.5 and 0.2. From 0.9: F1 = 2/(1 + 2); from 0.5: 2·2/(3 + 2) = 0.8.
-    found = [(0, 0, BOX, 0.9), (1, 0, BOX, 0.5), (1, 0, FAR, 0.5), (1, 0, FAR, 0.2)]
-    truth, detections = scene(boxes, found)
-    outcome = coco_outcome(truth, detections, overlaps(truth, detections))
-    point = operating_point(truth, detections, outcome)
-    assert point == pytest.approx({"score": 0.5, "precision": 2 / 3, "recall": 1, "f1": 0.8})
+    # Right at 0.9 and 0.5; wrong at 0.5 and 0.2.
+    found = [(1, 0, BOX, 0.5), (0, 0, BOX, 0.9), (1, 0, FAR, 0.2), (1, 0, FAR, 0.5)]
+    truth, detections = in_order(*scene(boxes, found))
+    result = tally(truth, detections, coco_outcome(truth, detections, overlaps(truth, detections)))
+    assert (result.scores.tolist(), result.right.tolist(), result.boxes) == (
+        [0.9, 0.5, 0.5, 0.2], [True, True, False, False], 2
+    )  # fmt: skip
+    truth = truth._replace(ignored=np.array([False, True]))
+    result = tally(truth, detections, coco_outcome(truth, detections, overlaps(truth, detections)))
+    assert (result.scores.tolist(), result.boxes) == ([0.9, 0.5, 0.2], 1)
+
+
+def test_all_figures_are_those_of_a_score_that_was_chosen_elsewhere():
+    scene_of_two = scene([(0, 0, BOX), (1, 0, BOX)], [(0, 0, BOX, 0.9), (1, 0, BOX, 0.5), (1, 0, FAR, 0.2)])
+    chosen = figures(*scene_of_two)
+    assert chosen["operating_point"] == {"score": 0.5, "precision": 1, "recall": 1, "f1": 1}
+    given = figures(*scene_of_two, score=0.7)
+    assert given["operating_point"] == pytest.approx(
+        {"score": 0.7, "precision": 1, "recall": 0.5, "f1": 2 / 3}
+    )
+    assert given["confusion"]["score"] == 0.7
+    assert given["confusion"]["matrix"][0] == [1, 0, 0, 1]
+    nothing = figures(*scene_of_two, score=0.95)["operating_point"]
+    assert nothing == {"score": 0.95, "precision": None, "recall": 0, "f1": 0}
 
 
 def test_match_takes_boxes_by_score_and_of_equal_overlaps_the_later():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from detectron2.modeling import build_model
 from focal_d2 import Detections, Predictor, UserError
 from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.data.pixels import FORMATS
+from focal_d2.evaluation.operating_point import OperatingPoint
 from tests.conftest import make_cfg
 
 
@@ -61,6 +64,26 @@ def test_predictor_resizes_as_the_test_loader_does(cfg_and_image):
     assert torch.equal(seen[0], mapped["image"])
     cfg.INPUT.FORMAT = "L"
     with pytest.raises(UserError, match='INPUT.FORMAT is "L"'):
+        Predictor(cfg)
+
+
+def test_predictor_returns_what_reaches_the_operating_point_of_the_checkpoint(cfg_and_image, caplog):
+    cfg, path = cfg_and_image
+    caplog.set_level(logging.INFO, "focal_d2")
+    predictor = Predictor(cfg)
+    assert (predictor.operating_point, predictor.threshold) == (None, 0.0)
+    scores = predictor(path).scores
+    point = OperatingPoint(float(scores[3]), 0.8, 0.4, 0.53, "best F1", "mine_val", True)
+    content = torch.load(cfg.MODEL.WEIGHTS, weights_only=True)
+    torch.save({**content, "operating_point": point._asdict()}, cfg.MODEL.WEIGHTS)
+    assert "threshold" not in caplog.text
+    predictor = Predictor(cfg)
+    assert (predictor.operating_point, predictor.threshold) == (point, point.score)
+    np.testing.assert_array_equal(predictor(path).scores, scores[scores >= scores[3]])
+    assert f"threshold: {point}, from {cfg.MODEL.WEIGHTS}" in caplog.text
+    np.testing.assert_array_equal(Predictor(cfg, threshold=0.0)(path).scores, scores)
+    torch.save({**content, "operating_point": "0.5"}, cfg.MODEL.WEIGHTS)
+    with pytest.raises(UserError, match=r"model.pth is damaged: the operating point is 0.5"):
         Predictor(cfg)
 
 

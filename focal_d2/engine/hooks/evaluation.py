@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -16,8 +17,10 @@ from detectron2.utils import comm
 
 from focal_d2.data.datasets import is_annotated, known_class_names
 from focal_d2.detectron2_compat import EvaluationHooks
+from focal_d2.engine.evaluators import goal_of
 from focal_d2.errors import UserError
 from focal_d2.evaluation import metric_names
+from focal_d2.evaluation.operating_point import OPERATING_POINT, OperatingPoint, point_of
 from focal_d2.storage.checkpoint import FocalCheckpointer
 
 logger = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ class Evaluation(EvaluationHooks, EvalHook):
         cfg: CfgNode,
         checkpointer: FocalCheckpointer,
         *,
-        test: Callable[[], dict[str, Any]],
+        test: Callable[[OperatingPoint | None], dict[str, Any]],
         validate: Callable[[], dict[str, Any]],
     ) -> None:
         """Begin without a best value.
@@ -57,14 +60,17 @@ class Evaluation(EvaluationHooks, EvalHook):
         Args:
             cfg: full config.
             checkpointer: saves model_best, and model_final if training ends early.
-            test: evaluates the test sets; see `DefaultTrainer.test` for what it returns.
+            test: evaluates the test sets at an operating point, or each at its own; see `DefaultTrainer.test`
+                for what it returns.
             validate: the same for `DATASETS.VAL`, under the name "validation".
         """
         super().__init__(cfg.TEST.EVAL_PERIOD, self._measure, eval_after_train=False)
         self._every = cfg.TEST.EVAL_PERIOD
         self._validates = bool(cfg.DATASETS.VAL)
         self._test_sets = list(cfg.DATASETS.TEST)
-        self._test, self._current = test, validate if self._validates else test
+        self._test, self._current = test, validate if self._validates else partial(test, None)
+        self._sets = list(cfg.DATASETS.VAL or cfg.DATASETS.TEST)  # what is chosen is chosen on these
+        self._goal = goal_of(cfg)
         self._checkpointer = checkpointer
         # Its name in metrics.json; larger is better. "": there is no best model.
         self._metric = cfg.TEST.FOCAL.BEST_METRIC
@@ -77,6 +83,7 @@ class Evaluation(EvaluationHooks, EvalHook):
         self._best_iteration = 0  # iterations done at the best evaluation
         self._evaluated = 0  # iterations done at the last evaluation
         self._since = 0  # evaluations without improvement
+        self._point: OperatingPoint | None = None  # of the last evaluation
 
     def _measure(self) -> dict[str, Any]:
         self._results = self._current()
@@ -90,6 +97,7 @@ class Evaluation(EvaluationHooks, EvalHook):
             "best_iteration": self._best_iteration,
             "evaluated": self._evaluated,
             "since": self._since,
+            **({} if self._point is None else {OPERATING_POINT: self._point._asdict()}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -98,10 +106,12 @@ class Evaluation(EvaluationHooks, EvalHook):
         Raises:
             ValueError: if a value is of another type than in `state_dict`.
         """
+        self._point = None
         for name, ours in self.state_dict().items():
             kinds = (int, float) if name == "best" else (type(ours),)
             if not isinstance(state_dict[name], kinds):
                 raise ValueError(f"the evaluation's {name} is a {type(state_dict[name]).__name__}")
+        self._point = OperatingPoint.from_dict(state_dict.get(OPERATING_POINT))
         self._evaluated = state_dict["evaluated"]
         if state_dict["metric"] != self._metric:
             if state_dict["metric"]:
@@ -141,7 +151,7 @@ class Evaluation(EvaluationHooks, EvalHook):
             f"ends after {done} iterations; the best was {self._best:.2f} after {self._best_iteration}"
         )
         with self._after(done):
-            self._checkpointer.save("model_final", iteration=done - 1)
+            self._save("model_final", done)
         self.trainer.max_iter = done
         raise TrainingEnded
 
@@ -153,7 +163,7 @@ class Evaluation(EvaluationHooks, EvalHook):
             if self._evaluated < self.trainer.iter:
                 self.evaluate()
             if self._validates and self._test_sets:
-                self._current = self._test
+                self._current = partial(self._test, self._point)
                 super().evaluate()
         del self._test, self._current  # they refer to the trainer
         super().after_train()
@@ -169,6 +179,11 @@ class Evaluation(EvaluationHooks, EvalHook):
         """Evaluate, and keep the best model so far."""
         super().evaluate()
         done = min(self.trainer.iter + 1, self.trainer.max_iter)
+        self._point = self._chosen_point()
+        if self._point is not None and self.trainer.start_iter < done == self.trainer.max_iter:
+            # The same file as before the evaluation, with the operating point: what it counts comes below.
+            with self._after(done):
+                self._save("model_final", done)
         self._evaluated = done
         if not self._metric:
             return
@@ -181,13 +196,32 @@ class Evaluation(EvaluationHooks, EvalHook):
         if value > self._best:
             self._best, self._best_iteration, self._since = value, done, 0
             logger.info(f"{self._metric} {value:.2f} after {done} iterations is the best: model_best.pth")
-            self._checkpointer.save("model_best", tag=False, iteration=done - 1)
+            self._save("model_best", done, tag=False)
             return
         self._since += 1
         logger.info(
             f"{self._metric} {value:.2f} after {done} iterations; the best is {self._best:.2f} after "
             f"{self._best_iteration}"
         )
+
+    def _chosen_point(self) -> OperatingPoint | None:
+        """Return the operating point that the evaluation chose on the first dataset, in all processes."""
+        results = comm.all_gather(self._results)[0]  # only the main process has them
+        results = results.get("validation", {}) if self._validates else results
+        if len(self._sets) > 1:
+            results = results.get(self._sets[0], {})
+        figures = results.get("operating_point")
+        if figures is None:  # another evaluator than ours, or no test set
+            return None
+        return point_of(figures, self._goal, chosen_on=self._sets[0], validation=self._validates)
+
+    def _save(self, name: str, done: int, *, tag: bool = True) -> None:
+        """Save the model after `done` iterations, which was just evaluated, with its operating point."""
+        content = {}
+        if self._point is not None:
+            logger.info(f"operating point of {name}.pth: {self._point}")
+            content[OPERATING_POINT] = self._point._asdict()
+        self._checkpointer.save(name, tag=tag, iteration=done - 1, **content)
 
 
 def check_best(cfg: CfgNode) -> None:
@@ -223,6 +257,7 @@ def check_best(cfg: CfgNode) -> None:
         prefix = "" if len(datasets) == 1 else f"{dataset}/"
         known = metric_names(list(test.MAX_DETS) or max(100, cfg.TEST.DETECTIONS_PER_IMAGE), classes)
         names += [f"{prefix}bbox/{name}" for name in known]
+        names += [f"{prefix}operating_point/{name}" for name in ("f1", "precision", "recall")]
     if not names:
         raise UserError(
             f"TEST.FOCAL.BEST_METRIC is {test.BEST_METRIC}, but no dataset of {key} has annotations"

@@ -150,7 +150,7 @@ def test_another_metric_starts_anew(train, caplog):
         (["TEST.FOCAL.BEST_METRIC", "bbox/AP"], "TEST.EVAL_PERIOD is 0: nothing is evaluated"),
         (
             ["TEST.FOCAL.BEST_METRIC", "AP", "TEST.EVAL_PERIOD", "2"],
-            'BEST_METRIC is "AP"; the evaluation gives bbox/AP, .*, bbox/AR@100, and AP-CLASS of each class',
+            'BEST_METRIC is "AP"; the evaluation gives bbox/AP, .*, operating_point/f1, .*, and AP-CLASS',
         ),
         (
             ["TEST.FOCAL.BEST_METRIC", "bbox/AP", "TEST.EVAL_PERIOD", "2", "DATASETS.TEST", "()"],
@@ -221,7 +221,7 @@ def _run_process(folder: Path) -> None:
     loop, saved = _Loop(), _Saved()
     falling = iter([3.0, 2.0, 1.0])
 
-    def evaluate():
+    def evaluate(point=None):
         # As detectron2's evaluators do: only the main process has results.
         loop.last_results = {"bbox": {"AP": next(falling)}} if comm.is_main_process() else {}
         return loop.last_results
