@@ -15,6 +15,8 @@ The file is one JSON object; a figure that is not defined is null, and lists of 
     operating_point        {score, precision, recall, f1, goal, chosen_on, validation}: what detections from
                            this score on reach over all classes at IoU 0.5; what the score was chosen for, on
                            which dataset, and whether that is one of DATASETS.VAL
+    image_averages         {iou, score, images, precision, recall}: means over the images with boxes, from
+                           this score on, with detections and boxes assigned one to one
     confusion              {iou, score, matrix}: K + 1 rows of truth, columns of detections, background last
     tide                   {match, background, AP50, errors}; errors is kind -> {count, delta_AP50, share}
     curves                 {recall, precision}: 101 recalls; IoU ("0.5", "0.75") -> class -> 101 precisions
@@ -29,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from focal_d2.evaluation.backends import AREAS, IOUS, Curves, Detections, Truth
+from focal_d2.evaluation.image_averages import image_averages
 from focal_d2.evaluation.matching import BACKGROUND, MATCH, Pairs, best, in_order, match, overlaps, ranks
 from focal_d2.evaluation.operating_point import Goal, Tally, choose, figures_from
 
@@ -87,6 +90,7 @@ def analyse(
         "per_class": _per_class(truth, detections, curves, at, voc, names),
         "voc": {"iou": MATCH, "mAP": _percent(_mean(voc))},
         "operating_point": point,
+        "image_averages": image_averages(truth, detections, score, _in_ignored(truth, detections, pairs)),
         "confusion": {
             "iou": MATCH,
             "score": point["score"],

@@ -289,8 +289,9 @@ def test_all_figures_are_those_of_a_score_that_was_chosen_elsewhere():
     assert given["operating_point"] == pytest.approx(
         {"score": 0.7, "precision": 1, "recall": 0.5, "f1": 2 / 3}
     )
-    assert given["confusion"]["score"] == 0.7
+    assert given["confusion"]["score"] == given["image_averages"]["score"] == 0.7
     assert given["confusion"]["matrix"][0] == [1, 0, 0, 1]
+    assert given["image_averages"]["recall"] == 0.5
     nothing = figures(*scene_of_two, score=0.95)["operating_point"]
     assert nothing == {"score": 0.95, "precision": None, "recall": 0, "f1": 0}
 
