@@ -130,7 +130,7 @@ KEYS: dict[str, tuple[Any, Range]] = {
     # Compute a convolution and the frozen batch norm after it as one convolution: the same function, and
     # the same names in checkpoints.
     "MODEL.FOCAL.FOLD_FROZEN_NORMS": (True, ANYTHING),
-    # torch.compile backbone and head. Compiles anew for image shapes it has not met; needs a C++ compiler.
+    # torch.compile backbone and head. Compiles again for each new image shape; needs a C++ compiler.
     "MODEL.FOCAL.COMPILE": (False, ANYTHING),
     # INPUT.FORMAT may be BGR, RGB, L (grey), HSV, YCbCr or YUV-BT.601: `data.mapper` checks it.
     # What decodes and resizes images: "pil" (detectron2's way) or "opencv": faster, the same boxes, pixels
@@ -230,7 +230,6 @@ KEYS: dict[str, tuple[Any, Range]] = {
 # Of detectron2's keys, those that are read here, or by detectron2 without a check.
 _SIZES = number(least=0.001, most=MOST_PIXELS)
 _WIDTH = whole(1, MOST_CHANNELS)
-_ITERATIONS = whole(0, MOST_ITERATIONS)
 
 
 def _are_results(value: Any) -> bool:

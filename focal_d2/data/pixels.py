@@ -102,7 +102,7 @@ def to_rgb(image: np.ndarray, image_format: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ImageReader:
-    """What makes pixels of image files for a network, in training, evaluation and prediction alike."""
+    """Decodes image files into network input, in the same way for training, evaluation and prediction."""
 
     image_format: str  # of `FORMATS`
     backend: str  # "pil" or "opencv"

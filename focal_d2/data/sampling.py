@@ -43,7 +43,7 @@ class ClassBalancedSampler(SamplerHooks, Sampler[int]):
     order; a class's turn draws the next of the images that show it, and those come in rounds too. So an image
     has the share 1/C of the sum of 1/n(c) over its classes c, which n(c) images show. What an image shows
     beside the class whose turn it is comes on top. Beyond the paper, which has one class an image: images
-    without boxes are drawn at random turns, as often as when all images are drawn alike.
+    without boxes are drawn at random positions, as often as under uniform sampling.
 
     All ranks walk the same stream, and each takes every n-th image of n ranks.
     """

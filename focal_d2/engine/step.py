@@ -327,7 +327,7 @@ class MovingAverage:
 
 
 class _Buffers:
-    """The buffers of a model. Its modules are searched once; a buffer may be assigned anew later."""
+    """The buffers of a model. Its modules are searched once; a buffer may be replaced later."""
 
     def __init__(self, model: nn.Module) -> None:
         self._places = [(m, name) for m in model.modules() for name, _ in m.named_buffers(recurse=False)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from focal_d2.errors import UserError
+
 # A wheel has a copy inside; a checkout has them beside the package.
 _FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 
@@ -28,6 +30,16 @@ def packaged_config(name: str) -> str | None:
     """
     name = name.removeprefix("configs/")
     return str(packaged_folder() / name) if name in packaged_configs() else None
+
+
+def check_config(name: str) -> None:
+    """Check that there is a config of that name; see `find_config`.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not os.path.exists(find_config(os.path.expanduser(name))):
+        raise UserError(f"config file not found: {name}")
 
 
 def find_config(name: str) -> str:

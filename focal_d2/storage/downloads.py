@@ -77,7 +77,7 @@ def fetch(address: str, *, allow_download: bool, limit: int = LARGEST_DOWNLOAD) 
 
     The copy is in $FVCORE_CACHE or ~/.torch/iopath_cache. A file of detectron2's stores has the place there
     that detectron2 gives it, so that both use the same copy. Any other has a place that is computed from the
-    address, so that no address can choose where it is written or stand in for another.
+    address, so that no address can choose where it is written or be taken for another.
 
     Args:
         address: detectron2://…, catalog://…, https://… or http://….

@@ -1,4 +1,4 @@
-"""Opening files: to read what others wrote, and to write so that a crash leaves the old or the new one.
+"""Open files: read untrusted files, and write so that a crash leaves the old file or the new one.
 
 Only regular files are opened. A named pipe would be waited for, a device may never end, and opening some
 devices already has an effect.

@@ -411,10 +411,10 @@ class _Machine:
 
 
 def _check_extent(content: Any) -> None:
-    """Refuse what a few bytes make large: lists of one list twice, of that one twice, and so on.
+    """Refuse nested references that expand to a huge structure: lists of one list twice, and so on.
 
-    Those who walk through a checkpoint would never come to an end, and would run out of stack in one that
-    holds itself or is very deep.
+    Code that walks through a checkpoint would never end, and would run out of stack in one that contains
+    itself or is very deep.
     """
     extents: dict[int, tuple[int, int]] = {}  # of containers: values, with those inside, and levels
     waiting = [(content, False)]
@@ -443,7 +443,7 @@ def _children(value: Any) -> list[Any]:
 
 
 def _short(value: Any) -> str:
-    """Return a text, or the type of what is none: a list may have any number of levels and values."""
+    """Return a string, else the name of the type: a list may have any number of levels and values."""
     return repr(value[:20]) if isinstance(value, str) else f"a {type(value).__name__}"
 
 

@@ -194,6 +194,7 @@ OPENED_ELSEWHERE = {
     "focal_d2/analysis/gpu_check/kernels.py": "the tests, and a log in a folder of its own",
     "focal_d2/analysis/gpu_check/demo.py": "the logs and files of jobs in a folder of its own",
     "focal_d2/analysis/study/runs.py": "what was written just now",
+    "focal_d2/storage/wheels.py": "a folder of its own",
     "focal_d2/data/embedded/neon_trees.py": "a folder of its own",
     "focal_d2/data/embedded/digits.py": "a folder of its own",
     "focal_d2/data/embedded/folder.py": "a folder of its own",

@@ -211,7 +211,7 @@ def _split_images(
     half = images[: (len(images) + 1) // 2]
     if cfg.INPUT.FOCAL.ROTATE_90:
         half = np.concatenate([half, half + len(boxes.sizes)])
-        boxes = _joined([boxes, _turned(boxes)])
+        boxes = _joined([boxes, _swap_axes(boxes)])
     return boxes, np.isin(boxes.image, half)
 
 
@@ -350,7 +350,7 @@ def _joined(parts: Sequence[TrainingBoxes]) -> TrainingBoxes:
     return TrainingBoxes(*(np.concatenate(column) for column in zip(*moved, strict=True)))
 
 
-def _turned(boxes: TrainingBoxes) -> TrainingBoxes:
+def _swap_axes(boxes: TrainingBoxes) -> TrainingBoxes:
     """Exchange x and y."""
     return boxes._replace(boxes=boxes.boxes[:, [1, 0, 3, 2]], sizes=boxes.sizes[:, ::-1])
 

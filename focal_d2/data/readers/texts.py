@@ -75,7 +75,7 @@ def class_names(classes: Sequence[object] | str, key: str = "CLASSES") -> tuple[
         key: that holds them, for messages.
 
     Raises:
-        UserError: if there are none, or two alike.
+        UserError: if there are none, or a name occurs twice.
     """
     source = key
     if isinstance(classes, str):
@@ -100,7 +100,7 @@ def read_yaml(path: str) -> dict[str, object]:
     """Read a YAML file of key: value pairs, without code.
 
     Raises:
-        UserError: naming the file, if it is none.
+        UserError: if the file is not YAML; the message names it.
     """
     content = yaml_text.read_yaml(path)
     return content if isinstance(content, dict) else {}

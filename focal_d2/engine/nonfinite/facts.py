@@ -103,7 +103,7 @@ class BadAnchor(NamedTuple):
     logits: list[float]
     deltas: list[float]
     value: float  # the anchor's own loss, or the first value of its gradient that is not finite
-    alike: int  # the anchors that were found to be like it, itself included
+    alike: int  # number of anchors with the same fault, this one included
     complete: bool  # whether all anchors were searched; if not, there may be more
 
     def __str__(self) -> str:

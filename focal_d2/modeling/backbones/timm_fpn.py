@@ -16,7 +16,6 @@ from focal_d2.config.legal_values import check_values
 from focal_d2.errors import UserError, did_you_mean, one_line
 from focal_d2.modeling.backbones.pyramid import build_pyramid, has_p2
 from focal_d2.modeling.traced import is_recording
-from focal_d2.storage.pretrained import import_timm
 
 BUILDER = "build_focal_timm_fpn_backbone"
 _KEY = "MODEL.FOCAL.TIMM.NAME"
@@ -115,6 +114,9 @@ def _check_pixels(cfg: CfgNode) -> None:
 
 def _timm_with(name: str) -> Any:
     """Import timm, and check that it has a model."""
+    # It imports detectron2's checkpoints, which registering a backbone does not need.
+    from focal_d2.storage.pretrained import import_timm
+
     timm = import_timm(f"MODEL.BACKBONE.NAME {BUILDER}")
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
