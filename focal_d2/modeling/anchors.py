@@ -14,6 +14,7 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from focal_d2.modeling.torchvision_anchors import TorchvisionAnchorGenerator
 from focal_d2.ops.matching.match import AnchorGrid
 
 # Multi-scale training has a few dozen shapes. One of 800 × 1333 pixels takes 3 MB.
@@ -101,14 +102,18 @@ def grid_of(generator: nn.Module, sizes: Sequence[Sequence[int]]) -> AnchorGrid 
         sizes: (height, width) in cells of each level.
 
     Returns:
-        The grid in the order of the generator's anchors, or None for a generator of another kind.
+        The grid in the order of the generator's anchors, or None for a generator of another kind, or if cells
+        are not as far apart as the strides say.
     """
-    if type(generator) is not DefaultAnchorGenerator:
+    made: Any = generator
+    if type(generator) is TorchvisionAnchorGenerator:
+        if generator.distances(sizes) != [(stride, stride) for stride in made.strides]:
+            return None
+    elif type(generator) is not DefaultAnchorGenerator:
         return None
     corners, leads = [], []
     rows: list[list[int]] = []
     first = 0
-    made: Any = generator
     levels = zip(sizes, made.strides, made.cell_anchors, strict=True)
     for level, ((height, width), stride, cell) in enumerate(levels):
         leads.append(len(rows))
