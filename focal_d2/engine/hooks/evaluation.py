@@ -180,7 +180,7 @@ class Evaluation(EvaluationHooks, EvalHook):
         super().evaluate()
         done = min(self.trainer.iter + 1, self.trainer.max_iter)
         self._point = self._chosen_point()
-        if self._point is not None and self.trainer.start_iter < done == self.trainer.max_iter:
+        if self._point is not None and self.trainer.start_iter <= done == self.trainer.max_iter:
             # The same file as before the evaluation, with the operating point: what it counts comes below.
             with self._after(done):
                 self._save("model_final", done)
