@@ -21,6 +21,8 @@ BUILDER = "build_focal_timm_fpn_backbone"
 _KEY = "MODEL.FOCAL.TIMM.NAME"
 _STRIDES = (8, 16, 32)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# detectron2's configs have it beside their defaults, in BGR order, for ResNets of torchvision and pycls.
+_TORCHVISION_STD = [57.375, 57.12, 58.395]
 # Tables that old versions of timm saved, and that are computed today.
 _COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
 
@@ -82,9 +84,9 @@ def pixel_values(name: str) -> PixelValues:
 
 
 def resolve_pixel_values(cfg: CfgNode) -> None:
-    """Replace detectron2's defaults of `MODEL.PIXEL_MEAN` and `PIXEL_STD` by those of a network of timm.
+    """Replace `MODEL.PIXEL_MEAN` and `PIXEL_STD` of detectron2's ResNets by those of a network of timm.
 
-    Other values, and the configs of other backbones, stay as they are.
+    A config may inherit the former. Other values, and the configs of other backbones, stay as they are.
 
     Args:
         cfg: full config that is not frozen, changed in place.
@@ -92,23 +94,26 @@ def resolve_pixel_values(cfg: CfgNode) -> None:
     Raises:
         UserError: if timm does not have the model.
     """
-    if cfg.MODEL.BACKBONE.NAME == BUILDER and _has_default_pixels(cfg):
+    if cfg.MODEL.BACKBONE.NAME == BUILDER and all(_has_resnets_pixels(cfg)):
         cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = pixel_values(focal_config(cfg).TIMM.NAME)
 
 
-def _has_default_pixels(cfg: CfgNode) -> bool:
+def _has_resnets_pixels(cfg: CfgNode) -> tuple[bool, bool]:
+    """Return whether the mean, and whether the standard deviation, is one of detectron2's ResNets."""
     default = get_cfg().MODEL
-    return (list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)) == (default.PIXEL_MEAN, default.PIXEL_STD)
+    deviations = (default.PIXEL_STD, _TORCHVISION_STD)
+    return list(cfg.MODEL.PIXEL_MEAN) == default.PIXEL_MEAN, list(cfg.MODEL.PIXEL_STD) in deviations
 
 
 def _check_pixels(cfg: CfgNode) -> None:
     if cfg.INPUT.FORMAT not in ("RGB", "L"):
         raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}; networks of timm take RGB, or L (grey)")
-    if _has_default_pixels(cfg):
+    if any(_has_resnets_pixels(cfg)):
         name = focal_config(cfg).TIMM.NAME
         mean, std = pixel_values(name)
         raise UserError(
-            f"MODEL.PIXEL_MEAN and PIXEL_STD are those of detectron2's ResNets; {name} needs {mean} and {std}"
+            f"MODEL.PIXEL_MEAN is {list(cfg.MODEL.PIXEL_MEAN)} and PIXEL_STD {list(cfg.MODEL.PIXEL_STD)}: at "
+            f"least one is of detectron2's ResNets; {name} needs {mean} and {std}"
         )
 
 

@@ -23,6 +23,7 @@ def make_timm_cfg(name: str, **overrides: object):
     settings = {
         "MODEL__BACKBONE__NAME": "build_focal_timm_fpn_backbone",
         "MODEL__FOCAL__TIMM__NAME": name,
+        "MODEL__PIXEL_MEAN": [120.0, 120.0, 120.0],
         "MODEL__PIXEL_STD": [60.0, 60.0, 60.0],
         "INPUT__FORMAT": "RGB",
     }
@@ -70,6 +71,10 @@ def test_outputs_are_timms_features():
             {"name": "test_resnet", "MODEL__PIXEL_STD": [1.0, 1.0, 1.0]},
             r"test_resnet needs \[127.5, 127.5, 127.5\] and \[127.5, 127.5, 127.5\]",
         ),
+        (
+            {"name": "test_resnet", "MODEL__PIXEL_MEAN": [103.53, 116.28, 123.675]},
+            r"PIXEL_MEAN is \[103.53, 116.28, 123.675\] and .* least one is of detectron2's ResNets",
+        ),
         ({"name": "test_resnet", "MODEL__FOCAL__TIMM__BATCH_NORM": "BN"}, "legal values: frozen, trained"),
         ({"name": "test_resnet", "MODEL__FOCAL__FPN__LEVELS": "p2"}, "legal values: p3-p7, p2-p6"),
     ],
@@ -94,9 +99,12 @@ def test_without_timm_a_line_says_how_to_install_it(monkeypatch):
 
 def test_pixel_values_are_timms_unless_they_are_set():
     assert pixel_values("resnet18.a1_in1k") == ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
-    cfg = make_timm_cfg("tf_efficientnet_lite0", MODEL__PIXEL_STD=[1.0, 1.0, 1.0])
-    resolve_pixel_values(cfg)
-    assert cfg.MODEL.PIXEL_MEAN == cfg.MODEL.PIXEL_STD == [127.5] * 3
+    for inherited in ([1.0, 1.0, 1.0], [57.375, 57.12, 58.395]):
+        cfg = make_timm_cfg(
+            "tf_efficientnet_lite0", MODEL__PIXEL_MEAN=[103.53, 116.28, 123.675], MODEL__PIXEL_STD=inherited
+        )
+        resolve_pixel_values(cfg)
+        assert cfg.MODEL.PIXEL_MEAN == cfg.MODEL.PIXEL_STD == [127.5] * 3
     for cfg in (make_timm_cfg("test_resnet"), make_cfg()):
         before = cfg.clone()
         resolve_pixel_values(cfg)
