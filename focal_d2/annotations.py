@@ -265,6 +265,11 @@ class Table:
         )
 
 
+def box_areas(boxes: np.ndarray) -> np.ndarray:
+    """Return the areas (M,) of boxes (M, 4) XYXY."""
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
 def has_table(name: str) -> bool:
     """Tell whether a dataset was registered with a table; others, such as detectron2's, have records only."""
     return MetadataCatalog.get(name).get("read_table") is not None

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from focal_d2.console import give_up_unwritten, prepare_output, reader_is_gone, tell
 from focal_d2.errors import UserError, escaped, user_message
-from focal_d2.storage.configs import check_config
+from focal_d2.storage.configs import check_config_file, find_config
 from focal_d2.storage.files import check_regular
 
 
@@ -33,7 +33,8 @@ def run_command(name: str, arguments: Sequence[str] | None = None, *, program: s
     with command_line(parser.prog):
         args = parser.parse_args(arguments)
         if getattr(args, "config_file", None):
-            check_config(args.config_file)  # before imports that take seconds
+            # Before imports that take seconds.
+            check_config_file(find_config(args.config_file), args.config_file)
         if getattr(args, "imports", None):
             from focal_d2.engine.user_modules import import_modules  # takes seconds
 

@@ -53,16 +53,16 @@ def run(args: argparse.Namespace) -> int:
     rehearsal = args.device == "cpu"
     start = time.monotonic()
     header = {"device": find_device(args.device), "rehearsal": rehearsal, "minutes": args.minutes}
-    told = 0
+    shown = 0  # lines that are on the terminal
 
     def report(results: list[PartResult]) -> None:
-        nonlocal told
+        nonlocal shown
         write_results(args.output, header, results)
         lines = [(result.number, line) for result in results for line in result.lines]
-        for number, line in lines[told:]:
+        for number, line in lines[shown:]:
             missed = ", the aim is missed" if line.met is False else ""
             tell(f"{number}. {line.name}: {value_text(line)}{missed}")
-        told = len(lines)
+        shown = len(lines)
 
     try:
         args.output.mkdir(parents=True, exist_ok=True)

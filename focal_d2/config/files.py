@@ -7,11 +7,11 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from focal_d2.errors import UserError, reason
-from focal_d2.storage.configs import packaged_config
+from focal_d2.errors import UserError
+from focal_d2.storage.configs import check_config_file, packaged_config
 from focal_d2.storage.downloads import fetch, is_address, join_address
-from focal_d2.storage.files import open_file
-from focal_d2.storage.yaml_text import LONGEST_FILE, Budget, read_yaml
+from focal_d2.storage.files import LONGEST_YAML
+from focal_d2.storage.yaml_text import Budget, read_yaml
 
 MOST_FILES = 64  # that _BASE_ leads to
 
@@ -39,24 +39,6 @@ def merge_file(cfg: CfgNode, path: str, *, allow_download: bool = False) -> None
         del cfg.__dict__["load_yaml_with_base"]
 
 
-def check_config_file(path: str, name: str) -> None:
-    """Check that a config is a file of bounded length, before anyone waits for a pipe.
-
-    Args:
-        path: of the file.
-        name: what messages call it.
-
-    Raises:
-        UserError: if not.
-    """
-    if not os.path.exists(path):
-        raise UserError(f"config file not found: {name}")
-    try:
-        open_file(path, limit=LONGEST_FILE).close()
-    except OSError as error:
-        raise UserError(f"config file {name}: {reason(error)}") from error
-
-
 class _Files:
     """The number and the total size of the files that a config is made of, which are limited."""
 
@@ -74,7 +56,7 @@ class _Files:
         """
         local = path
         if is_address(path):
-            local = fetch(path, allow_download=self._allow_download, limit=LONGEST_FILE)
+            local = fetch(path, allow_download=self._allow_download, limit=LONGEST_YAML)
         real = os.path.realpath(local)
         if real in below:
             raise UserError(f"{path}: its {_BASE} leads back to it")

@@ -107,7 +107,7 @@ class ResizeAndCrop(T.Augmentation):
         resized = self.resize.get_transform(image)
         new = (resized.new_h, resized.new_w) if isinstance(resized, T.ResizeTransform) else old
         if self.jitter != (1, 1):
-            factor = _uniform(*self.jitter)
+            factor = uniform(*self.jitter)
             new = tuple(max(1, round(side * factor)) for side in new)
         window = old
         if self.size is not None:
@@ -132,8 +132,8 @@ class ResizeAndCrop(T.Augmentation):
             height, width = size
             boxes = boxes.clip(0, [width, height, width, height])
             boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
-            if len(boxes) and _uniform() < self.around_box:
-                x0, y0, x1, y1 = boxes[int(_uniform(0, len(boxes)))].tolist()
+            if len(boxes) and uniform() < self.around_box:
+                x0, y0, x1, y1 = boxes[int(uniform(0, len(boxes)))].tolist()
                 spans = (y0, y1), (x0, x1)
         starts = []
         for side, length, span in zip(size, window, spans, strict=True):
@@ -141,7 +141,7 @@ class ResizeAndCrop(T.Augmentation):
             if span is not None:
                 first, last = sorted((span[0], span[1] - length))
                 low, high = (min(max(x, 0), high) for x in (math.ceil(first), math.floor(last)))
-            starts.append(low + int(_uniform(0, max(low, high) - low + 1)))
+            starts.append(low + int(uniform(0, max(low, high) - low + 1)))
         return starts
 
 
@@ -177,7 +177,7 @@ class RandomSaturation(T.Augmentation):
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         """Draw the factor."""
-        factor = _uniform(self.intensity_min, self.intensity_max)
+        factor = uniform(self.intensity_min, self.intensity_max)
         luma = np.array(_LUMA if self.image_format == "RGB" else _LUMA[::-1])
         matrix = factor * np.eye(3) + (1 - factor) * luma  # (3, 3): new channels from old
         return T.ColorTransform(partial(cv2.transform, m=matrix))
@@ -193,11 +193,11 @@ class RandomHue(T.Augmentation):
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         """Draw the angle."""
-        angle = _uniform(-self.degrees, self.degrees)
+        angle = uniform(-self.degrees, self.degrees)
         return T.ColorTransform(partial(turn_hues, degrees=angle, image_format=self.image_format))
 
 
-def _uniform(low: float = 0.0, high: float = 1.0) -> float:
+def uniform(low: float = 0.0, high: float = 1.0) -> float:
     """Draw from NumPy's global generator, as detectron2's augmentations do; each worker seeds it."""
     return float(np.random.uniform(low, high))  # noqa: NPY002
 

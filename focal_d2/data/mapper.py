@@ -15,6 +15,7 @@ from detectron2.data.detection_utils import SizeMismatchError, check_image_size,
 from detectron2.structures import Boxes, BoxMode, Instances
 from torch.utils.data import get_worker_info
 
+from focal_d2.annotations import box_areas
 from focal_d2.config import check_choice
 from focal_d2.config.architectures import known_architecture
 from focal_d2.config.legal_values import check_values
@@ -218,9 +219,9 @@ def split_ignored(
     left = moved.clip(0, [width, height, width, height])
     if min_visible is not None:
         # The slack is for rounding: a turn by 90 degrees moves a box by some 1e-13 pixels.
-        ignored |= _areas(left) < (min_visible - 1e-9) * _areas(moved)
+        ignored |= box_areas(left) < (min_visible - 1e-9) * box_areas(moved)
     objects = [x for x, out in zip(annotations, ignored.tolist(), strict=True) if not out]
-    return objects, torch.from_numpy(left[ignored & (_areas(left) > 0)].astype(np.float32))
+    return objects, torch.from_numpy(left[ignored & (box_areas(left) > 0)].astype(np.float32))
 
 
 def boxes_within(annotations: list[dict[str, Any]], image_size: tuple[int, int]) -> np.ndarray:
@@ -230,7 +231,3 @@ def boxes_within(annotations: list[dict[str, Any]], image_size: tuple[int, int])
     ]
     height, width = image_size
     return np.array(boxes, dtype=np.float64).reshape(-1, 4).clip(0, [width, height, width, height])
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

@@ -25,6 +25,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from focal_d2.data.augmentations import uniform
 from focal_d2.data.pixels import FORMATS
 from focal_d2.errors import UserError
 
@@ -85,7 +86,7 @@ class Mixing:
             return read(int(records[_whole(len(records) - 1)]))
 
         for step in self.steps:
-            if _uniform(0, 1) < step.probability and len(step.records):
+            if uniform() < step.probability and len(step.records):
                 sample = step.mix(sample, partial(read_one, step.records))
         return sample
 
@@ -173,7 +174,7 @@ class Mosaic:
         samples = [sample, *(draw_other() for _ in range(3))]
         contents = [_content_of(x) for x in samples]
         height, width = contents[0].size
-        row, column = (round(_uniform(*_MEETING) * side) for side in (height, width))
+        row, column = (round(uniform(*_MEETING) * side) for side in (height, width))
         dtype = contents[0].image.dtype
         fill = self.fill if dtype.is_floating_point else self.fill.round()
         image = fill.to(dtype)[:, None, None].repeat(1, height, width)
@@ -181,7 +182,7 @@ class Mosaic:
         for content, place in zip(contents, _order(4), strict=True):
             below, right = divmod(place, 2)
             room = (height - row if below else row), (width - column if right else column)
-            content = _resized(content, _uniform(*self.scale))
+            content = _resized(content, uniform(*self.scale))
             window = [min(a, b) for a, b in zip(room, content.size, strict=True)]
             top, left = (_whole(a - b) for a, b in zip(content.size, window, strict=True))
             at = row if below else row - window[0], column if right else column - window[1]
@@ -240,7 +241,7 @@ class CopyPaste:
         room = [a - b for a, b in zip(content.size, size, strict=True)]
         if min(room) < 0:
             return None
-        whole = _areas(content.boxes)
+        whole = Boxes(content.boxes).area()
         for _ in range(_TRIES):
             top, left = map(_whole, room)
             low, high = torch.tensor([left, top]), torch.tensor([left + size[1], top + size[0]])
@@ -255,10 +256,6 @@ def _order(number: int) -> list[int]:
     """Draw an order of so many things."""
     order: list[int] = np.random.permutation(number).tolist()  # noqa: NPY002
     return order
-
-
-def _uniform(low: float, high: float) -> float:
-    return float(np.random.uniform(low, high))  # noqa: NPY002
 
 
 def _whole(most: int) -> int:
@@ -312,7 +309,7 @@ def _window(
     boxes, ignored = (
         torch.minimum((x - move).clamp(min=0), limits) for x in (content.boxes, content.ignored)
     )
-    shown, whole = _areas(boxes), _areas(content.boxes)
+    shown, whole = Boxes(boxes).area(), Boxes(content.boxes).area()
     # The slack is for rounding, as boxes are moved in float32.
     is_object = (shown > 0) & (shown >= (min_visible - 1e-5) * whole)
     rest = torch.cat([ignored, boxes[~is_object]])
@@ -320,12 +317,8 @@ def _window(
         content.image[:, top : top + height, left : left + width],
         boxes[is_object],
         content.classes[is_object],
-        rest[_areas(rest) > 0],
+        rest[Boxes(rest).area() > 0],
     )
-
-
-def _areas(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 def _pasted(content: _Content, part: _Content, top: int, left: int) -> _Content:

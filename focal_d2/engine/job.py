@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: for anything the user can correct.
     """
     import_modules(args.imports)  # a spawned process has not imported them
-    args.config_file = find_config(os.path.expanduser(args.config_file))  # detectron2 logs the file
+    args.config_file = find_config(args.config_file)  # the log has the path
     cfg = load_config(
         args.config_file, args.opts, trust_files=args.trust_files, allow_download=args.allow_download
     )

@@ -15,7 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from focal_d2.config import add_focal_config, check_choice, key_value, leaves, set_value
 from focal_d2.config.architectures import CLASS_KEYS
-from focal_d2.config.files import check_config_file, merge_file
+from focal_d2.config.files import merge_file
 from focal_d2.config.legal_values import check_values
 from focal_d2.data.dataset_checks import count_classes
 from focal_d2.data.entries import register_datasets
@@ -25,7 +25,7 @@ from focal_d2.evaluation import check_backend
 from focal_d2.modeling.backbones.timm_fpn import resolve_pixel_values
 from focal_d2.modeling.build import resolve_device
 from focal_d2.modeling.losses import LOSSES, parameter_names
-from focal_d2.storage.configs import find_config
+from focal_d2.storage.configs import check_config_file, find_config
 from focal_d2.storage.downloads import is_address
 from focal_d2.storage.yaml_text import LONGEST_NUMBER
 
@@ -74,7 +74,7 @@ def load_config(
     cfg = get_cfg()
     add_focal_config(cfg)
     if config_file:
-        config_file = find_config(os.path.expanduser(config_file))
+        config_file = find_config(config_file)
         check_config_file(config_file, config_file)
         with _config_errors(cfg, config_file), _other_types(cfg):
             if trust_files:

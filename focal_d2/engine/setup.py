@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 
 import torch
@@ -16,8 +15,6 @@ from detectron2.utils.logger import setup_logger
 from focal_d2.errors import UserError
 from focal_d2.modeling.build import quiet_console
 from focal_d2.storage.files import write_aside
-
-logger = logging.getLogger(__name__)
 
 
 def set_up_job(cfg: CfgNode, args: argparse.Namespace) -> None:

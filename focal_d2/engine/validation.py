@@ -23,12 +23,13 @@ from focal_d2.detectron2_compat import copy_without_hooks
 from focal_d2.evaluation import log_results
 from focal_d2.modeling import FocalRetinaNet
 from focal_d2.modeling.all_reduce import alone
+from focal_d2.modeling.folding import BATCH_NORMS
 
 # Every validation makes the same random draws, so that a curve shows the model and not the draws.
 _SEED = 0
 # Layers that work differently in training and in evaluation, and compute no loss.
 _LAYERS = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *BATCH_NORMS,
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
 )
 

@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from focal_d2.modeling.traced import is_recording
 
+# PyTorch's batch norms with statistics of their own; their common base is private.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 class FoldedConv2d(Conv2d):
     """detectron2's convolution whose frozen norm scales the weights instead of the output.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, reason
+from focal_d2.storage.files import LONGEST_YAML, open_file
 
 # A wheel has a copy inside; a checkout has them beside the package.
 _FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
@@ -32,23 +33,32 @@ def packaged_config(name: str) -> str | None:
     return str(packaged_folder() / name) if name in packaged_configs() else None
 
 
-def check_config(name: str) -> None:
-    """Check that there is a config of that name; see `find_config`.
-
-    Raises:
-        UserError: if there is none.
-    """
-    if not os.path.exists(find_config(os.path.expanduser(name))):
-        raise UserError(f"config file not found: {name}")
-
-
 def find_config(name: str) -> str:
     """Return the path of a config: the file of that name or, where there is none, the package's.
 
     Args:
-        name: path of a file, or a name of `packaged_config`.
+        name: path of a file, which may begin with ~, or a name of `packaged_config`.
 
     Returns:
-        `name` as it is if there is no such file in either place.
+        The path of `name` if there is no such file in either place.
     """
+    name = os.path.expanduser(name)
     return name if os.path.exists(name) else packaged_config(name) or name
+
+
+def check_config_file(path: str, name: str) -> None:
+    """Check that a config is a file of bounded length, before anyone waits for a pipe.
+
+    Args:
+        path: of the file.
+        name: what messages call it.
+
+    Raises:
+        UserError: if not.
+    """
+    if not os.path.exists(path):
+        raise UserError(f"config file not found: {name}")
+    try:
+        open_file(path, limit=LONGEST_YAML).close()
+    except OSError as error:
+        raise UserError(f"config file {name}: {reason(error)}") from error

@@ -18,6 +18,7 @@ from focal_d2.errors import UserError
 
 # Bytes of a file of annotations. It is read whole; Objects365's has 6 · 10⁹.
 LARGEST_ANNOTATIONS = 2**33
+LONGEST_YAML = 2**20  # bytes, with the files of its _BASE_
 
 ASIDE = ".tmp"  # ends the name of a file that is not whole yet
 # In OUTPUT_DIR, what is opened where it lies, not written aside: by us, detectron2, TensorBoard and W&B.
@@ -32,7 +33,7 @@ _KINDS = {
     stat.S_IFDIR: "a folder",
 }
 # File systems of the kernel: a write to /proc/self/mem changes this process.
-_KERNELS = ("/proc", "/sys")
+_KERNELS = {os.stat(x).st_dev for x in ("/proc", "/sys") if os.path.exists(x)}
 
 
 def open_file(path: str | os.PathLike[str], *, limit: int) -> IO[bytes]:
@@ -120,7 +121,7 @@ def _open(path: str | os.PathLike[str], flags: int) -> int:
 
 def _check_kind(path: str | os.PathLike[str], status: os.stat_result) -> None:
     if stat.S_ISREG(status.st_mode):
-        if any(os.path.exists(x) and os.stat(x).st_dev == status.st_dev for x in _KERNELS):
+        if status.st_dev in _KERNELS:
             raise OSError(errno.EINVAL, "a file of the kernel, where a file is needed", os.fspath(path))
         return
     kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")

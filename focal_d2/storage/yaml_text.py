@@ -11,10 +11,9 @@ from typing import Any
 import yaml
 
 from focal_d2.errors import UNLESS_TRUSTED, UserError, describe_error, one_line, reason
-from focal_d2.storage.files import read_file
+from focal_d2.storage.files import LONGEST_YAML, read_file
 
 # Far above any config, and low enough that a hostile file costs seconds and megabytes at most.
-LONGEST_FILE = 2**20  # bytes, with the files of its _BASE_
 MOST_NODES = 100_000  # values and keys, with everything that aliases stand for, and the files of its _BASE_
 DEEPEST = 50  # levels
 LONGEST_NUMBER = 64  # characters of a whole number
@@ -47,7 +46,7 @@ class Budget:
 
     def __init__(self) -> None:
         """Start with the limits of one file."""
-        self.length, self.nodes = LONGEST_FILE, MOST_NODES
+        self.length, self.nodes = LONGEST_YAML, MOST_NODES
 
     def spend(self, length: int, source: str) -> None:
         """Subtract the length of a text.
@@ -57,7 +56,7 @@ class Budget:
         """
         self.length -= length
         if self.length < 0:
-            raise UserError(f"{source}: longer than {LONGEST_FILE} bytes, with the files of its _BASE_")
+            raise UserError(f"{source}: longer than {LONGEST_YAML} bytes, with the files of its _BASE_")
 
 
 def read_yaml(path: str, *, name: str | None = None, budget: Budget | None = None) -> Any:
@@ -73,7 +72,7 @@ def read_yaml(path: str, *, name: str | None = None, budget: Budget | None = Non
     """
     name = name or path
     try:
-        text = read_file(path, limit=LONGEST_FILE).decode("utf-8-sig")
+        text = read_file(path, limit=LONGEST_YAML).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{name}: {reason(error)}") from error
     except UnicodeDecodeError as error:

@@ -55,7 +55,7 @@ def test_a_mosaic_by_hand(monkeypatch):
     # The four meet at row 4 and column 2 of 8 × 8 pixels, in the order 3, 0, 1, 2 of the quarters.
     let_draw(
         monkeypatch,
-        _uniform=[0.5, 0.25, 1, 1, 1, 1],
+        uniform=[0.5, 0.25, 1, 1, 1, 1],
         _whole=[4, 0, 0, 6, 1, 2, 0, 3],  # rows and columns at which the windows start
         _order=[[3, 0, 1, 2]],
     )
@@ -80,7 +80,7 @@ def test_a_mosaic_by_hand(monkeypatch):
 
 
 def test_boxes_of_which_too_little_is_left_are_ignored_regions(monkeypatch):
-    let_draw(monkeypatch, _uniform=[0.5, 0.5, 1, 1, 1, 1], _whole=[0] * 8, _order=[[0, 1, 2, 3]])
+    let_draw(monkeypatch, uniform=[0.5, 0.5, 1, 1, 1, 1], _whole=[0] * 8, _order=[[0, 1, 2, 3]])
     cut = sample(1, [[0.0, 0, 8, 8], [0, 0, 8, 4], [5, 5, 8, 8]])  # a quarter, a half and nothing are left
     mosaic = make_mosaic(min_visible=0.3)(cut, lambda: sample(2))
     assert boxes_of(mosaic) == [[0, 0, 4, 4]]
@@ -91,7 +91,7 @@ def test_boxes_of_which_too_little_is_left_are_ignored_regions(monkeypatch):
 def test_images_that_are_smaller_than_their_quarter_touch_the_meeting_point(monkeypatch):
     # The first is 8 × 8 pixels and resized to 2 × 2, with its box of 4 × 8; the others have 3 × 2, 1 × 1 and
     # 8 × 12 pixels, which become 2 × 1, 1 × 1 and 2 × 3.
-    let_draw(monkeypatch, _uniform=[0.5, 0.5, 0.25, 0.5, 0.5, 0.25], _whole=[0] * 8, _order=[[0, 1, 2, 3]])
+    let_draw(monkeypatch, uniform=[0.5, 0.5, 0.25, 0.5, 0.5, 0.25], _whole=[0] * 8, _order=[[0, 1, 2, 3]])
     others = iter([sample(20, size=(3, 2)), sample(30, size=(1, 1)), sample(40, size=(8, 12))])
     mosaic = make_mosaic(fill=(7.4,))(sample(10, [[4.0, 0, 8, 8]]), lambda: next(others))
     expected = torch.full((1, 8, 8), 7, dtype=torch.uint8)

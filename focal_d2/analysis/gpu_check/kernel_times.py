@@ -67,7 +67,7 @@ _Shape = tuple[int, int, str, str]  # images, K, precision, layout
 class _LossRuns(NamedTuple):
     """A loss in several ways, and the bytes that must move in the first one."""
 
-    expected: Callable[[], object]  # with a backward that gets the gradient that the kernel was told of
+    expected: Callable[[], object]  # its backward gets the gradient that `upstream` announced
     other: Callable[[], object]  # with one that gets another gradient
     forward: Callable[[], object]
     moved: int

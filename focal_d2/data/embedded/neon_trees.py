@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from focal_d2.annotations import Table
+from focal_d2.annotations import Table, box_areas
 from focal_d2.data.embedded import SETS
 from focal_d2.data.embedded.folder import datasets_root, prepare_once
 from focal_d2.data.pixels import read_with_pillow, write_image
@@ -164,12 +164,8 @@ def boxes_in(tile: Tile, boxes: np.ndarray, min_visible: float) -> np.ndarray:
     """
     low, high = np.array(tile[:2] * 2), np.array(tile[2:] * 2)
     clipped = np.clip(boxes, low, high)
-    visible = _areas(clipped) / _areas(boxes)
+    visible = box_areas(clipped) / box_areas(boxes)
     return clipped[visible >= min_visible] - low
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 def _write_split(source: Path, cut: Path, split: str, pictures: tuple[str, ...], recipe: Recipe) -> None:

@@ -15,12 +15,12 @@ from focal_d2.config import focal_config
 from focal_d2.config.legal_values import check_values
 from focal_d2.errors import UserError, did_you_mean, one_line
 from focal_d2.modeling.backbones.pyramid import build_pyramid, has_p2
+from focal_d2.modeling.folding import BATCH_NORMS
 from focal_d2.modeling.traced import is_recording
 
 BUILDER = "build_focal_timm_fpn_backbone"
 _KEY = "MODEL.FOCAL.TIMM.NAME"
 _STRIDES = (8, 16, 32)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # detectron2's configs have it beside their defaults, in BGR order, for ResNets of torchvision and pycls.
 _TORCHVISION_STD = [57.375, 57.12, 58.395]
 # Tables that old versions of timm saved, and that are computed today.
@@ -220,7 +220,7 @@ class TimmBottomUp(Backbone):
                 parameter.requires_grad_(False)
         self._frozen_norms = []
         for module in net.modules():
-            if isinstance(module, _BATCH_NORMS):
+            if isinstance(module, BATCH_NORMS):
                 trained = [x.requires_grad for x in module.parameters(recurse=False)]
                 if not train_norms or not all(trained):
                     module.requires_grad_(False)
