@@ -25,6 +25,12 @@ def add_options(parser: Parser) -> None:
     add_config_options(parser, help="what all cells start from")
     parser.add_argument("--grid", required=True, type=Path, help="YAML of cells and seeds (configs/grids/)")
     parser.add_argument("--output", required=True, type=Path, help="the study's folder")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="CSV",
+        help="a results.csv whose runs are not repeated; it may be OUTPUT's",
+    )
     parser.add_argument("--seeds", metavar="SEED,SEED,…", help="seeds that replace the grid's")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes of each run (1)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -32,7 +38,15 @@ def add_options(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the runs without a result, and print all results."""
-    from focal_d2.analysis.study import as_json, check_seeds, load_grid, plan, run_study, write_report
+    from focal_d2.analysis.study import (
+        as_json,
+        check_seeds,
+        load_grid,
+        plan,
+        read_results,
+        run_study,
+        write_report,
+    )
     from focal_d2.engine import check_job
     from focal_d2.storage.configs import find_config
     from focal_d2.storage.yaml_text import parse_yaml
@@ -48,13 +62,14 @@ def run(args: argparse.Namespace) -> None:
         return check_job(args.config_file, [*args.opts, *overrides], num_gpus=args.num_gpus)
 
     def after(results: list[Result], newest: Result | None) -> None:
-        write_report(runs, results, args.output)
+        write_report(runs, results, args.output, grid.baseline)
         if newest:
             tell(f"[{len(results)}/{len(runs)}] {newest.line}")
 
     try:
         runs = plan(grid, seeds, args.output, _training_command(args), check)
-        results = run_study(runs, args.output, after)
+        known = read_results(args.results, runs) if args.results else {}
+        results = run_study(runs, args.output, after, known)
     except KeyboardInterrupt:
         raise UserError("stopped; the same command continues the study") from None
     except OSError as error:

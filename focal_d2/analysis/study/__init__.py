@@ -2,7 +2,7 @@
 
 from focal_d2.analysis.study.grid import Cell, Grid, check_seeds, load_grid
 from focal_d2.analysis.study.report import as_json, write_report
-from focal_d2.analysis.study.runs import Result, Run, plan, run_study
+from focal_d2.analysis.study.runs import Result, Run, plan, read_results, run_study
 
 __all__ = [
     "Cell",
@@ -13,6 +13,7 @@ __all__ = [
     "check_seeds",
     "load_grid",
     "plan",
+    "read_results",
     "run_study",
     "write_report",
 ]

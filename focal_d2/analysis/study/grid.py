@@ -1,7 +1,10 @@
 """The grid of a study: a YAML file of cells. Each cell changes a few keys of the base config.
 
 SEEDS: [0, 1, 2]
+BASELINE: CE                                          # optional: the cell that the others are compared with
 CELLS:
+  - NAME: CE
+    SET: {MODEL.FOCAL.LOSS.NAME: ce}
   - NAME: balanced CE
     SET: {MODEL.FOCAL.LOSS.NAME: balanced_ce}
   - NAME: FL, γ {GAMMA}                               # one cell for each value of a sweep
@@ -19,7 +22,7 @@ import string
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, first_few
 from focal_d2.storage.yaml_text import read_yaml
 
 MOST_CELLS = 10_000
@@ -54,6 +57,7 @@ class Grid(NamedTuple):
 
     seeds: list[int]
     cells: list[Cell]
+    baseline: str | None = None  # the cell that the others are compared with, seed by seed
 
 
 def load_grid(path: Path) -> Grid:
@@ -63,8 +67,8 @@ def load_grid(path: Path) -> Grid:
         UserError: if the file is no grid, or two cells would share a folder.
     """
     content = read_yaml(str(path), name=f"grid {path}")
-    if not isinstance(content, dict) or set(content) != {"SEEDS", "CELLS"}:
-        raise UserError(f"grid {path}: it needs the keys SEEDS and CELLS, and no other")
+    if not isinstance(content, dict) or set(content) - {"BASELINE"} != {"SEEDS", "CELLS"}:
+        raise UserError(f"grid {path}: it needs the keys SEEDS and CELLS, may have BASELINE, and no other")
     seeds = check_seeds(content["SEEDS"], f"grid {path}: SEEDS")
     if not _list_of(content["CELLS"], dict):
         raise UserError(f"grid {path}: CELLS must be a list of mappings")
@@ -78,7 +82,11 @@ def load_grid(path: Path) -> Grid:
             raise UserError(f'grid {path}: {names} would share the folder "{cell.folder}"')
     if len(folders) < len(cells):
         raise UserError(f"grid {path}: two cells have the same NAME; a sweep's NAME needs its key in braces")
-    return Grid(seeds, cells)
+    baseline = content.get("BASELINE")
+    if baseline is not None and baseline not in list(folders.values()):
+        names = first_few([f'"{cell.name}"' for cell in cells])
+        raise UserError(f"grid {path}: BASELINE is {baseline!r}; it must be one of the cells: {names}")
+    return Grid(seeds, cells, baseline)
 
 
 def check_seeds(seeds: Any, source: str) -> list[int]:

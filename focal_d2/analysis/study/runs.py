@@ -1,28 +1,35 @@
 """Run a study: each cell and seed is an ordinary training run with its own process and folder.
 
 If a study is stopped, the same command continues it: the results of finished runs are read, and a run that
-was interrupted resumes from its last checkpoint.
+was interrupted resumes from its last checkpoint. Runs that ended on another machine come from a results.csv.
 """
 
 from __future__ import annotations
 
+import csv
 import fcntl
+import functools
+import hashlib
+import io
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from detectron2.config import get_cfg
+
 from focal_d2.analysis.study.grid import Cell, Grid
-from focal_d2.config import leaves
-from focal_d2.errors import UserError
+from focal_d2.config import add_focal_config, leaves
+from focal_d2.errors import UserError, one_line
 from focal_d2.storage.files import create_file, read_file, write_aside
 from focal_d2.storage.yaml_text import parse_yaml
 
 _RECORD = "run.json"
 _LARGEST_RECORD = 2**30  # bytes of it and of metrics.json
+_BOX_METRIC = re.compile(r"(^|/)bbox/")
 # The trainer's message about a loss that is not finite.
 DIVERGED = re.compile(r"became infinite or NaN at iteration (\d+)")
 
@@ -35,6 +42,16 @@ class Run(NamedTuple):
     folder: Path
     command: list[str]
     config: str  # the whole config as YAML; a folder with another config belongs to another run
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits for the values of the config that are not the defaults.
+
+        It stays the same if a later version adds a key.
+        """
+        values, defaults = leaves(_parse_config(self.config, f"cell {self.cell.name}")), _default_values()
+        changed = {key: x for key, x in values.items() if key not in defaults or defaults[key] != x}
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Result(NamedTuple):
@@ -92,7 +109,10 @@ def plan(
 
 
 def run_study(
-    runs: Sequence[Run], output: Path, after: Callable[[list[Result], Result | None], None]
+    runs: Sequence[Run],
+    output: Path,
+    after: Callable[[list[Result], Result | None], None],
+    known: Mapping[tuple[str, int], Result] | None = None,
 ) -> list[Result]:
     """Run what has no result yet, one run after another, and read the results of the others.
 
@@ -104,6 +124,7 @@ def run_study(
         output: the study's folder.
         after: called with all results so far, in the order of `runs`, and the newest one: at the start with
             None for the newest, then after each run.
+        known: results of runs on other machines, by cell and seed (`read_results`).
 
     Returns:
         A result for each run.
@@ -115,7 +136,7 @@ def run_study(
     with _locked(output) as lock:
         for run in runs:
             _check_same_config(run)
-        results = [_stored(run) for run in runs]
+        results = [_stored(run) or (known or {}).get((run.cell.name, run.seed)) for run in runs]
         after([result for result in results if result], None)
         for i, run in enumerate(runs):
             if results[i] is None:
@@ -153,14 +174,26 @@ def _check_same_config(run: Run) -> None:
         return
     if record["config"] == run.config:
         return
-    theirs, ours = (parse_yaml(x, f"{run.folder / _RECORD}: config") for x in (record["config"], run.config))
-    before, now = (leaves(x if isinstance(x, dict) else {}) for x in (theirs, ours))
+    source = f"{run.folder / _RECORD}: config"
+    before, now = (leaves(_parse_config(x, source)) for x in (record["config"], run.config))
     changed = [k for k in before.keys() | now.keys() if before.get(k) != now.get(k)]
     if not changed:
         return
     key = min(changed, key=str)
     values = f"{key} {before.get(key)}, not {now.get(key)}"
     raise UserError(f"{run.folder} was run with {values}: choose another output folder, or delete it")
+
+
+@functools.cache
+def _default_values() -> dict[str, Any]:
+    cfg = get_cfg()
+    add_focal_config(cfg)
+    return leaves(_parse_config(cfg.dump(), "defaults"))
+
+
+def _parse_config(text: str, source: str) -> dict[str, Any]:
+    config = parse_yaml(text, source)
+    return config if isinstance(config, dict) else {}
 
 
 def _stored(run: Run) -> Result | None:
@@ -226,6 +259,50 @@ def _write_record(run: Run, result: Result) -> None:
     write_aside(str(path), lambda file: file.write(json.dumps(record, indent=1).encode()))
 
 
+def read_results(path: Path, runs: Sequence[Run]) -> dict[tuple[str, int], Result]:
+    """Read the runs that ended from a results.csv, which another machine may have written.
+
+    Args:
+        path: the file.
+        runs: of the study. Rows of other cells and seeds are left out.
+
+    Returns:
+        Results that finished or diverged, by cell and seed.
+
+    Raises:
+        UserError: if the file is no results.csv, or a row was run with another config.
+    """
+    try:
+        text = read_file(path, limit=_LARGEST_RECORD).decode()
+        table = csv.DictReader(io.StringIO(text), strict=True)
+        missing = {"cell", "seed", "status", "diverged at", "config"} - set(table.fieldnames or ())
+        if missing:
+            raise ValueError(f"it has no column {min(missing)}")
+        rows = list(table)
+        results = [_row_result(row) for row in rows]
+    except (OSError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is no results.csv of a study: {one_line(error)}") from error
+    fingerprints = {(run.cell.name, run.seed): run.fingerprint for run in runs}
+    known = {}
+    for row, result in zip(rows, results, strict=True):
+        key = (result.cell, result.seed)
+        if key not in fingerprints or result.status not in ("finished", "diverged"):
+            continue
+        if row["config"] != fingerprints[key]:
+            raise UserError(
+                f"{path}: {result.cell}, seed {result.seed}, was run with another config "
+                f"({row['config']}, not {fingerprints[key]})"
+            )
+        known[key] = result
+    return known
+
+
+def _row_result(row: dict[str, str]) -> Result:
+    metrics = {key: float(x) for key, x in row.items() if _BOX_METRIC.search(key) and x}
+    iteration = int(row["diverged at"]) if row["diverged at"] else None
+    return Result(row["cell"], int(row["seed"]), row["status"], iteration, metrics, "")
+
+
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Return the lines of a run's metrics.json, in the order of their iterations."""
     path = folder / "metrics.json"
@@ -244,5 +321,5 @@ def last_metrics(folder: Path) -> dict[str, float]:
     """Return the box metrics of a run's last evaluation."""
     metrics: dict[str, float] = {}
     for line in read_metrics(folder):
-        metrics.update({key: x for key, x in line.items() if re.search(r"(^|/)bbox/", key)})
+        metrics.update({key: x for key, x in line.items() if _BOX_METRIC.search(key)})
     return metrics

@@ -29,6 +29,7 @@ def test_sweep_is_a_product_with_the_last_key_fastest(write):
     entry = {"NAME": "a {A}, b {B}", "SET": {"K": "v"}, "SWEEP": sweep, "PAPER": [1.0, 2.0, 3.0, 4.0]}
     grid = load_grid(write({"SEEDS": [3], "CELLS": [{"NAME": "γ 0.5"}, entry]}))
     assert grid.seeds == [3]
+    assert grid.baseline is None
     assert [c.name for c in grid.cells] == [
         "γ 0.5",
         "a 1, b [0.5]",
@@ -48,6 +49,11 @@ def test_sweep_is_a_product_with_the_last_key_fastest(write):
         ("a: [", "grid .*grid.yaml, line 1: while parsing"),
         ([], "needs the keys SEEDS and CELLS"),
         ({"SEEDS": [1], "CELLS": [{"NAME": "a"}], "MORE": 1}, "needs the keys SEEDS and CELLS"),
+        (
+            {"SEEDS": [1], "CELLS": [{"NAME": "a"}], "BASELINE": "b"},
+            "BASELINE is 'b'; it must be one of the cells: \"a\"",
+        ),
+        ({"SEEDS": [1], "CELLS": [{"NAME": "a"}], "BASELINE": ["a"]}, "BASELINE is \\['a'\\]"),
         ({"SEEDS": [], "CELLS": [{"NAME": "a"}]}, "SEEDS is \\[\\]"),
         ({"SEEDS": [1, 1], "CELLS": [{"NAME": "a"}]}, "different whole numbers"),
         ({"SEEDS": [True], "CELLS": [{"NAME": "a"}]}, "SEEDS is \\[True\\]"),
@@ -89,6 +95,11 @@ def test_sweep_is_a_product_with_the_last_key_fastest(write):
 def test_a_mistake_is_named(write, content, message):
     with pytest.raises(UserError, match=message):
         load_grid(write(content))
+
+
+def test_a_baseline_is_a_cell(write):
+    cells = [{"NAME": "K {K}", "SWEEP": {"K": [1, 2]}}]
+    assert load_grid(write({"SEEDS": [1], "CELLS": cells, "BASELINE": "K 2"})).baseline == "K 2"
 
 
 def test_a_missing_grid_is_named(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,7 +15,8 @@ import time
 import pytest
 
 from focal_d2 import UserError
-from focal_d2.analysis.study import Cell, Grid, Run, as_json, plan, run_study, write_report
+from focal_d2.analysis.study import Cell, Grid, Run, as_json, plan, read_results, run_study, write_report
+from focal_d2.analysis.study.report import paired_difference
 from focal_d2.analysis.study.runs import last_metrics, read_metrics
 
 # argv: folder, AP, what happens. Each run leaves a mark in calls.txt.
@@ -249,6 +251,76 @@ def test_each_dataset_has_a_column_of_its_own(tmp_path):
     write_report([run], [result._replace(metrics=metrics)], tmp_path)
     header = (tmp_path / "table.md").read_text().splitlines()[0]
     assert [c.strip() for c in header.split("|")[2:-1]] == ["runs", "x/AP", "x/AR@100", "y/AP", "y/AR@100"]
+
+
+def test_paired_difference_by_hand():
+    # Differences 1, 2, 3 of the seeds that both have: mean 2, deviation 1; Student's t for 2 degrees of
+    # freedom is 4.3027 at 97.5 %.
+    values, baseline = {0: 11.0, 1: 22.0, 2: 33.0, 5: 99.0}, {0: 10.0, 1: 20.0, 2: 30.0, 7: 0.0}
+    half = 4.302652729696142 / math.sqrt(3)
+    assert paired_difference(values, baseline) == pytest.approx((2.0, 2.0 - half, 2.0 + half), rel=1e-9)
+    mean, low, high = paired_difference({0: 3.0}, baseline)
+    assert mean == -7.0
+    assert math.isnan(low)
+    assert math.isnan(high)
+    assert all(map(math.isnan, paired_difference({9: 1.0}, baseline)))
+
+
+def test_a_baseline_adds_differences(tmp_path):
+    cells = [("CE", 0, 10.0), ("FL", 0, 11.0), ("CE", 1, 10.0), ("FL", 1, 13.0), ("GHM", 0, 9.0)]
+    runs = [make_run(tmp_path, name, seed, ap) for name, seed, ap in cells]
+    run_study(runs, tmp_path, lambda results, newest: write_report(runs, results, tmp_path, "CE"))
+    rows = [
+        [x.strip() for x in line.strip("|").split("|")]
+        for line in (tmp_path / "table.md").read_text().splitlines()
+    ]
+    assert rows[0] == ["", "runs", "AP", "AP50", "AR@100", "AP − baseline", "AP50 − baseline"]
+    # Differences 1 and 3: mean 2, deviation √2; t for 1 degree of freedom is 12.7062.
+    assert [row[5] for row in rows[2:]] == ["", "+2.0 (-10.7 to +14.7)", "-1.0"]
+
+
+def test_runs_of_a_results_file_are_not_repeated(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    cells = [("a", 0, "train"), ("a", 1, "nan"), ("b", 0, "crash")]
+    earlier = [make_run(there, name, seed, what=what) for name, seed, what in cells]
+    first = run_study(earlier, there, lambda results, newest: write_report(earlier, results, there))
+    runs = [make_run(here, name, seed) for name, seed, _ in [*cells, ("c", 0, "")]]
+    known = read_results(there / "results.csv", runs)
+    assert known == {("a", 0): first[0], ("a", 1): first[1]}
+    results = run_study(runs, here, lambda results, newest: write_report(runs, results, here), known)
+    assert results[:2] == first[:2]
+    assert not runs[0].folder.exists()
+    assert not runs[1].folder.exists()
+    assert [calls(run) for run in runs[2:]] == ["train", "train"]
+    again = read_results(here / "results.csv", runs)
+    assert [again[run.cell.name, run.seed] for run in runs] == results
+
+
+def test_results_of_another_config_and_other_files_are_named(tmp_path):
+    run = make_run(tmp_path / "a")
+    run_study([run], tmp_path / "a", lambda results, newest: write_report([run], results, tmp_path / "a"))
+    other = make_run(tmp_path / "b", config="A: {B: 2}")
+    with pytest.raises(UserError, match="results.csv: a, seed 0, was run with another config"):
+        read_results(tmp_path / "a" / "results.csv", [other])
+    file = tmp_path / "x.csv"
+    for text in (
+        "cell,seed\na,0\n",
+        "\0",
+        "cell,seed,status,diverged at,config,bbox/AP\na,x,finished,,1,2\n",
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"x.csv is no results.csv"):
+            read_results(file, [run])
+
+
+def test_fingerprint_is_of_the_values_that_are_not_defaults(tmp_path):
+    def fingerprint(config):
+        return make_run(tmp_path, config=config).fingerprint
+
+    short = fingerprint("SOLVER: {BASE_LR: 0.5}")
+    assert short == fingerprint("SOLVER: {BASE_LR: 0.5, GAMMA: 0.1}\nMODEL: {FOCAL: {LOSS: {NAME: focal}}}")
+    assert short != fingerprint("SOLVER: {BASE_LR: 0.5, GAMMA: 0.2}")
+    assert short != fingerprint("SOLVER: {BASE_LR: 0.25}")
 
 
 def test_json_has_null_for_what_is_not_a_number(tmp_path):
