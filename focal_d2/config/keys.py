@@ -130,7 +130,8 @@ KEYS: dict[str, tuple[Any, Range]] = {
     # Compute a convolution and the frozen batch norm after it as one convolution: the same function, and
     # the same names in checkpoints.
     "MODEL.FOCAL.FOLD_FROZEN_NORMS": (True, ANYTHING),
-    # torch.compile backbone and head. Compiles again for each new image shape; needs a C++ compiler.
+    # torch.compile backbone and head, and keep targets in fixed shapes, with most losses. Compiles again for
+    # each new image shape; needs a C++ compiler.
     "MODEL.FOCAL.COMPILE": (False, ANYTHING),
     # INPUT.FORMAT may be BGR, RGB, L (grey), HSV, YCbCr or YUV-BT.601: `data.mapper` checks it.
     # What decodes and resizes images: "pil" (detectron2's way) or "opencv": faster, the same boxes, pixels

@@ -46,7 +46,7 @@ from focal_d2.modeling.losses import (
 from focal_d2.modeling.metrics import put_metrics
 from focal_d2.modeling.parts import build_focal_parts
 from focal_d2.modeling.precision import check_channels_last, configured_type, is_narrow
-from focal_d2.modeling.targets import AnchorTargets, label_anchors
+from focal_d2.modeling.targets import AnchorTargets, TargetBuffers, label_anchors
 from focal_d2.ops.detect import best_boxes
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
             channels_last: keep weights and images in NHWC.
             fold_frozen_norms: compute convolution and frozen batch norm as one convolution.
             use_kernels: match anchors with Triton kernels on a GPU; the loss has a separate such argument.
-            compile_network: hand backbone and head to `torch.compile`.
+            compile_network: hand backbone and head to `torch.compile`, and keep targets in fixed shapes.
         """
         # Not RetinaNet's constructor: it would store settings of losses that this class does not use.
         super(RetinaNet, self).__init__(
@@ -147,6 +147,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
         if fold_frozen_norms:
             fold_norms(self.backbone)
         self.compiled = compile_network
+        self.target_buffers = TargetBuffers() if compile_network and cls_loss.fixed_shapes else None
         if compile_network:
             self.backbone.compile()
             self.head.compile()
@@ -289,6 +290,8 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
         """Return `loss_cls` and `loss_box_reg`, scalars, each divided by the normaliser."""
         with torch.autocast(self.device.type, enabled=False):
             logits, deltas = predictions
+            if self.target_buffers is not None:
+                targets = self.target_buffers.hold(targets)
             positives = targets.positives()
             normalizer = self.loss_normalizer(targets.positive.sum())
             upstream = self.loss_normalizer.upstream
@@ -302,9 +305,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
                 num_logits=self.cls_loss.num_logits,
                 labels=targets.labels,
                 positive=targets.positive,
-                image=positives.image,
-                anchor=positives.anchor,
-                gt_boxes=positives.gt_boxes,
+                **positives._asdict(),
                 deltas=deltas,
                 anchors=anchors.boxes,
                 decode=self.box2box_transform.apply_deltas,
@@ -318,6 +319,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
                     gather_deltas(deltas, positives.image, positives.anchor),
                     anchors.boxes[positives.anchor],
                     positives.gt_boxes,
+                    positives.valid,
                 ),
             }
             if self.cls_loss.divided_by_positives:

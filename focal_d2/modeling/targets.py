@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from detectron2.structures import Instances
 from torch import Tensor
+from torch.nn import functional as F
 
 from focal_d2.errors import UserError
 from focal_d2.modeling.anchors import Anchors
@@ -20,13 +21,17 @@ from focal_d2.modeling.assigners import Assigner
 from focal_d2.ops import IGNORE_LABEL
 from focal_d2.ops.matching.match import Matches, inside_regions
 
+# Rows that `TargetBuffers` begins with.
+_LEAST_ROWS = 256
+
 
 class Positives(NamedTuple):
-    """The positive anchors, in the order of `AnchorTargets.positive.nonzero()`."""
+    """The positive anchors, in the order of `AnchorTargets.positive.nonzero()`, and perhaps more rows."""
 
     image: Tensor  # (P,) int64
     anchor: Tensor  # (P,) int64
     gt_boxes: Tensor  # (P, 4) float
+    valid: Tensor | None = None  # (P,) bool: the rows that are positive anchors; None: all
 
 
 class AnchorTargets(NamedTuple):
@@ -37,14 +42,58 @@ class AnchorTargets(NamedTuple):
     matched: Tensor  # (N, R) int64: index into `boxes`; valid for positive anchors only
     boxes: Tensor  # (B, 4) float
     num_positives: Callable[[], int]  # P
+    padded: Positives | None = None  # the positives, if `TargetBuffers` has them
 
     def positives(self) -> Positives:
         """Return the positive anchors. Their number is counted before, so that the host waits for no GPU."""
+        if self.padded is not None:
+            return self.padded
         if self.positive.is_cuda:
             image, anchor = torch.nonzero_static(self.positive, size=self.num_positives()).unbind(1)
         else:
             image, anchor = self.positive.nonzero(as_tuple=True)
         return Positives(image, anchor, self.boxes[self.matched[image, anchor]])
+
+    def padded_positives(self, rows: int) -> Positives:
+        """Return the positive anchors, at most `rows`, and after them rows that are not valid.
+
+        The host does not wait for a GPU, and no shape depends on the number of positives.
+        """
+        image, anchor = torch.nonzero_static(self.positive, size=rows, fill_value=-1).unbind(1)
+        valid = image >= 0
+        # Different anchors: gradients of one and the same would be added one after another.
+        unused = torch.arange(rows, device=anchor.device).remainder(self.positive.shape[1])
+        image, anchor = image.clamp(min=0), torch.where(valid, anchor, unused)
+        box = torch.where(valid, self.matched[image, anchor], len(self.boxes))
+        return Positives(image, anchor, F.pad(self.boxes, (0, 0, 0, 1))[box], valid)
+
+
+class TargetBuffers:
+    """Keeps the targets of batches of one shape in the same tensors, as a CUDA graph needs them.
+
+    Positives fill the first rows of tensors whose length is a power of two. It grows when a batch has more of
+    them. The targets of a batch are lost with the next batch, so backward must have run before.
+    """
+
+    def __init__(self) -> None:
+        self.rows = _LEAST_ROWS
+        self._kept: dict[str, Tensor] = {}
+
+    def hold(self, targets: AnchorTargets) -> AnchorTargets:
+        """Copy a batch's targets. The host waits for a GPU as in `AnchorTargets.positives`."""
+        self.rows = max(self.rows, 1 << (targets.num_positives() - 1).bit_length())
+        padded = targets.padded_positives(self.rows)._asdict()
+        return targets._replace(
+            labels=self._hold("labels", targets.labels),
+            positive=self._hold("positive", targets.positive),
+            padded=Positives(**{name: self._hold(name, x) for name, x in padded.items()}),
+        )
+
+    def _hold(self, name: str, x: Tensor) -> Tensor:
+        kept = self._kept.get(name)
+        if kept is None or (kept.shape, kept.device) != (x.shape, x.device):
+            kept = self._kept[name] = torch.empty_like(x)
+        return kept.copy_(x)
 
 
 @torch.no_grad()

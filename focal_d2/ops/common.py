@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 IGNORE_LABEL = -1
 # Label of an ignored region that counts for every class.
@@ -19,6 +20,8 @@ ANY_CLASS = -1
 # The modules of Triton kernels below focal_d2.ops.
 LOSS_KERNELS, MATCHING_KERNELS = "losses.dense_triton", "matching.match_triton"
 _TRIAL_KERNEL = "trial_triton"
+# Rows that `sum_rows` adds up at once.
+_BLOCK = 256
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +118,19 @@ def reduce(loss: Tensor, valid: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
     raise ValueError(f'reduction is "{reduction}"; legal values: sum, none')
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """Return the sum of all values of (E, D), with the same bits if rows of 0 follow.
+
+    Blocks of a fixed number of rows are summed, and then neighbours: (0 + 1) + (2 + 3), and so on. So
+    sums of zeros are added at the end only. On a GPU the order in a block may depend on their number.
+    """
+    blocks = 1 << (max(1, -(-len(x) // _BLOCK)) - 1).bit_length()
+    sums = F.pad(x, (0, 0, 0, blocks * _BLOCK - len(x))).view(blocks, -1).sum(1)
+    while len(sums) > 1:
+        sums = sums[::2] + sums[1::2]
+    return sums[0]
 
 
 def check_weight(name: str, value: float | Tensor) -> None:

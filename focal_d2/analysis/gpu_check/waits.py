@@ -27,7 +27,7 @@ from focal_d2.engine.step import MovingAverage
 from focal_d2.errors import first_few
 from focal_d2.modeling.anchors import Anchors
 from focal_d2.modeling.losses import BOX_LOSSES, LOSSES
-from focal_d2.modeling.targets import AnchorTargets
+from focal_d2.modeling.targets import AnchorTargets, TargetBuffers
 
 _CLASSES = 3
 # Iteration of a training in which no metrics are written: every 20th one writes them.
@@ -118,12 +118,14 @@ class _Step:
         self.batch = make_batch(setting)
         self.optimizer = build_optimizer(cfg, self.model)
         self.average = MovingAverage(self.model, decay=0.999)
+        self.buffers = TargetBuffers()
         self.storage = EventStorage(_ITERATION)
         self.stages: dict[str, Callable[[], object]] = {
             "images": self._prepare,
             "labels": self._label,
             "network": self._predict,
             "positives": lambda: self.targets.positives(),
+            "losses of fixed shape": self._compute_fixed_losses,
             "losses": self._compute_losses,
             "backward": self._backward,
             "optimizer": self.optimizer.step,
@@ -140,6 +142,16 @@ class _Step:
 
     def _predict(self) -> None:
         self.predictions = self.model.network(self.images)[1]
+
+    def _compute_fixed_losses(self) -> None:
+        """Compute losses and gradients from targets of fixed shape, if the loss takes them."""
+        if self.model.cls_loss.fixed_shapes:
+            targets = self.targets
+            self.targets = self.buffers.hold(targets)
+            self._compute_losses()
+            outputs = [x for part in self.predictions for x in part]
+            torch.autograd.grad(torch.stack(list(self.losses.values())).sum(), outputs)
+            self.targets = targets
 
     def _compute_losses(self) -> None:
         seeds, sizes = range(len(self.batch)), self.images.image_sizes

@@ -151,7 +151,7 @@ def _repeat(model: nn.Module, batch: Sequence[dict[str, Any]], normalizer: float
 
 def _keep_dense(trace: _Trace) -> Any:
     def keep(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        trace.dense = arguments[0]
+        trace.dense = arguments[0].without_padding()
 
     return keep
 

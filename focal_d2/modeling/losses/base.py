@@ -28,7 +28,7 @@ class DenseBatch(NamedTuple):
     num_logits: int  # C
     labels: Tensor  # (N, R) int64: [0, K) a class, K background, -1 ignored
     positive: Tensor  # (N, R) bool
-    image: Tensor  # (P,) int64: the image of each positive, in the order of positive.nonzero()
+    image: Tensor  # (P,) int64: the image of each positive, in the order of positive.nonzero(); see `valid`
     anchor: Tensor  # (P,) int64: its anchor, over all levels
     gt_boxes: Tensor  # (P, 4) XYXY, the boxes that the positives are matched to
     deltas: list[Tensor]  # L × (N, A·4, H, W), as the head returns them
@@ -37,6 +37,9 @@ class DenseBatch(NamedTuple):
     seeds: Sequence[int] = ()  # N, of each image, for losses that sample; empty for others
     sizes: Sequence[tuple[int, int]] = ()  # N × (height, width) before padding; empty: not known
     upstream: Tensor | None = None  # scalar: the gradient that the loss will get in backward, if known
+    # (P,) bool: the rows of image, anchor and gt_boxes that are positives; None: all. Only losses with
+    # `fixed_shapes` get other rows, and these come last.
+    valid: Tensor | None = None
 
     def levels(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (N, H·W·A, C) logits and (N, H·W·A) labels of one level after another."""
@@ -66,6 +69,7 @@ class DenseBatch(NamedTuple):
                 deltas=[x[part] for x in self.deltas],
                 seeds=self.seeds[part],
                 sizes=self.sizes[part],
+                valid=None,  # rows that are no positives belong to no image
             )
 
     def positions(self) -> Tensor:
@@ -105,11 +109,21 @@ class DenseBatch(NamedTuple):
 
     def quality(self) -> Tensor:
         """Return the IoU (N, R) of predicted and matched boxes, 0 elsewhere, without gradient."""
-        quality = self.anchors.new_zeros(self.labels.shape)
         deltas = gather_deltas(self.deltas, self.image, self.anchor).detach()
         boxes = self.decode(deltas, self.anchors[self.anchor])
-        quality[self.image, self.anchor] = paired_iou(boxes, self.gt_boxes)
-        return quality
+        index = self.image * self.labels.shape[1] + self.anchor
+        if self.valid is not None:  # other rows are written to an element at the end
+            index = torch.where(self.valid, index, self.labels.numel())
+        quality = self.anchors.new_zeros(self.labels.numel() + 1)
+        quality[index] = paired_iou(boxes, self.gt_boxes)
+        return quality[:-1].view(self.labels.shape)
+
+    def without_padding(self) -> DenseBatch:
+        """Return the batch with positives only; see `valid`. The host waits for a GPU."""
+        if self.valid is None:
+            return self
+        image, anchor, gt_boxes = (x[self.valid] for x in (self.image, self.anchor, self.gt_boxes))
+        return self._replace(image=image, anchor=anchor, gt_boxes=gt_boxes, valid=None)
 
 
 def gather_deltas(deltas: list[Tensor], image: Tensor, anchor: Tensor) -> Tensor:
@@ -164,6 +178,9 @@ class ClassificationLoss(nn.Module):
 
     divided_by_positives = True
     samples = False  # whether it draws random numbers; then the batch has a seed for each image
+    # Whether it takes batches with padded positives (`DenseBatch.valid`) and has no shape that depends on
+    # values, except for the one-pass implementation on a CPU.
+    fixed_shapes = False
     has_fused = False
     implementation = "reference"
     use_kernels = False  # of the one-pass implementation, on a GPU

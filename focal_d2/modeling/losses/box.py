@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from focal_d2.errors import UserError
 from focal_d2.modeling.all_reduce import number_of_ranks, sum_over_ranks
+from focal_d2.ops.common import sum_rows
 from focal_d2.ops.losses.ghm import harmonise
 from focal_d2.ops.losses.iou import ciou_loss, diou_loss, giou_loss
 
@@ -68,29 +69,42 @@ class BoxLoss(nn.Module):
         """Whether the sum is to be divided by the positives' number."""
         return self.kind != "ghm_r"
 
-    def forward(self, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor) -> Tensor:
-        """Return the sum.
+    def forward(
+        self, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
+        """Return the sum, which has the same bits on a CPU if rows follow that are not valid.
 
         Args:
             deltas: (P, 4) predicted (dx, dy, dw, dh).
             anchors: (P, 4) XYXY absolute pixels.
             gt_boxes: (P, 4) XYXY absolute pixels, the box each anchor is matched to.
+            valid: (P,) bool, the rows that count; None: all.
 
         Returns:
             A scalar; 0 with a gradient path if P = 0.
         """
+        rows = torch.ones_like(deltas[:, :1], dtype=torch.bool) if valid is None else valid.unsqueeze(1)
+        if valid is not None:
+            # Rows that do not count compare an anchor with itself: a NaN would reach the gradient.
+            deltas, gt_boxes = torch.where(rows, deltas, 0.0), torch.where(rows, gt_boxes, anchors)
+        terms = self._terms(deltas, anchors, gt_boxes, rows)
+        return sum_rows(terms if valid is None else torch.where(rows, terms, 0.0))
+
+    def _terms(self, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, rows: Tensor) -> Tensor:
+        """Return what each row adds to the sum, (P, 1) or (P, 4); `rows` (P, 1) bool are the valid ones."""
         if self.kind in _IOU_LOSSES:
-            return _IOU_LOSSES[self.kind](self.transform.apply_deltas(deltas, anchors), gt_boxes)
+            boxes = self.transform.apply_deltas(deltas, anchors)
+            return _IOU_LOSSES[self.kind](boxes, gt_boxes).unsqueeze(1)
         targets = encode(anchors, gt_boxes, self.transform.weights)
         if self.kind == "smooth_l1":
-            return smooth_l1_loss(deltas, targets, beta=self.smooth_l1_beta, reduction="sum")
+            return smooth_l1_loss(deltas, targets, beta=self.smooth_l1_beta, reduction="none")
         difference = deltas - targets
         root = (difference**2 + self.ghm_mu**2).sqrt()
         norms = (difference / root).abs().detach()
-        valid = torch.ones_like(norms, dtype=torch.bool)
+        valid = rows.expand_as(norms)
         density = harmonise(norms, valid, self.histogram, self.ghm_momentum, sum_over_ranks)
         # Times the number of processes, because their gradients are averaged.
-        return ((root - self.ghm_mu) / density).sum() * number_of_ranks()
+        return (root - self.ghm_mu) / density * number_of_ranks()
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}"

@@ -53,6 +53,8 @@ def best_alpha(gamma: float) -> float:
 class _Elementwise(ClassificationLoss):
     """Sum `term` over levels."""
 
+    fixed_shapes = True
+
     def forward(self, batch: DenseBatch) -> Tensor:
         """Return the sum over all anchors that are not ignored."""
         return torch.stack([self.term(logits, labels) for logits, labels in batch.levels()]).sum()
@@ -257,6 +259,8 @@ class FixedWeights(_SigmoidFocal):
 
 class _Quality(ClassificationLoss):
     """Base of losses in which the target of a positive is the IoU of the predicted box."""
+
+    fixed_shapes = True
 
     def correctness(self, batch: DenseBatch) -> Iterator[Tensor]:
         """Yield 1 - |y - p|. The target y of an anchor's class is the IoU of its predicted box."""

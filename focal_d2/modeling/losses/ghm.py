@@ -23,6 +23,7 @@ class GradientHarmonisedLoss(ClassificationLoss):
     """
 
     divided_by_positives = False
+    fixed_shapes = True
     histogram: Tensor
 
     def __init__(self, *, num_classes: int, bins: int, momentum: float) -> None:

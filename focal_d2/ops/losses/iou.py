@@ -27,7 +27,7 @@ class _Pairs(NamedTuple):
 
 
 def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum of 1 - GIoU, a scalar (Rezatofighi et al., arXiv 1902.09630).
+    """Return 1 - GIoU of each pair, (E,) (Rezatofighi et al., arXiv 1902.09630).
 
     Args:
         boxes: (E, 4).
@@ -35,17 +35,17 @@ def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     """
     pairs = _compare(_corners(boxes), _corners(targets))
     hull = pairs.hull[:, 0] * pairs.hull[:, 1]
-    return (1 - (_iou(pairs) - (hull - pairs.union) / (hull + _EPSILON))).sum()
+    return 1 - (_iou(pairs) - (hull - pairs.union) / (hull + _EPSILON))
 
 
 def diou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum of 1 - DIoU, a scalar (Zheng et al., arXiv 1911.08287, eq. 7); see `giou_loss`."""
+    """Return 1 - DIoU of each pair, (E,) (Zheng et al., arXiv 1911.08287, eq. 7); see `giou_loss`."""
     pairs = _compare(_corners(boxes), _corners(targets))
-    return (1 - _iou(pairs) + _distance(pairs)).sum()
+    return 1 - _iou(pairs) + _distance(pairs)
 
 
 def ciou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum of 1 - CIoU, a scalar (Zheng et al., arXiv 1911.08287, eq. 10); see `giou_loss`."""
+    """Return 1 - CIoU of each pair, (E,) (Zheng et al., arXiv 1911.08287, eq. 10); see `giou_loss`."""
     corners, target_corners = _corners(boxes), _corners(targets)
     pairs = _compare(corners, target_corners)
     iou = _iou(pairs)
@@ -53,7 +53,7 @@ def ciou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     v = (4 / math.pi**2) * torch.pow(_angle(target_corners) - _angle(corners), 2)
     with torch.no_grad():
         alpha = v / (1 - iou + v + _EPSILON)
-    return (loss + alpha * v).sum()
+    return loss + alpha * v
 
 
 # Autograd adds up a corner's gradients in the reverse order of its uses. To be the same to the bit, the

@@ -155,6 +155,10 @@ def test_examine_sees_into_a_compiled_model(batch):
     with torch.no_grad():
         model.get_parameter("backbone.levels.1.weight").view(-1)[0] = INF
     assert examine(model, batch, steps=usual()).module.name == "backbone.levels.1"
+    model = make_model(MODEL__FOCAL__COMPILE=True)
+    batch[1]["instances"].gt_boxes.tensor[0, 2] = NAN
+    (bad,) = [x for x in examine(model, batch, steps=usual()).anchors if x.term == "loss_box_reg"]
+    assert (bad.image.position, bad.matched_index) == (1, 0)
 
 
 def test_examine_names_the_buffer_that_is_not_finite(batch):
