@@ -220,6 +220,9 @@ KEYS: dict[str, tuple[Any, Range]] = {
     # DATASETS.VAL or, if VAL is (), of DATASETS.TEST.
     "TEST.FOCAL.OPERATING_POINT": ("f1", one_of("f1", "recall", "precision")),
     "TEST.FOCAL.WANTED": (0.9, number(above=0, most=1)),
+    # With TEST.AUG.ENABLED (detectron2's: each size of TEST.AUG.MIN_SIZES, and mirrored if FLIP): also turned
+    # by 90, 180 and 270 degrees, four times the work.
+    "TEST.FOCAL.AUG_TURNS": (False, ANYTHING),
     # Save model_best.pth whenever an evaluation (TEST.EVAL_PERIOD) improves this metric of DATASETS.VAL or,
     # if VAL is (), of DATASETS.TEST: "bbox/AP", "bbox/AP50", …, with several sets "NAME/bbox/AP"; "": off.
     # `engine.hooks.evaluation` checks it.
@@ -306,6 +309,8 @@ DETECTRON2_RANGES: dict[str, Range] = {
         _are_results,
     ),
     "TEST.EVAL_PERIOD": whole(0, MOST_ITERATIONS, note="0: at the end only"),
+    "TEST.AUG.MIN_SIZES": list_of(whole(0, MOST_PIXELS)),  # 0: images as they are
+    "TEST.AUG.MAX_SIZE": whole(1, 2**31 - 1),
     "TEST.PRECISE_BN.NUM_ITER": whole(1, MOST_ITERATIONS),
     "VIS_PERIOD": whole(0, MOST_ITERATIONS, note="0: no pictures"),
     "SEED": whole(-(2**31), 2**31 - 1, note="negative: another one for each run"),

@@ -38,7 +38,7 @@ _COUNTERPARTS = {
     "SEM_SEG_HEAD.NUM_CLASSES": "RETINANET.NUM_CLASSES",
 }
 # Of no use to a job of focal_d2's trainer, whatever its architecture.
-_UNUSED_BY_JOBS = ("GLOBAL.HACK", "TEST.AUG.", "TEST.KEYPOINT_OKS_SIGMAS")
+_UNUSED_BY_JOBS = ("GLOBAL.HACK", "TEST.KEYPOINT_OKS_SIGMAS")
 # And to RetinaNets. The loader follows the first three, but no RetinaNet reads what it then loads.
 _UNUSED_BY_RETINANETS = (
     "MODEL.MASK_ON",
@@ -54,6 +54,8 @@ _UNUSED_BY_RETINANETS = (
     "MODEL.SEM_SEG_HEAD.",
     "MODEL.PANOPTIC_FPN.",
 )
+# What only FocalRetinaNet makes use of, beside MODEL.FOCAL.
+_ONLY_OURS = ("TEST.AUG.", "TEST.FOCAL.AUG_TURNS")
 # What other architectures than FocalRetinaNet read of MODEL.FOCAL, in our backbone or in our trainer.
 _FOCAL_FOR_ALL = ("MODEL.FOCAL.AMP.", "MODEL.FOCAL.FPN.", "MODEL.FOCAL.TF32", "MODEL.FOCAL.TIMM.")
 # What only one assigner (MODEL.FOCAL.ASSIGNER.NAME) of FocalRetinaNet reads.
@@ -124,6 +126,8 @@ def is_unused(cfg: CfgNode, key: str) -> bool:
     """Return whether no job with the config's architecture, one of detectron2's or ours, uses a key."""
     if key.startswith(_UNUSED_BY_JOBS) or is_of_other_backbone(cfg, key):
         return True
+    if key.startswith(_ONLY_OURS):
+        return bool(cfg.MODEL.META_ARCHITECTURE != "FocalRetinaNet")
     if key.startswith("MODEL.FOCAL.") and cfg.MODEL.META_ARCHITECTURE != "FocalRetinaNet":
         return not key.startswith(_FOCAL_FOR_ALL)
     return key.startswith(_UNUSED_BY_RETINANETS if is_retinanet(cfg) else "MODEL.RETINANET.")

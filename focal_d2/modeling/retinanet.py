@@ -146,6 +146,8 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
         self._strides = [shapes[name].stride for name in head_in_features]
         if fold_frozen_norms:
             fold_norms(self.backbone)
+        # Detects in several views of each image instead, if set: see `inference.test_time`.
+        self.views: Callable[[FocalRetinaNet, list[dict[str, Any]]], list[dict[str, Instances]]] | None = None
         self.compiled = compile_network
         self.target_buffers = TargetBuffers() if compile_network and cls_loss.fixed_shapes else None
         if compile_network:
@@ -210,6 +212,8 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
             with self.precision():
                 if traced.is_recording():
                     return traced.detect(self, batched_inputs)
+                if self.views is not None:
+                    return self.views(self, batched_inputs)
                 return super().forward(batched_inputs)
         if not all("instances" in x for x in batched_inputs) or not batched_inputs:
             raise UserError("training needs images with instances, which this batch does not have")
@@ -352,38 +356,47 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
             N × `Instances` with pred_boxes (D, 4), scores (D) falling, pred_classes (D), in the padded
             image's pixels.
         """
+        return [self.suppress(x) for x in self.candidates(images, features, predictions)]
+
+    def candidates(
+        self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
+    ) -> list[Instances]:
+        """Threshold, keep each level's best, and decode; see `forward_inference` for the result."""
         with torch.autocast(self.device.type, enabled=False):
             logits, deltas = predictions
             anchors = self._anchors_of(features)
-            candidates = find_candidates(
+            found = find_candidates(
                 logits, deltas, self.cls_loss, self.test_score_thresh, self.test_topk_candidates
             )
-            boxes = self.box2box_transform.apply_deltas(candidates.deltas, anchors.boxes[candidates.anchor])
+            boxes = self.box2box_transform.apply_deltas(found.deltas, anchors.boxes[found.anchor])
             usable = boxes.isfinite().all(1)
             if not (usable.all() and _are_finite(logits)):
                 log_first_n(logging.WARNING, _NOT_FINITE, name=__name__)
-                candidates, boxes = Candidates(*(field[usable] for field in candidates)), boxes[usable]
+                found, boxes = Candidates(*(field[usable] for field in found)), boxes[usable]
             results = []
             for i, image_size in enumerate(images.image_sizes):
-                of_image = (candidates.image == i).nonzero().squeeze(1)
-                of_image = of_image[
-                    best_boxes(
-                        boxes[of_image],
-                        candidates.score[of_image],
-                        candidates.label[of_image],
-                        self.test_nms_thresh,
-                        self.max_detections_per_image,
-                    )
-                ]
+                of_image = (found.image == i).nonzero().squeeze(1)
                 results.append(
                     Instances(
                         image_size,
                         pred_boxes=Boxes(boxes[of_image]),
-                        scores=candidates.score[of_image],
-                        pred_classes=candidates.label[of_image],
+                        scores=found.score[of_image],
+                        pred_classes=found.label[of_image],
                     )
                 )
             return results
+
+    def suppress(self, candidates: Instances) -> Instances:
+        """Return the best candidates of an image, best first, without those that NMS drops."""
+        return candidates[
+            best_boxes(
+                candidates.pred_boxes.tensor,
+                candidates.scores,
+                candidates.pred_classes,
+                self.test_nms_thresh,
+                self.max_detections_per_image,
+            )
+        ]
 
 
 def _are_finite(outputs: list[Tensor]) -> bool:
