@@ -9,8 +9,8 @@ place.
 With `use_kernels`, one launch of a Triton kernel on a GPU reads each logit of all levels with its label and
 does all of this at once, without waiting for the GPU. If it knows what gradient backward will be given
 (`upstream`), it writes the logits' gradients in their final size, and backward leaves them as they are.
-float64 logits, and all logits where Triton is not installed, take the path above. The kernel has not run on a
-GPU yet.
+The kernel has not run on a GPU yet. Without kernels, and for float64 logits, a GPU computes each logit with
+its label in large chunks of PyTorch's operators, also without waits (`dense_masked`).
 
 Shapes: N images, L levels, A anchors a cell, K classes, R anchors an image (all levels); logits
 L × (N, A·K, H, W), labels (N, R) in the order of anchors, as detectron2 has them. P entries (an anchor and
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,13 +38,10 @@ from focal_d2.ops.common import (
 )
 from focal_d2.ops.losses import dense_chunks
 from focal_d2.ops.losses.dense_chunks import (
-    Term,
     Workspace,
     all_as_negatives,
     has_room_for,
     kept_scale,
-    negative_terms,
-    sigmoid_and_log,
     terms_as_counted,
     upcast,
 )
@@ -57,6 +54,8 @@ from focal_d2.ops.losses.dense_exceptions import (
     without_exceptions,
     write_positives,
 )
+from focal_d2.ops.losses.dense_masked import masked_loss
+from focal_d2.ops.losses.dense_terms import DenseLoss, Focal, Quality, Varifocal, of_class
 
 # Logits up to this value can be added to a float32 sum and subtracted again without harm to the others.
 _MODERATE = 100.0
@@ -98,9 +97,9 @@ def dense_focal_loss(
     if isinstance(alpha, Tensor):
         if alpha.shape != (num_classes,):
             raise ValueError(f"alpha {tuple(alpha.shape)} must be a number or ({num_classes},)")
-        loss = _Focal(gamma, 1 - alpha, alpha)
+        loss = Focal(gamma, 1 - alpha, alpha)
     else:
-        loss = _Focal(gamma, 1.0, 1.0) if alpha < 0 else _Focal(gamma, 1.0 - alpha, alpha)
+        loss = Focal(gamma, 1.0, 1.0) if alpha < 0 else Focal(gamma, 1.0 - alpha, alpha)
     return _dense(logits, labels, None, num_classes, loss, use_kernels, upstream)
 
 
@@ -132,7 +131,7 @@ def dense_quality_focal_loss(
         ValueError: if shapes, labels' dtype or beta do not fit.
     """
     check_quality_beta(beta)
-    return _dense(logits, labels, quality, num_classes, _Quality(beta, 1.0), use_kernels, upstream)
+    return _dense(logits, labels, quality, num_classes, Quality(beta, 1.0), use_kernels, upstream)
 
 
 def dense_varifocal_loss(
@@ -166,67 +165,11 @@ def dense_varifocal_loss(
     """
     check_in_0_1("alpha", alpha)
     check_at_least_0("gamma", gamma)
-    return _dense(logits, labels, quality, num_classes, _Varifocal(gamma, alpha), use_kernels, upstream)
-
-
-class _Focal(NamedTuple):
-    """The focal loss: the weights, and the terms of the positives."""
-
-    gamma: float
-    negative_weight: float | Tensor  # a number, or (K,)
-    positive_weight: float | Tensor
-
-    def positives(self, x: Tensor, quality: Tensor, classes: Tensor) -> Term:
-        """Return the weighted terms (P,): a positive is a negative of -x, with the opposite gradient."""
-        term = negative_terms(-x, self.gamma)
-        weight = _of_class(self.positive_weight, classes)
-        return Term(weight * term.value, -weight * term.slope)
-
-
-class _Quality(NamedTuple):
-    """The quality focal loss; `gamma` is its β."""
-
-    gamma: float
-    negative_weight: float
-
-    def positives(self, x: Tensor, quality: Tensor, classes: Tensor) -> Term:
-        """Return |y - p|^β BCE(x, y), with the quality y."""
-        p, q, log_q = sigmoid_and_log(x, Workspace.like(x, with_log=True, with_error=True))
-        difference, entropy = p - quality, -log_q - quality * x
-        if self.gamma == 0:
-            return Term(entropy, difference)
-        # At β = 1 the absolute value's derivative is taken as 0 where p = y, as autograd does.
-        power = difference.abs().pow(self.gamma - 1)
-        slope = self.gamma * power * difference.sign() * p * q * entropy
-        return Term(power * difference.abs() * entropy, slope + power * difference.abs() * difference)
-
-
-class _Varifocal(NamedTuple):
-    """The varifocal loss."""
-
-    gamma: float
-    negative_weight: float
-
-    def positives(self, x: Tensor, quality: Tensor, classes: Tensor) -> Term:
-        """Return the quality times BCE; a positive of quality 0 is a negative."""
-        p, _, log_q = sigmoid_and_log(x, Workspace.like(x, with_log=True, with_error=True))
-        term = negative_terms(x, self.gamma)
-        none = quality <= 0
-        return Term(
-            torch.where(none, self.negative_weight * term.value, quality * (-log_q - quality * x)),
-            torch.where(none, self.negative_weight * term.slope, quality * (p - quality)),
-        )
-
-
-def _of_class(weight: float | Tensor, classes: Tensor | slice) -> float | Tensor:
-    return weight[classes] if isinstance(weight, Tensor) else weight
-
-
-_Loss = _Focal | _Quality | _Varifocal
+    return _dense(logits, labels, quality, num_classes, Varifocal(gamma, alpha), use_kernels, upstream)
 
 
 # Their names in the kernel, and the types that it reads; it computes in float32.
-_KINDS = {_Focal: "focal", _Quality: "quality", _Varifocal: "varifocal"}
+_KINDS = {Focal: "focal", Quality: "quality", Varifocal: "varifocal"}
 
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -238,7 +181,7 @@ def _dense(
     labels: Tensor,
     quality: Tensor | None,
     num_classes: int,
-    loss: _Loss,
+    loss: DenseLoss,
     use_kernels: bool,
     upstream: Tensor | None,
 ) -> Tensor:
@@ -271,7 +214,7 @@ class _DenseLoss(torch.autograd.Function):
         labels: Tensor,
         quality: Tensor | None,
         num_classes: int,
-        loss: _Loss,
+        loss: DenseLoss,
         use_kernels: bool,
         upstream: Tensor | None,
         *logits: Tensor,
@@ -289,7 +232,11 @@ class _DenseLoss(torch.autograd.Function):
             levels = tuple(x if is_dense(x) else x.contiguous() for x in logits)
             pairs = zip(levels, wanted, strict=True)
             gradients = [torch.empty_like(x) if w else None for x, w in pairs]
-            total = _in_chunks(levels, gradients, labels, quality, num_classes, loss)
+            if labels.is_cuda:
+                both = list(zip(levels, gradients, strict=True))
+                total = masked_loss(both, labels, quality, num_classes, loss)
+            else:
+                total = _in_chunks(levels, gradients, labels, quality, num_classes, loss)
             ctx.rescale = None
         ctx.gradients = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
         return total.to(torch.float64 if logits[0].dtype == torch.float64 else torch.float32)
@@ -326,7 +273,7 @@ def _in_a_kernel(
     quality: Tensor | None,
     upstream: Tensor,
     num_classes: int,
-    loss: _Loss,
+    loss: DenseLoss,
     *,
     with_gradient: bool,
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
@@ -345,7 +292,7 @@ def _in_a_kernel(
         kind=_KINDS[type(loss)],
         gamma=loss.gamma,
         negative_weight=loss.negative_weight,
-        positive_weight=loss.positive_weight if isinstance(loss, _Focal) else 1.0,
+        positive_weight=loss.positive_weight if isinstance(loss, Focal) else 1.0,
     )
     return total, gradients or [None] * len(levels)
 
@@ -356,7 +303,7 @@ def _in_chunks(
     labels: Tensor,
     quality: Tensor | None,
     num_classes: int,
-    loss: _Loss,
+    loss: DenseLoss,
 ) -> Tensor:
     """Return the sum (float64), and write the gradients, with PyTorch's own operators."""
     longest = max((in_memory_order(x) for x in levels), key=len)
@@ -384,7 +331,11 @@ def _in_chunks(
 
 
 def _counted_as_negatives(
-    levels: Sequence[Tensor], exceptions: Sequence[Exceptions], num_classes: int, loss: _Loss, work: Workspace
+    levels: Sequence[Tensor],
+    exceptions: Sequence[Exceptions],
+    num_classes: int,
+    loss: DenseLoss,
+    work: Workspace,
 ) -> Tensor | None:
     """Return the part (float64) of the negatives' sum that comes from the exceptions.
 
@@ -395,7 +346,7 @@ def _counted_as_negatives(
         if not bool((x <= _MODERATE).all()):
             return None
         value = terms_as_counted(upcast(x).reshape(-1), loss.gamma, work).view(x.shape)
-        counted += value.mul_(_of_class(loss.negative_weight, classes)).sum(dtype=torch.float64)
+        counted += value.mul_(of_class(loss.negative_weight, classes)).sum(dtype=torch.float64)
     return counted
 
 
@@ -404,7 +355,7 @@ def _add_positives(
     gradients: Sequence[Tensor | None],
     exceptions: Sequence[Exceptions],
     num_classes: int,
-    loss: _Loss,
+    loss: DenseLoss,
 ) -> Tensor:
     """Return the positives' sum (float64), and write their gradients."""
     x = upcast(read_positives(levels, exceptions, num_classes))

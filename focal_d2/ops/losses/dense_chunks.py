@@ -176,7 +176,8 @@ def sigmoid_and_log(x: Tensor, work: Workspace, *, precise: bool = True) -> tupl
     corrected only if `precise`.
     """
     p = torch.sigmoid(x, out=work.p)
-    near_1 = x.numel() > 0 and not p.amax().item() <= _NEAR_1  # NaN counts as near 1
+    # NaN counts as near 1. A GPU is not asked: the host would have to wait for it.
+    near_1 = x.is_cuda or (x.numel() > 0 and not p.amax().item() <= _NEAR_1)
     if near_1:
         q = torch.sigmoid(torch.neg(x, out=work.q), out=work.q)
         s = torch.minimum(p, q)

@@ -1,6 +1,6 @@
 """The entries of a dense head's output that are not negatives: positives, and all entries of ignored anchors.
 
-Shapes: see `dense`. `_by_class` views a level as (blocks, K, offsets), whatever its layout in memory.
+Shapes: see `dense`. `by_class` views a level as (blocks, K, offsets), whatever its layout in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NO_LOSS = -1e4
 
 
 class Exceptions(NamedTuple):
-    """Where a level has entries that are not negatives: indices into `_by_class` of the level."""
+    """Where a level has entries that are not negatives: indices into `by_class` of the level."""
 
     block: Tensor  # (P,) int64, of the positives
     classes: Tensor  # (P,) int64
@@ -72,7 +72,7 @@ def find_exceptions(
     return exceptions
 
 
-def _by_class(x: Tensor, num_classes: int) -> Tensor:
+def by_class(x: Tensor, num_classes: int) -> Tensor:
     """View a contiguous level as (N · A, K, H · W), a channels-last one as (N · H · W · A, K, 1)."""
     return in_memory_order(x).view(-1, num_classes, x.shape[2] * x.shape[3] if x.is_contiguous() else 1)
 
@@ -89,14 +89,14 @@ def read_exceptions(
     size = max(1, dense_chunks.CHUNK // (4 * num_classes))
     for level, p in zip(levels, exceptions, strict=True):
         if len(p.ignored_block):
-            view = _by_class(level, num_classes)
+            view = by_class(level, num_classes)
             for block, offset in zip(p.ignored_block.split(size), p.ignored_offset.split(size), strict=True):
                 yield view[block, :, offset], slice(None)
 
 
 def read_positives(levels: Sequence[Tensor], exceptions: Sequence[Exceptions], num_classes: int) -> Tensor:
     """Return the logits (P,) of all levels' positives."""
-    views = [_by_class(x, num_classes) for x in levels]
+    views = [by_class(x, num_classes) for x in levels]
     return torch.cat([x[p.block, p.classes, p.offset] for x, p in zip(views, exceptions, strict=True)])
 
 
@@ -106,7 +106,7 @@ def without_exceptions(
     """Copy the levels, with logits that have no loss and no gradient at all exceptions."""
     copies = [x.clone() for x in levels]
     for x, p in zip(copies, exceptions, strict=True):
-        view = _by_class(x, num_classes)
+        view = by_class(x, num_classes)
         view[p.block, p.classes, p.offset] = _NO_LOSS
         view[p.ignored_block, :, p.ignored_offset] = _NO_LOSS
     return copies
@@ -118,7 +118,7 @@ def clear_ignored(
     """Set the gradients of ignored anchors to 0."""
     for g, p in zip(gradients, exceptions, strict=True):
         if g is not None and len(p.ignored_block):
-            _by_class(g, num_classes)[p.ignored_block, :, p.ignored_offset] = 0
+            by_class(g, num_classes)[p.ignored_block, :, p.ignored_offset] = 0
 
 
 def write_positives(
@@ -128,4 +128,4 @@ def write_positives(
     slopes = slope.split([len(p.classes) for p in exceptions])
     for g, p, part in zip(gradients, exceptions, slopes, strict=True):
         if g is not None:
-            _by_class(g, num_classes)[p.block, p.classes, p.offset] = (part * kept_scale(g)).to(g.dtype)
+            by_class(g, num_classes)[p.block, p.classes, p.offset] = (part * kept_scale(g)).to(g.dtype)

@@ -7,7 +7,8 @@ from copy import deepcopy
 import pytest
 import torch
 
-from focal_d2.modeling.losses import BOX_LOSSES, DenseBatch
+from focal_d2.modeling.losses import BOX_LOSSES, LOSSES, DenseBatch
+from focal_d2.ops.losses import dense_masked
 from tests.modeling.losses.test_box import box_loss
 from tests.modeling.losses.test_losses import NAMES, build, make_batch
 from tests.waits import PretendedGPU
@@ -39,6 +40,23 @@ def test_waits_of_a_classification_loss(name):
             value = loss(batch)
             assert len(gpu.waits) == WAITS.get(name, 0), gpu.waits
             assert torch.isclose(value.cpu(), expected)
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.has_fused])
+def test_fused_losses_without_kernels_do_not_wait(name, monkeypatch):
+    loss = build(name, implementation="fused")
+    batch = make_batch(loss, IMAGES)
+    expected, operations = loss(batch).detach(), []
+    for chunk in (dense_masked.CHUNK, 240):  # a chunk for each of two levels, then 2 + 1
+        monkeypatch.setattr(dense_masked, "CHUNK", chunk)
+        with PretendedGPU() as gpu, torch.no_grad():
+            on_it, batch_on_it = deepcopy(loss).to("cuda"), on_gpu(batch)
+            gpu.clear()
+            value = on_it(batch_on_it)
+            assert not gpu.waits
+            operations.append(sum(gpu.operations.values()))
+            assert torch.isclose(value.cpu(), expected)
+    assert operations[1] - operations[0] < 100  # those of a chunk, views included
 
 
 @pytest.mark.parametrize("kind", BOX_LOSSES)

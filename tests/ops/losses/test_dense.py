@@ -1,4 +1,4 @@
-"""The one-pass losses against their references."""
+"""The one-pass losses against their references, computed as on a CPU and as on a GPU without kernels."""
 
 from __future__ import annotations
 
@@ -15,12 +15,26 @@ from focal_d2.ops import (
     sigmoid_focal_loss,
     varifocal_loss,
 )
-from focal_d2.ops.losses import dense_chunks
+from focal_d2.ops.losses import dense, dense_chunks, dense_masked
 
 LAYOUTS = {
     "contiguous": torch.contiguous_format,
     "channels_last": torch.channels_last,
 }
+
+
+@pytest.fixture(autouse=True, params=["CPU", "GPU"])
+def _path(request, monkeypatch) -> None:
+    """Let the CPU compute as a GPU without kernels does."""
+    if request.param == "GPU":
+        monkeypatch.setattr(
+            dense,
+            "_in_chunks",
+            lambda levels, gradients, *more: dense_masked.masked_loss(
+                list(zip(levels, gradients, strict=True)), *more
+            ),
+        )
+        monkeypatch.setattr(dense_chunks, "_NEAR_1", -1.0)  # a GPU takes the way for all logits
 
 
 def make_levels(
@@ -104,7 +118,8 @@ def compare_at_random(name, layout, dtype, seed):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_value_and_gradient_are_the_references(name, layout, seed, monkeypatch):
-    monkeypatch.setattr(dense_chunks, "CHUNK", 37)  # several chunks, the last one short
+    for module in (dense_chunks, dense_masked):
+        monkeypatch.setattr(module, "CHUNK", 37)  # several chunks, the last one short
     got, expected = compare_at_random(name, layout, torch.float64, seed)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
