@@ -6,6 +6,7 @@ import csv
 import shutil
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,3 +97,31 @@ def parse_gpus(text: str) -> list[Gpu]:
             major, _, minor = row[2].partition(".")
             gpus.append(Gpu(row[0], row[1], (int(major), int(minor or 0)), row[3]))
     return gpus
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes of memory that this process may still take; None if the system does not say.
+
+    That is what Linux calls available or, if less, what the control groups (v2) of a container or job have
+    left. Pages of files that were not used for a while count as free.
+
+    Args:
+        root: of the file system.
+    """
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # another system
+        return None
+    groups = root / "sys/fs/cgroup"
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next((x.removeprefix("0::/") for x in lines if x.startswith("0::/")), "")
+    for group in (groups / name, *(groups / name).parents):
+        with suppress(OSError, ValueError):  # no such group, or its limit is "max"
+            limit, used = (int((group / f"memory.{x}").read_text()) for x in ("max", "current"))
+            statistics = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
+            free = min(free, limit - used + int(statistics["inactive_file"]))
+    return max(0, free)

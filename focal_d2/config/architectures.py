@@ -65,6 +65,21 @@ def needs_beyond_boxes(cfg: CfgNode) -> str | None:
     return None
 
 
+def check_boxes_only(cfg: CfgNode, what: str) -> None:
+    """Check that the model reads no masks, keypoints or proposals.
+
+    Args:
+        cfg: full config.
+        what: a key of which those know nothing.
+
+    Raises:
+        UserError: naming both keys.
+    """
+    for key in ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS"):
+        if cfg.MODEL[key]:
+            raise UserError(f"{what} knows boxes only: MODEL.{key} must be False")
+
+
 def is_retinanet(cfg: CfgNode) -> bool:
     """Whether the model reads its anchors and their labels from `MODEL.RETINANET`."""
     return known_architecture(cfg) in _RETINANETS

@@ -192,6 +192,13 @@ KEYS: dict[str, tuple[Any, Range]] = {
     "DATASETS.VAL": ((), _NAMES),
     # Seconds that training waits for a batch before it takes reading for hung; 0: for ever.
     "DATALOADER.FOCAL.TIMEOUT": (600.0, number(least=0, most=10**9, note="seconds; 0: no limit")),
+    # Keep decoded training images, so that each is decoded once: "ram", one copy in the memory of a machine,
+    # "disk", files that other trainings use, too, or "": off. The weights are the same.
+    "DATALOADER.FOCAL.CACHE": ("", one_of("", "ram", "disk")),
+    # Their size in gigabytes (10^9 bytes) at most. If not all fit, the first ones are kept.
+    "DATALOADER.FOCAL.CACHE_GB": (8.0, number(above=0, most=10**6, note="gigabytes")),
+    # For disk: the folder of the files. It is never emptied.
+    "DATALOADER.FOCAL.CACHE_FOLDER": ("", ANYTHING),
     # "SGD" (detectron2's, with SOLVER.MOMENTUM and SOLVER.NESTEROV) or "AdamW".
     "SOLVER.FOCAL.OPTIMIZER": ("SGD", one_of("SGD", "AdamW")),
     # Multiply the learning rate of the backbone's C5 by this, that of C4 by its square, … (d^5 for a stem of

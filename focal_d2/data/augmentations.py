@@ -22,6 +22,7 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
 from focal_d2.config import check_choice
+from focal_d2.config.architectures import check_boxes_only
 from focal_d2.errors import UserError
 
 _LUMA = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601), as detectron2's and Pillow's grey
@@ -283,9 +284,8 @@ def _with_crop(cfg: CfgNode, standard: list[T.Augmentation]) -> list[T.Augmentat
             f"INPUT.FOCAL.SCALE_JITTER {inputs.SCALE_JITTER} enlarges images: set INPUT.FOCAL.BOX_CROP.SIZE "
             "to [height, width], which bounds memory"
         )
-    for key in ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS"):
-        if size and cfg.MODEL[key]:
-            raise UserError(f"INPUT.FOCAL.BOX_CROP knows boxes only: MODEL.{key} must be False")
+    if size:
+        check_boxes_only(cfg, "INPUT.FOCAL.BOX_CROP")
     if not size and jitter == (1, 1):
         return list(standard)
     around_box = inputs.BOX_CROP.AROUND_BOX

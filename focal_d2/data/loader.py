@@ -19,6 +19,7 @@ from detectron2.data import DatasetFromList, MetadataCatalog, build_detection_tr
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from focal_d2.data.cache import with_cache
 from focal_d2.data.handover import hand_over
 from focal_d2.data.mixing import Mixing, build_mixing, check_unmixed
 from focal_d2.data.sampling import build_sampler, check_sampler, training_records
@@ -337,6 +338,7 @@ def build_training_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Any:
     pinned = torch.device(cfg.MODEL.DEVICE).type == "cuda"
     if not isinstance(records, list):
         check_unmixed(cfg)
+        mapper = with_cache(cfg, mapper, None)
         # Each sample by itself: detectron2 makes the batches elsewhere.
         return build_detection_train_loader(
             cfg, mapper=_HandedOver(mapper, pinned=pinned), dataset=records, pin_memory=pinned
@@ -350,6 +352,7 @@ def build_training_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Any:
                 "and height: set it to False, or give them"
             )
         wide = np.array([x["width"] > x["height"] for x in records])
+    mapper = with_cache(cfg, mapper, records)
     return TrainingLoader(
         SeededSamples(records, mapper, mixing=build_mixing(cfg, records), seed=seed),
         lambda seed: build_sampler(cfg, records, seed=seed),

@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 
 from focal_d2.annotations import box_areas
 from focal_d2.config import check_choice
-from focal_d2.config.architectures import known_architecture
+from focal_d2.config.architectures import check_boxes_only, known_architecture
 from focal_d2.config.legal_values import check_values
 from focal_d2.data.augmentations import build_augmentations, never_empty
 from focal_d2.data.image_files import UNREADABLE, check_for_detectron2, why_unreadable
@@ -152,9 +152,7 @@ def build_reader(cfg: CfgNode) -> ImageReader:
         )
     if inputs.BACKEND == "opencv":
         check_choice("with INPUT.FOCAL.BACKEND opencv, INPUT.FORMAT", cfg.INPUT.FORMAT, ("BGR", "RGB"))
-        for key in ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS"):
-            if cfg.MODEL[key]:
-                raise UserError(f"INPUT.FOCAL.BACKEND opencv knows boxes only: MODEL.{key} must be False")
+        check_boxes_only(cfg, "INPUT.FOCAL.BACKEND opencv")
     return ImageReader(cfg.INPUT.FORMAT, inputs.BACKEND, inputs.MAX_PIXELS)
 
 

@@ -25,6 +25,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from focal_d2.config.architectures import check_boxes_only
 from focal_d2.data.augmentations import uniform
 from focal_d2.data.pixels import FORMATS
 from focal_d2.errors import UserError
@@ -104,9 +105,7 @@ def build_mixing(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> Mixing | No
     names = _names(cfg)
     if not names:
         return None
-    for key in ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS"):
-        if cfg.MODEL[key]:
-            raise UserError(f"INPUT.FOCAL.{names[0]} knows boxes only: MODEL.{key} must be False")
+    check_boxes_only(cfg, f"INPUT.FOCAL.{names[0]}")
     if any("sem_seg_file_name" in x for x in records):
         raise UserError(
             f"INPUT.FOCAL.{names[0]} knows boxes only, but DATASETS.TRAIN has semantic segmentation"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import secrets
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -129,7 +130,7 @@ def _check_kind(path: str | os.PathLike[str], status: os.stat_result) -> None:
     raise OSError(number, f"{kind}, where a file is needed", os.fspath(path))
 
 
-def write_aside(path: str, write: Callable[[IO[bytes]], object]) -> None:
+def write_aside(path: str, write: Callable[[IO[bytes]], object], *, shared: bool = False) -> None:
     """Write a file beside its place, bring it to the disk, and put it in place in one step.
 
     A process that is killed, or a machine that loses power, leaves the former file or the whole new one, and
@@ -138,18 +139,21 @@ def write_aside(path: str, write: Callable[[IO[bytes]], object]) -> None:
     Args:
         path: of the file.
         write: given the open file, fills it.
+        shared: several processes may write the file at once, all with the same content. It is not brought to
+            the disk, so a machine that loses power may leave a damaged one: its reader must find that.
 
     Raises:
         OSError: if that fails; the former file is as it was.
     """
-    aside = path + ASIDE
+    aside = f"{path}.{secrets.token_hex(8)}{ASIDE}" if shared else path + ASIDE
     try:
         with suppress(FileNotFoundError):
             os.remove(aside)  # what a killed run left; if it is a link, the link
         with open(aside, "xb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if not shared:
+                os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException as error:
         with suppress(OSError):
@@ -157,7 +161,8 @@ def write_aside(path: str, write: Callable[[IO[bytes]], object]) -> None:
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             raise error.__context__ from error  # PyTorch's writer miscounts once a write has failed
         raise
-    _sync_folder(os.path.dirname(path) or os.curdir)
+    if not shared:
+        _sync_folder(os.path.dirname(path) or os.curdir)
 
 
 def _sync_folder(folder: str) -> None:

@@ -183,6 +183,7 @@ OPENED_ELSEWHERE = {
     "focal_d2/storage/weights.py": "an entry of a zip file",
     "focal_d2/data/image_files.py": "Pillow gets an open file",
     "focal_d2/data/handover.py": "a handle of its own",
+    "focal_d2/data/cache.py": "a file in memory of its own",
     "focal_d2/engine/output_lock.py": "a lock, after check_output",
     "focal_d2/console.py": "the null device",
     "focal_d2/engine/hooks/wandb.py": "writes OUTPUT_DIR, after check_output",
@@ -202,7 +203,7 @@ OPENED_ELSEWHERE = {
     "focal_d2/commands/data.py": "what was written just now",
     "focal_d2/commands/configs.py": "a config of the package",
     "focal_d2/commands/info.py": "a source file of a package",
-    "focal_d2/hardware.py": "/proc",
+    "focal_d2/hardware.py": "/proc and /sys",
 }
 _OPENS = {
     "open",
