@@ -15,6 +15,7 @@ COMMANDS = {
     "benchmark": "compare time and memory with detectron2's RetinaNet",
     "gpu-check": "check and measure the package on a GPU, within a given time",
     "replay": "repeat a training step that was not finite",
+    "strip": "make a small checkpoint for use, with class names and config",
     "convert": "convert weights of torchvision's ResNets and RetinaNet",
     "data": "make the embedded datasets",
     "configs": "list the configs of this package",

@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
     targets = picture_files(paths, args.output)
     cut: list[Path] = []
     for path, target in zip(paths, targets, strict=True):
-        boxes, scores, classes = predictor(path)
+        result = predictor(path)
+        boxes, scores, classes = result.boxes, result.scores, result.classes
         if 0 < limit < len(boxes):
             cut.append(path)
             boxes, scores, classes = boxes[:limit], scores[:limit], classes[:limit]  # the best come first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -11,7 +12,7 @@ from focal_d2.errors import UserError
 from focal_d2.storage.configs import check_config_file, packaged_config
 from focal_d2.storage.downloads import fetch, is_address, join_address
 from focal_d2.storage.files import LONGEST_YAML
-from focal_d2.storage.yaml_text import Budget, read_yaml
+from focal_d2.storage.yaml_text import Budget, parse_yaml, read_yaml
 
 MOST_FILES = 64  # that _BASE_ leads to
 
@@ -29,10 +30,30 @@ def merge_file(cfg: CfgNode, path: str, *, allow_download: bool = False) -> None
     Raises:
         UserError: if a file can't be read, or holds what only code could make.
     """
+    _merge_content(cfg, path, _Files(allow_download).load)
+
+
+def merge_text(cfg: CfgNode, text: str, path: str) -> None:
+    """Merge a YAML text that names no other files into a config.
+
+    Args:
+        cfg: changed in place.
+        text: the YAML.
+        path: of the file that the text is from.
+
+    Raises:
+        UserError: naming the file, if the text can't be read.
+    """
+    content = parse_yaml(text, path)
+    if not isinstance(content, dict) or _BASE in content:
+        raise UserError(f"{path}: the config in it must be nested lines of KEY: value, without {_BASE}")
+    _merge_content(cfg, path, lambda _: content)
+
+
+def _merge_content(cfg: CfgNode, path: str, load: Callable[[str], dict[str, Any]]) -> None:
     # detectron2 takes a file's content from this method, and its own runs code that the YAML names. It is
     # hidden on this one object: a subclass would have to replace every node of the tree.
-    files = _Files(allow_download)
-    cfg.__dict__["load_yaml_with_base"] = lambda name, allow_unsafe: files.load(name)
+    cfg.__dict__["load_yaml_with_base"] = lambda name, allow_unsafe: load(name)
     try:
         cfg.merge_from_file(path)
     finally:

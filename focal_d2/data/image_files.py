@@ -117,7 +117,7 @@ def allow_pixels(most: int) -> None:
         Image.MAX_IMAGE_PIXELS = most
 
 
-def check_for_detectron2(file_name: str, *, max_pixels: int) -> None:
+def check_for_detectron2(file_name: str, *, max_pixels: int | None) -> None:
     """Check a file that detectron2's own `read_image` will open, which takes any format of Pillow's.
 
     Raises:

@@ -16,10 +16,10 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_image_to_rgb, convert_PIL_to_numpy
 from PIL import Image
 
-from focal_d2.data.image_files import open_image, open_image_file, pillow_errors
+from focal_d2.data.image_files import UNREADABLE, open_image, open_image_file, pillow_errors
 from focal_d2.data.opencv import OpenCVInput, decode, to_planes
 from focal_d2.detectron2_compat import apply_exif_orientation
-from focal_d2.errors import UserError
+from focal_d2.errors import UserError, reason
 from focal_d2.storage.files import create_file
 
 # The values of INPUT.FORMAT and their numbers of channels. Of Pillow's other modes, detectron2 trains with
@@ -46,6 +46,25 @@ def read_with_pillow(file_name: str, image_format: str, *, max_pixels: int | Non
         image = open_image(file, max_pixels=max_pixels)
         image.load()
         image = _to_8_bits(apply_exif_orientation(image))
+    return _convert(image, image_format)
+
+
+def from_pillow(image: Image.Image, image_format: str) -> np.ndarray:
+    """Convert a Pillow image as a file with its pixels is read.
+
+    Args:
+        image: of any mode; it is turned as its EXIF data say.
+        image_format: of `FORMATS`.
+
+    Raises:
+        UserError: if its pixels can't be decoded, or are not of 8 or 16 bits.
+    """
+    try:
+        with pillow_errors():
+            image.load()
+            image = _to_8_bits(apply_exif_orientation(image))
+    except UNREADABLE as error:
+        raise UserError(f"cannot read the Pillow image: {reason(error)}") from error
     return _convert(image, image_format)
 
 
@@ -106,7 +125,7 @@ class ImageReader:
 
     image_format: str  # of `FORMATS`
     backend: str  # "pil" or "opencv"
-    max_pixels: int  # of an image; larger ones are refused
+    max_pixels: int | None  # of an image; larger ones are refused. None: as many as the process allows
 
     def read(self, file_name: str) -> np.ndarray:
         """Read a file; see `read_with_pillow` and `read_pixels`."""

@@ -3,8 +3,8 @@
 from focal_d2 import register
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.job import check_job, launch_job
-from focal_d2.engine.load_config import load_config
 from focal_d2.engine.trainer import FocalTrainer
+from focal_d2.load_config import load_config
 
 __all__ = [
     "FocalTrainer",

@@ -9,8 +9,8 @@ import torch
 import yaml
 from detectron2.modeling import build_model
 
-from focal_d2.engine.load_config import load_config
 from focal_d2.errors import UserError, describe_error, reason
+from focal_d2.load_config import load_config
 from focal_d2.storage.checkpoint import FocalCheckpointer
 from focal_d2.storage.files import write_aside
 from focal_d2.storage.pickles import ForbiddenImportError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
@@ -13,20 +14,21 @@ from detectron2.utils import comm
 from focal_d2.config.unread_keys import unread_keys
 from focal_d2.data.checks.run import annotation_warnings
 from focal_d2.data.dataset_checks import datasets_of
-from focal_d2.data.datasets import announce
+from focal_d2.data.datasets import announce, known_class_names
 from focal_d2.engine.alpha import resolve_alpha
 from focal_d2.engine.checks import PHASES, run_checks
 from focal_d2.engine.evaluators import evaluators_at
 from focal_d2.engine.launch.start import check_devices, start
 from focal_d2.engine.launch.torchrun import check_restarts
-from focal_d2.engine.load_config import load_config
 from focal_d2.engine.output_lock import output_lock, was_trained_in
 from focal_d2.engine.setup import save_config, set_up_job
 from focal_d2.engine.trainer import FocalTrainer
 from focal_d2.engine.user_modules import import_modules
 from focal_d2.errors import UserError
 from focal_d2.evaluation.operating_point import saved_point
+from focal_d2.load_config import load_config
 from focal_d2.modeling.build import building
+from focal_d2.storage.card import class_difference, saved_card
 from focal_d2.storage.checkpoint import FocalCheckpointer
 from focal_d2.storage.configs import find_config
 
@@ -115,6 +117,7 @@ def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
         where = f" (--resume finds none in {cfg.OUTPUT_DIR})" if args.resume else ""
         raise UserError(f"--eval-only needs a checkpoint: add MODEL.WEIGHTS FILE{where}")
     content = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    _compare_classes(cfg, content)
     point = saved_point(content, "the checkpoint")
     if comm.is_main_process():
         without = "not in the checkpoint; each dataset is analysed at a score that is chosen on it"
@@ -125,6 +128,22 @@ def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
     results = FocalTrainer.test(cfg, model, evaluators_at(FocalTrainer, cfg, point))
     if comm.is_main_process():
         verify_results(cfg, results)
+
+
+def _compare_classes(cfg: CfgNode, content: dict[str, Any]) -> None:
+    """Compare the class names in a checkpoint with those of the test sets.
+
+    Raises:
+        UserError: if they are in another order, which makes every figure of a class wrong.
+    """
+    card = saved_card(content, "the checkpoint")
+    ours = None if card is None else card.class_names
+    for name in cfg.DATASETS.TEST:
+        difference, permuted = class_difference(ours, known_class_names(name), f'dataset "{name}"')
+        if permuted:
+            raise UserError(difference)
+        if difference and comm.is_main_process():
+            logger.warning(difference)
 
 
 def check_job(config_file: str, overrides: Sequence[str] = (), *, num_gpus: int = 1) -> str:

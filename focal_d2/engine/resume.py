@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from focal_d2.config import MOST_ITERATIONS, leaves
 from focal_d2.detectron2_compat import LOOP_STATE
 from focal_d2.errors import UserError, one_line
+from focal_d2.storage.card import ModelCard, class_difference
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,33 @@ class Owner(Protocol):
 
     def load_state_dict(self, state: Any, /) -> list[str]:
         """Load a state; return a clause for each reason why training does not continue exactly."""
+
+
+class CardOfRun:
+    """The card that a run puts into its checkpoints; see `ModelCard`."""
+
+    def __init__(self, card: ModelCard) -> None:
+        """Take the card of the config."""
+        self._card = card
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the card."""
+        return self._card.as_dict()
+
+    def load_state_dict(self, content: Any) -> None:
+        """Compare the class names of the checkpoint with those of the training set.
+
+        Raises:
+            UserError: if they are the same in another order.
+            ValueError: if the card is damaged.
+        """
+        card = ModelCard.from_dict(content)
+        names = None if card is None else card.class_names
+        difference, permuted = class_difference(names, self._card.class_names, "DATASETS.TRAIN")
+        if permuted:
+            raise UserError(f"--resume: {difference}")
+        if difference:
+            logger.warning(f"--resume: {difference}")
 
 
 class ProcessCount:

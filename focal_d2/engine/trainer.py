@@ -35,6 +35,7 @@ from focal_d2.engine.nonfinite import NonfinitePolicy
 from focal_d2.engine.optimizer import build_optimizer
 from focal_d2.engine.output_lock import output_lock
 from focal_d2.engine.resume import (
+    CardOfRun,
     Owner,
     ProcessCount,
     SolverSettings,
@@ -49,6 +50,7 @@ from focal_d2.errors import UserError, user_message
 from focal_d2.evaluation import log_results
 from focal_d2.evaluation.operating_point import OperatingPoint
 from focal_d2.inference.test_time import use_augmented_views
+from focal_d2.model_card import card_of
 from focal_d2.modeling.retinanet import precision_around
 from focal_d2.storage.checkpoint import FocalCheckpointer
 
@@ -107,6 +109,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
             partial=True,
             keep=solver.KEEP_CHECKPOINTS,
             trainer=weakref.proxy(self),
+            card=CardOfRun(card_of(cfg)),
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.failed = False  # whether a failure ended training

@@ -16,6 +16,7 @@ from fvcore.common.checkpoint import Checkpointer
 
 from focal_d2.detectron2_compat import CheckpointerHooks
 from focal_d2.errors import UserError, describe_error, first_few, reason
+from focal_d2.storage.card import CARD
 from focal_d2.storage.checkpoint_folder import LAST, CheckpointFolder
 from focal_d2.storage.downloads import check_address, fetch, is_address
 from focal_d2.storage.files import check_regular, write_aside
@@ -240,7 +241,9 @@ class FocalCheckpointer(CheckpointerHooks, DetectionCheckpointer):
         content = read_torch(filename, trusted=self.trust_files)
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__} where a dictionary must be")
-        needed = {"model": dict, "iteration": int, **dict.fromkeys(self.checkpointables, dict)}
+        # Older checkpoints have no card.
+        owners = [name for name in self.checkpointables if name != CARD]
+        needed = {"model": dict, "iteration": int, **dict.fromkeys(owners, dict)}
         for name, kind in needed.items() if self._must_be_whole else ():
             if not isinstance(content.get(name), kind):
                 raise ValueError(f"it has no {name}, so no run can continue from it")

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from focal_d2.errors import UserError, reason
-from focal_d2.storage.files import LONGEST_YAML, open_file
+from focal_d2.storage.files import LARGEST_DOWNLOAD, LONGEST_YAML, open_file
 
 # A wheel has a copy inside; a checkout has them beside the package.
 _FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
@@ -46,8 +46,15 @@ def find_config(name: str) -> str:
     return name if os.path.exists(name) else packaged_config(name) or name
 
 
+def is_checkpoint(name: str) -> bool:
+    """Return whether the name of a config is that of a checkpoint, which has a config in it."""
+    return name.endswith(".pth")
+
+
 def check_config_file(path: str, name: str) -> None:
     """Check that a config is a file of bounded length, before anyone waits for a pipe.
+
+    A checkpoint may be as long as checkpoints are.
 
     Args:
         path: of the file.
@@ -59,6 +66,6 @@ def check_config_file(path: str, name: str) -> None:
     if not os.path.exists(path):
         raise UserError(f"config file not found: {name}")
     try:
-        open_file(path, limit=LONGEST_YAML).close()
+        open_file(path, limit=LARGEST_DOWNLOAD if is_checkpoint(path) else LONGEST_YAML).close()
     except OSError as error:
         raise UserError(f"config file {name}: {reason(error)}") from error

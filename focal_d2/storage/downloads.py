@@ -19,10 +19,10 @@ from urllib.parse import unquote, urljoin, urlsplit
 from detectron2.checkpoint.catalog import ModelCatalog
 
 from focal_d2.errors import UserError, describe_error
+from focal_d2.storage.files import LARGEST_DOWNLOAD
 
 # Ends the line that refuses an address: the flag is that of focal_d2.engine.add_trust_flag.
 UNLESS_ALLOWED = " (unless you trust the address: --allow-download of train, eval and predict)"
-LARGEST_DOWNLOAD = 2**34  # bytes; weights have up to a few 2^30
 PATIENCE = 30.0  # seconds without a byte
 SLOWEST = 10_000  # bytes per second, on average, after the first PATIENCE
 

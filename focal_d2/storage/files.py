@@ -19,6 +19,7 @@ from focal_d2.errors import UserError
 
 # Bytes of a file of annotations. It is read whole; Objects365's has 6 · 10⁹.
 LARGEST_ANNOTATIONS = 2**33
+LARGEST_DOWNLOAD = 2**34  # bytes; weights have up to a few 2^30
 LONGEST_YAML = 2**20  # bytes, with the files of its _BASE_
 
 ASIDE = ".tmp"  # ends the name of a file that is not whole yet

@@ -13,8 +13,7 @@ from typing import IO, Any
 import torch
 
 from focal_d2.errors import UserError
-from focal_d2.storage.downloads import LARGEST_DOWNLOAD
-from focal_d2.storage.files import open_file, read_file
+from focal_d2.storage.files import LARGEST_DOWNLOAD, open_file, read_file
 from focal_d2.storage.pickles import Reader, Storage, unpickle
 
 LONGEST_DIRECTORY = 2**24  # bytes of a zip file's directory; a tensor takes about 70

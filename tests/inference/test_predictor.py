@@ -8,11 +8,13 @@ import torch
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from PIL import Image
 
 from focal_d2 import Detections, Predictor, UserError
 from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.data.pixels import FORMATS
 from focal_d2.evaluation.operating_point import OperatingPoint
+from focal_d2.model_card import card_of
 from tests.conftest import make_cfg
 
 
@@ -28,6 +30,12 @@ def cfg_and_image(coco_dataset, tmp_path):
     )
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
     return cfg, data.images / "0.png"
+
+
+def assert_same(actual: Detections, expected: Detections, rtol: float = 0) -> None:
+    np.testing.assert_allclose(actual.boxes, expected.boxes, rtol=rtol, atol=1e-3 if rtol else 0)
+    np.testing.assert_allclose(actual.scores, expected.scores, rtol=rtol)
+    np.testing.assert_array_equal(actual.classes, expected.classes)
 
 
 @pytest.mark.parametrize("image_format", ["BGR", "RGB"])
@@ -48,8 +56,111 @@ def test_predictor_finds_what_detectron2s_finds(cfg_and_image, image_format):
 def test_predictor_takes_pixels_too(cfg_and_image):
     cfg, path = cfg_and_image
     predictor = Predictor(cfg)
-    for a, b in zip(predictor(path), predictor(read_image(str(path), "BGR")), strict=True):
-        np.testing.assert_array_equal(a, b)
+    pixels = read_image(str(path), "BGR")
+    for image in (str(path), pixels, Image.fromarray(pixels[:, :, ::-1])):
+        assert_same(predictor(image), predictor(path))
+
+
+def test_predictor_takes_lists_and_gives_each_image_what_it_gets_alone(cfg_and_image):
+    cfg, path = cfg_and_image
+    predictor = Predictor(cfg, batch_size=3)
+    seen: list[int] = []
+    predictor.model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    rng = np.random.default_rng(0)
+    sizes = [(96, 96), (96, 96), (64, 96), (96, 96), (96, 96)]
+    images = [path, *(rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes)]
+    results = predictor(images)
+    assert seen == [3, 1, 2]  # images of one size, of three that follow each other
+    assert [x.source for x in results] == images
+    for image, result in zip(images, results, strict=True):
+        assert_same(result, predictor(image), rtol=1e-4)
+    assert (results[3].height, results[3].width) == (64, 96)
+    assert predictor([]) == []
+
+
+def test_predictor_reads_no_further_than_it_must(cfg_and_image):
+    cfg, path = cfg_and_image
+    taken: list[int] = []
+
+    def images():
+        for i in range(100):
+            taken.append(i)
+            yield path
+
+    next(Predictor(cfg, batch_size=2).stream(images()))
+    assert len(taken) < 10
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "I;16"])
+def test_predictor_takes_pillow_images_as_it_reads_their_files(cfg_and_image, tmp_path, mode):
+    cfg, path = cfg_and_image
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(96 * 96, dtype=np.uint16).reshape(96, 96) * 7)
+    else:
+        image = Image.open(path).convert(mode)
+    name = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    image.save(name)
+    predictor = Predictor(cfg)
+    assert_same(predictor(image), predictor(name))
+    numbers = Image.fromarray(np.zeros((9, 9), np.float32))
+    with pytest.raises(UserError, match=r"cannot read the Pillow image: .*mode F"):
+        predictor(numbers)
+
+
+def with_card(cfg, *names: str, **others):
+    """Give the weights a card, and return its content."""
+    card = {**card_of(cfg).as_dict(), "class_names": list(names), **others}
+    torch.save({**torch.load(cfg.MODEL.WEIGHTS), "card": card}, cfg.MODEL.WEIGHTS)
+    return card
+
+
+def test_predictor_needs_only_a_checkpoint_with_a_card(cfg_and_image):
+    cfg, path = cfg_and_image
+    expected = Predictor(cfg)(path)
+    card = with_card(cfg, "tree", "house", "car")
+    assert cfg.MODEL.WEIGHTS not in card["config"]
+    predictor = Predictor(cfg.MODEL.WEIGHTS)
+    assert predictor.class_names == ["tree", "house", "car"]
+    assert predictor.cfg.INPUT.MIN_SIZE_TEST == 128
+    assert_same(predictor(path), expected)
+    names = ("tree", "house", "car")
+    assert predictor(path).names == [names[k] for k in expected.classes]
+    with pytest.raises(
+        UserError, match=r"takes a checkpoint \(.pth\) or a config, not config.yaml; .*load_config"
+    ):
+        Predictor("config.yaml")
+
+
+def test_predictor_names_checkpoints_without_a_sound_card(cfg_and_image):
+    cfg, _ = cfg_and_image
+    with pytest.raises(UserError, match="has no config in it: .* give its config.yaml, and MODEL.WEIGHTS"):
+        Predictor(cfg.MODEL.WEIGHTS)
+    with_card(cfg, "tree")
+    with pytest.raises(UserError, match="has names of 1 classes, but MODEL.RETINANET.NUM_CLASSES is 3"):
+        Predictor(cfg)
+    for damage, message in (
+        ({"config": "MODEL: !!python/name:os.system"}, "the tag !!python/name:os.system is refused"),
+        ({"config": "_BASE_: /etc/passwd"}, "without _BASE_"),
+        ({"config": "MODEL: {NOTHING: 1}"}, "unknown key MODEL.NOTHING"),
+        ({"config": None}, "is damaged: the card is"),
+        ({"class_names": 3}, "is damaged: the card's class_names is 3"),
+    ):
+        with_card(cfg, "a", "b", "c", **damage)
+        with pytest.raises(UserError, match=f"model.pth.*{message}"):
+            Predictor(cfg.MODEL.WEIGHTS)
+
+
+def test_predictor_says_where_the_dataset_has_other_names(cfg_and_image, caplog):
+    cfg, _ = cfg_and_image
+    with_card(cfg, "class0", "class1", "class2")
+    assert Predictor(cfg).class_names == ["class0", "class1", "class2"]
+    assert "class names" not in caplog.text
+    with_card(cfg, "class1", "class0", "class2")
+    assert Predictor(cfg).class_names == ["class1", "class0", "class2"]
+    assert (
+        'the class names of the checkpoint are in another order than those of dataset "squares_train": class '
+        '0 is "class1" in the checkpoint and "class0" in the dataset; results have the checkpoint\'s names'
+    ) in caplog.text
 
 
 def test_predictor_resizes_as_the_test_loader_does(cfg_and_image):
@@ -133,8 +244,7 @@ def test_predictor_takes_grey_pixels(cfg_and_image):
     predictor = Predictor(cfg)
     expected = predictor(np.repeat(grey[:, :, None], 3, axis=2))  # what a grey file is read as
     for pixels in (grey, grey[:, :, None]):
-        for a, b in zip(predictor(pixels), expected, strict=True):
-            np.testing.assert_array_equal(a, b)
+        assert_same(predictor(pixels), expected)
 
 
 def test_predictor_names_the_unreadable_image(cfg_and_image, tmp_path):
@@ -145,13 +255,15 @@ def test_predictor_names_the_unreadable_image(cfg_and_image, tmp_path):
         predictor(bad)
 
 
-@pytest.mark.parametrize(
-    "image, kind",
-    [([np.zeros((40, 40, 3), np.uint8)] * 2, "list; call .* for each image$"), (None, "NoneType$")],
-)
-def test_predictor_names_what_is_no_image(cfg_and_image, image, kind):
-    with pytest.raises(UserError, match=f"the name of a file or an array of pixels, not {kind}"):
+@pytest.mark.parametrize("image", [None, [None]])
+def test_predictor_names_what_is_no_image(cfg_and_image, image):
+    with pytest.raises(UserError, match=r"a file, an array of pixels or a Pillow image, not NoneType$"):
         Predictor(cfg_and_image[0])(image)
+
+
+def test_predictor_refuses_an_empty_batch(cfg_and_image):
+    with pytest.raises(UserError, match="batch_size is 0; it must be at least 1"):
+        Predictor(cfg_and_image[0], batch_size=0)
 
 
 @pytest.mark.parametrize(

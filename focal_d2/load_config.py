@@ -15,7 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from focal_d2.config import add_focal_config, check_choice, key_value, leaves, set_value
 from focal_d2.config.architectures import CLASS_KEYS
-from focal_d2.config.files import merge_file
+from focal_d2.config.files import merge_file, merge_text
 from focal_d2.config.legal_values import check_values
 from focal_d2.data.dataset_checks import count_classes
 from focal_d2.data.entries import register_datasets
@@ -25,7 +25,8 @@ from focal_d2.evaluation import check_backend
 from focal_d2.modeling.backbones.timm_fpn import resolve_pixel_values
 from focal_d2.modeling.build import resolve_device
 from focal_d2.modeling.losses import LOSSES, parameter_names
-from focal_d2.storage.configs import check_config_file, find_config
+from focal_d2.storage.card import read_card
+from focal_d2.storage.configs import check_config_file, find_config, is_checkpoint
 from focal_d2.storage.downloads import is_address
 from focal_d2.storage.yaml_text import LONGEST_NUMBER
 
@@ -62,9 +63,10 @@ def load_config(
 
     Args:
         config_file: path of a YAML file, or the name of one that comes with the package (`focal-d2 configs`);
-            "" for the defaults alone.
+            "" for the defaults alone. Of a checkpoint (.pth): the config in it, with `MODEL.WEIGHTS` that
+            file and `MODEL.DEVICE` auto; it has no datasets and no schedule.
         overrides: KEY VALUE pairs.
-        trust_files: let the YAML run code, as detectron2 does. If false, it is read by
+        trust_files: let the YAML, or the checkpoint, run code, as detectron2 does. If false, YAML is read by
             `focal_d2.config.files`.
         allow_download: let `_BASE_` name addresses outside detectron2's stores.
 
@@ -73,7 +75,9 @@ def load_config(
     """
     cfg = get_cfg()
     add_focal_config(cfg)
-    if config_file:
+    if is_checkpoint(config_file):
+        _merge_checkpoint(cfg, os.path.expanduser(config_file), trust_files=trust_files)
+    elif config_file:
         config_file = find_config(config_file)
         check_config_file(config_file, config_file)
         with _config_errors(cfg, config_file), _other_types(cfg):
@@ -107,6 +111,19 @@ def load_config(
             set_value(cfg, key, count_classes(cfg, key))
     cfg.freeze()
     return cfg
+
+
+def _merge_checkpoint(cfg: CfgNode, path: str, *, trust_files: bool) -> None:
+    """Merge the config that a checkpoint has in it, and let the checkpoint be `MODEL.WEIGHTS`."""
+    card = read_card(path, trusted=trust_files)
+    if card is None:
+        raise UserError(
+            f"{path} has no config in it: it was written by an older version or by another program; give its "
+            "config.yaml, and MODEL.WEIGHTS"
+        )
+    with _config_errors(cfg, path), _other_types(cfg):
+        merge_text(cfg, card.config, path)
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = path, "auto"
 
 
 @contextmanager
