@@ -1,4 +1,4 @@
-"""The training loader: batches that depend on the seed and the iteration only."""
+"""The training loader, whose batches depend on the seed and the iteration only, and that of evaluations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ import msgspec
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, MetadataCatalog, build_detection_train_loader
+from detectron2.data import (
+    DatasetFromList,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -321,6 +326,19 @@ class _HandedOver:
         return None if sample is None else hand_over(sample, pinned=self.pinned)
 
 
+def build_evaluation_loader(cfg: CfgNode, dataset_name: str, mapper: Callable[[Any], Any]) -> DataLoader:
+    """Build detectron2's test loader; for a GPU its images come from pinned memory."""
+    collate = partial(hand_over, pinned=_pins(cfg))
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper, collate_fn=collate)
+    loader.pin_memory = _pins(cfg)  # detectron2's function has no argument for it
+    return loader
+
+
+def _pins(cfg: CfgNode) -> bool:
+    """Return whether images go to pinned memory: a GPU then copies them while the host goes on."""
+    return torch.device(cfg.MODEL.DEVICE).type == "cuda"
+
+
 def build_training_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Any:
     """Build the loader of `DATASETS.TRAIN`: a `TrainingLoader`, but for data that are no list of records.
 
@@ -335,7 +353,7 @@ def build_training_loader(cfg: CfgNode, mapper: Callable[[Any], Any]) -> Any:
     """
     check_sampler(cfg)
     records = training_records(cfg)
-    pinned = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+    pinned = _pins(cfg)
     if not isinstance(records, list):
         check_unmixed(cfg)
         mapper = with_cache(cfg, mapper, None)

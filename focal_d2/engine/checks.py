@@ -59,6 +59,15 @@ def run_checks(cfg: CfgNode, *phases: str, training: bool = True, processes: int
             check(cfg, job)
 
 
+def _device(cfg: CfgNode, job: Job) -> None:
+    """Check that each of several processes gets a GPU of its own, which the launcher gives it."""
+    if job.processes > 1 and torch.device(cfg.MODEL.DEVICE).index is not None:
+        raise UserError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, one GPU for {job.processes} processes: set it to cuda, and "
+            "choose the GPUs with CUDA_VISIBLE_DEVICES"
+        )
+
+
 def _output_dir(cfg: CfgNode, _: Job) -> None:
     if not cfg.OUTPUT_DIR:
         raise UserError("OUTPUT_DIR is empty; it must be the path of a folder")
@@ -199,6 +208,7 @@ def _weights(cfg: CfgNode, _: Job) -> None:
 # which are part of metrics' names; the job's processes; the mapper, which reads images; model and solver.
 PHASES = ("config", "datasets", "metrics", "processes", "input", "build")
 CHECKS: tuple[tuple[str, Callable[[CfgNode, Job], None]], ...] = (
+    ("config", _device),
     ("config", _output_dir),
     ("config", _expected_results),
     ("config", _training_values),

@@ -12,15 +12,13 @@ from typing import Any, NoReturn
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 
-from focal_d2.data.handover import hand_over
-from focal_d2.data.loader import TrainingLoader, build_training_loader
+from focal_d2.data.loader import TrainingLoader, build_evaluation_loader, build_training_loader
 from focal_d2.data.mapper import FocalDatasetMapper
 from focal_d2.detectron2_compat import TrainerParts
 from focal_d2.engine.checks import run_checks
@@ -142,9 +140,8 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Build detectron2's test loader with our mapper."""
-        mapper = FocalDatasetMapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper, collate_fn=hand_over)
+        """Build detectron2's test loader with our mapper; see `build_evaluation_loader`."""
+        return build_evaluation_loader(cfg, dataset_name, FocalDatasetMapper(cfg, is_train=False))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

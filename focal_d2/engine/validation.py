@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, distributed, nn
 
-from focal_d2.data.handover import hand_over
+from focal_d2.data.loader import build_evaluation_loader
 from focal_d2.data.mapper import validation_mapper
 from focal_d2.data.seeding import kept_random_state, seeded
 from focal_d2.detectron2_compat import copy_without_hooks
@@ -63,7 +62,7 @@ def validate(trainer: type[DefaultTrainer], cfg: CfgNode, model: nn.Module) -> d
     results: dict[str, Any] = {}
     use_augmented_views(cfg, model)
     for name in cfg.DATASETS.VAL:
-        loader = build_detection_test_loader(cfg, name, mapper=validation_mapper(cfg), collate_fn=hand_over)
+        loader = build_evaluation_loader(cfg, name, validation_mapper(cfg))
         measured = ModelWithLosses(model)
         with seeded(_SEED):
             metrics = inference_on_dataset(measured, loader, trainer.build_evaluator(cfg, name))

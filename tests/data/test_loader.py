@@ -342,6 +342,25 @@ def test_images_for_a_gpu_come_from_pinned_memory(cfg, pinning, workers):
     assert {thread is threading.main_thread() for thread, _ in pinning} == {workers == 0}
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_evaluation_on_a_gpu_reads_images_from_pinned_memory(cfg, pinning, workers, monkeypatch):
+    cfg.DATALOADER.NUM_WORKERS = workers
+    expected = [x["image"] for (x,) in FocalTrainer.build_test_loader(cfg, cfg.DATASETS.TRAIN[0])]
+    assert not pinning
+    cfg.MODEL.DEVICE = "cuda"
+    loader = FocalTrainer.build_test_loader(cfg, cfg.DATASETS.TRAIN[0])
+    images = [x["image"] for (x,) in loader]
+    copies = {id(copy) for _, copy in pinning}
+    assert all(id(x) in copies for x in images)
+    assert all(map(torch.equal, images, expected))
+    if workers:  # a worker that is killed ends the evaluation, as without pinned memory
+        batches = iter(loader)
+        monkeypatch.setattr(type(batches)._try_get_data, "__defaults__", (0.2,))  # seconds, instead of 5
+        os.kill(batches._workers[0].pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="DataLoader worker .* (exited unexpectedly|is killed)"):
+            list(batches)
+
+
 @pytest.mark.parametrize(
     "how, error", [(signal.SIGKILL, "images was killed"), (signal.SIGSTOP, "no batch came in 1 seconds")]
 )

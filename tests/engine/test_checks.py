@@ -7,7 +7,7 @@ import pytest
 from focal_d2 import UserError
 from focal_d2.analysis.doctor import examine
 from focal_d2.engine import FocalTrainer, check_job, load_config
-from focal_d2.engine.checks import CHECKS, PHASES
+from focal_d2.engine.checks import CHECKS, PHASES, run_checks
 from focal_d2.modeling.build import build_without_memory
 from tests.engine.runs import run_main
 
@@ -63,6 +63,21 @@ def test_a_study_checks_the_batch_of_several_processes(job, monkeypatch):
     check_job(str(job[0]), num_gpus=2)
     with pytest.raises(UserError, match="IMS_PER_BATCH is 3; it must be a multiple of .* processes, 2"):
         check_job(str(job[0]), ["SOLVER.IMS_PER_BATCH", "3"], num_gpus=2)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:1"])
+def test_several_processes_do_not_share_the_gpu_that_a_config_names(job, device):
+    cfg = load_config(str(job[0]))
+    cfg.defrost()
+    cfg.MODEL.DEVICE = device
+    run_checks(cfg, "config", processes=1)
+    if device == "cuda":
+        run_checks(cfg, "config", processes=2)
+    else:
+        with pytest.raises(
+            UserError, match=f"MODEL.DEVICE is {device}, one GPU for 2 processes: set it to cu"
+        ):
+            run_checks(cfg, "config", processes=2)
 
 
 def test_every_check_is_in_a_phase():
