@@ -41,4 +41,5 @@ def run(args: argparse.Namespace) -> None:
     """Train, or evaluate."""
     from focal_d2.engine import launch_job
 
+    args.detections = None
     launch_job(args)

@@ -21,6 +21,7 @@ from focal_d2.engine.evaluators import evaluators_at
 from focal_d2.engine.launch.start import check_devices, start
 from focal_d2.engine.launch.torchrun import check_restarts
 from focal_d2.engine.output_lock import output_lock, was_trained_in
+from focal_d2.engine.score import score_detections
 from focal_d2.engine.setup import save_config, set_up_job
 from focal_d2.engine.trainer import FocalTrainer
 from focal_d2.engine.user_modules import import_modules
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     """Train, or evaluate with `--eval-only`, as one of the job's processes.
 
     Args:
-        args: of `focal_d2.commands.train`.
+        args: of `focal_d2.commands.train` or `eval`.
 
     Raises:
         UserError: for anything the user can correct.
@@ -71,7 +72,10 @@ def run(args: argparse.Namespace) -> None:
     run_checks(cfg, "metrics", "processes", training=training)
     if args.eval_only:
         _set_up(cfg, args, unread)
-        _evaluate(cfg, args)
+        if args.detections:
+            score_detections(cfg, args)
+        else:
+            _evaluate(cfg, args)
         return
     check_restarts(resume=args.resume)
     # The lock is taken before any file is written to OUTPUT_DIR, log.txt included.

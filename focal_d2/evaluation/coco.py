@@ -96,6 +96,26 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
             has_annotations=self._ground_truth.truth is not None,
         )
 
+    def take_detections(self, detections: Sequence[Mapping[str, Any]]) -> None:
+        """Take detections from elsewhere in the place of a model's.
+
+        Args:
+            detections: as in `coco_instances_results.json`, each with "image_id", "category_id" (the number
+                of a class in the dataset), "bbox" (left, top, width, height in pixels) and "score".
+
+        Raises:
+            UserError: for an image or a category that the dataset does not have.
+        """
+        ids, labels, _ = self._ground_truth
+        of_image: dict[Any, list[dict[str, Any]]] = {image_id: [] for image_id in ids}
+        for detection in detections:
+            image_id, number = detection["image_id"], detection["category_id"]
+            for key, value, known in (("image_id", image_id, of_image), ("category_id", number, labels)):
+                if value not in known:
+                    raise UserError(f'{key} {value} is not in the ground truth of dataset "{self._name}"')
+            of_image[image_id].append({**detection, "category_id": labels[number]})
+        self.predictions = [{"image_id": x, "instances": boxes} for x, boxes in of_image.items()]
+
     def evaluate(self, img_ids: Sequence[Any] | None = None) -> dict[str, Any]:
         """Compute the metrics from all processes' predictions; see detectron2's `COCOEvaluator`.
 
