@@ -27,7 +27,8 @@ def test_options_are_detectron2s_and_ours():
     assert "auto" in str(automatic)
     assert ours.items() >= theirs.items()
     assert ours.keys() - theirs.keys() == {"--trust-files", "--allow-download", "--import"}
-    assert options(command_parser("eval")).keys() == ours.keys() - {"--eval-only"} | {"--dist-url"}
+    of_eval = {"--dist-url", "--detections", "--operating-point"}
+    assert options(command_parser("eval")).keys() == ours.keys() - {"--eval-only"} | of_eval
 
 
 def test_eval_gives_the_figures_of_the_training(job, tmp_path, monkeypatch, capsys):
