@@ -307,8 +307,8 @@ def with_cache(
         UserError: if the images or the mapper cannot be cached, the folder cannot be used, or the machine has
             too little memory.
     """
-    settings = cfg.DATALOADER.FOCAL
-    kind, budget, folder = settings.CACHE, settings.CACHE_GB, os.path.expanduser(settings.CACHE_FOLDER)
+    kind, budget = cfg.DATALOADER.FOCAL.CACHE, cfg.DATALOADER.FOCAL.CACHE_GB
+    folder = os.path.expanduser(cfg.DATALOADER.FOCAL.CACHE_FOLDER)
     if not kind:
         return mapper
     check_boxes_only(cfg, _KEY)
