@@ -220,7 +220,7 @@ KEYS: dict[str, tuple[Any, Range]] = {
     # What counts AP: "hotcoco" or "pycocotools", the same numbers a hundred times slower.
     "TEST.FOCAL.EVAL_BACKEND": ("hotcoco", one_of("hotcoco", "pycocotools")),
     # Limits on the detections of a class in an image, ascending: a recall is given at each, AP at the last.
-    # []: 1, 10 and the higher of 100 and TEST.DETECTIONS_PER_IMAGE.
+    # []: 1, 10 and the higher of 100 and TEST.DETECTIONS_PER_IMAGE; in tiles 100,000.
     "TEST.FOCAL.MAX_DETS": ([], list_of(whole(1, MOST_BOXES), may_be_empty=True, order="ascending")),
     # What the operating point is chosen for, the score that a checkpoint keeps as its threshold: "f1", the
     # highest F1; or a "recall" or "precision" of at least WANTED. It is chosen on the first dataset of
@@ -230,6 +230,16 @@ KEYS: dict[str, tuple[Any, Range]] = {
     # With TEST.AUG.ENABLED (detectron2's: each size of TEST.AUG.MIN_SIZES, and mirrored if FLIP): also turned
     # by 90, 180 and 270 degrees, four times the work.
     "TEST.FOCAL.AUG_TURNS": (False, ANYTHING),
+    # Detect in overlapping tiles of each picture, of any size, and join what they find (docs/prediction.md).
+    # TEST.DETECTIONS_PER_IMAGE then counts for each tile.
+    "TEST.FOCAL.TILES.ENABLED": (False, ANYTHING),
+    # Side of a tile in pixels of the picture. Where INPUT.MIN_SIZE_TEST resizes images, a tile is resized to
+    # it: the shorter side of the training images keeps their scale. 0: 512, where images are not resized.
+    "TEST.FOCAL.TILES.WINDOW": (0, whole(0, MOST_PIXELS, note="0: 512, if images are not resized")),
+    # Of neighbouring tiles, in pixels: at least the size of most objects. 0: a quarter of the window.
+    "TEST.FOCAL.TILES.OVERLAP": (0, whole(0, MOST_PIXELS, note="0: a quarter of the window")),
+    # Of two detections of an object in two tiles: "nms" keeps the better box, "fuse" takes their mean.
+    "TEST.FOCAL.TILES.MERGE": ("nms", one_of("nms", "fuse")),
     # Save model_best.pth whenever an evaluation (TEST.EVAL_PERIOD) improves this metric of DATASETS.VAL or,
     # if VAL is (), of DATASETS.TEST: "bbox/AP", "bbox/AP50", …, with several sets "NAME/bbox/AP"; "": off.
     # `engine.hooks.evaluation` checks it.

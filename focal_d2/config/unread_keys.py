@@ -55,7 +55,7 @@ _UNUSED_BY_RETINANETS = (
     "MODEL.PANOPTIC_FPN.",
 )
 # What only FocalRetinaNet makes use of, beside MODEL.FOCAL.
-_ONLY_OURS = ("TEST.AUG.", "TEST.FOCAL.AUG_TURNS")
+_ONLY_OURS = ("TEST.AUG.", "TEST.FOCAL.AUG_TURNS", "TEST.FOCAL.TILES.")
 # What other architectures than FocalRetinaNet read of MODEL.FOCAL, in our backbone or in our trainer.
 _FOCAL_FOR_ALL = ("MODEL.FOCAL.AMP.", "MODEL.FOCAL.FPN.", "MODEL.FOCAL.TF32", "MODEL.FOCAL.TIMM.")
 # What only one assigner (MODEL.FOCAL.ASSIGNER.NAME) of FocalRetinaNet reads.

@@ -12,6 +12,9 @@ from detectron2.evaluation import DatasetEvaluator
 from focal_d2.evaluation import FocalCOCOEvaluator, FocalLVISEvaluator
 from focal_d2.evaluation.operating_point import Goal, OperatingPoint
 
+# Detections of a class in a picture that is detected in tiles: no limit in practice.
+_IN_TILES = 100_000
+
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """Build the evaluator of boxes, as COCO does; datasets that are evaluated as LVIS get detectron2's.
@@ -27,10 +30,17 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         dataset_name,
         output_dir=folder,
         backend=test.EVAL_BACKEND,
-        max_dets_per_image=list(test.MAX_DETS) or max(100, cfg.TEST.DETECTIONS_PER_IMAGE),
+        max_dets_per_image=detection_limits(cfg),
         goal=goal_of(cfg),
         validation=dataset_name in cfg.DATASETS.VAL,
     )
+
+
+def detection_limits(cfg: CfgNode) -> list[int] | int:
+    """Return the limits on the detections of a class in an image, or only the last one."""
+    test = cfg.TEST.FOCAL
+    whole = _IN_TILES if test.TILES.ENABLED else max(100, cfg.TEST.DETECTIONS_PER_IMAGE)
+    return list(test.MAX_DETS) or whole
 
 
 def goal_of(cfg: CfgNode) -> Goal:

@@ -47,7 +47,7 @@ from focal_d2.engine.validation import validate, without_effect
 from focal_d2.errors import UserError, user_message
 from focal_d2.evaluation import log_results
 from focal_d2.evaluation.operating_point import OperatingPoint
-from focal_d2.inference.test_time import use_augmented_views
+from focal_d2.inference.views import use_views
 from focal_d2.model_card import card_of
 from focal_d2.modeling.retinanet import precision_around
 from focal_d2.storage.checkpoint import FocalCheckpointer
@@ -151,7 +151,7 @@ class FocalTrainer(TrainerParts, DefaultTrainer):
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators: Any = None) -> dict[str, Any]:
         """Evaluate on `DATASETS.TEST` and log a table; see `DefaultTrainer.test` for the return value."""
-        use_augmented_views(cfg, model)
+        use_views(cfg, model)
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process():
             log_results({cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results)

@@ -20,7 +20,7 @@ from focal_d2.data.mapper import validation_mapper
 from focal_d2.data.seeding import kept_random_state, seeded
 from focal_d2.detectron2_compat import copy_without_hooks
 from focal_d2.evaluation import log_results
-from focal_d2.inference.test_time import use_augmented_views
+from focal_d2.inference.views import use_views
 from focal_d2.modeling import FocalRetinaNet
 from focal_d2.modeling.all_reduce import alone
 from focal_d2.modeling.folding import BATCH_NORMS
@@ -60,7 +60,7 @@ def validate(trainer: type[DefaultTrainer], cfg: CfgNode, model: nn.Module) -> d
         datasets this of each dataset by its name. In the other processes {}.
     """
     results: dict[str, Any] = {}
-    use_augmented_views(cfg, model)
+    use_views(cfg, model)
     for name in cfg.DATASETS.VAL:
         loader = build_evaluation_loader(cfg, name, validation_mapper(cfg))
         measured = ModelWithLosses(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -22,7 +22,11 @@ from focal_d2.evaluation.operating_point import saved_point
 from focal_d2.inference.feed import ahead
 from focal_d2.inference.results import Detections
 from focal_d2.inference.sources import Source, read_source
+from focal_d2.inference.test_time import build_augmented_views
+from focal_d2.inference.tiled import TileSettings, open_picture
+from focal_d2.inference.tiles import TileDetections
 from focal_d2.load_config import load_config
+from focal_d2.modeling import FocalRetinaNet
 from focal_d2.modeling.build import building, resolve_device
 from focal_d2.storage.card import ModelCard, class_difference, saved_card
 from focal_d2.storage.checkpoint import FocalCheckpointer
@@ -42,7 +46,7 @@ class Prepared(NamedTuple):
     tensor: torch.Tensor  # (C, H', W'), resized
     height: int  # of the image itself
     width: int
-    source: Source
+    source: Source | None
 
 
 class Predictor:
@@ -66,6 +70,8 @@ class Predictor:
         operating_point: of the checkpoint; None if it has none.
         class_names: K names.
         batch_size: the most images that are computed together.
+        progress: called after each batch of tiles (`TEST.FOCAL.TILES`) with their number so far, and that of
+            all tiles of the picture.
     """
 
     def __init__(
@@ -121,7 +127,13 @@ class Predictor:
             self.threshold = self.operating_point.score
             logger.info(f"threshold: {self.operating_point}, from {cfg.MODEL.WEIGHTS}")
         self.class_names = _class_names(cfg, saved_card(content, cfg.MODEL.WEIGHTS))
-        self._resize = Resize(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        self.progress: Callable[[int, int], None] = lambda done, tiles: None
+        self._tiles, size = None, cfg.INPUT.MIN_SIZE_TEST
+        if isinstance(self.model, FocalRetinaNet):
+            self._tiles = TileSettings.from_config(cfg, self.model)
+            self.model.views = build_augmented_views(cfg)
+            size = 0 if self.model.views else size  # views are made of the original image
+        self._resize = Resize(size, cfg.INPUT.MAX_SIZE_TEST)
         on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
         self.batch_size = batch_size or (_IMAGES_ON_GPU if on_gpu else _IMAGES_ON_CPU)
         self._fits: dict[torch.Size, int] | None = None if batch_size else {}  # images of a size in a batch
@@ -170,9 +182,13 @@ class Predictor:
     def prepare(self, image: Source) -> Prepared:
         """Read an image and resize it for the model. Threads may call it.
 
+        A picture that is detected in tiles is not read here.
+
         Raises:
             UserError: as `__call__`.
         """
+        if self._tiles is not None:
+            return Prepared(torch.empty(0), 0, 0, image)
         pixels = read_source(image, self.reader)
         resized = self.reader.augmentation_input(pixels)
         self._resize(resized)
@@ -186,6 +202,21 @@ class Predictor:
         Args:
             images: results of `prepare`.
         """
+        if self._tiles is None:
+            return self._detect_whole(images)
+        return [self._detect_in_tiles(self._tiles, x.source) for x in images if x.source is not None]
+
+    def _detect_in_tiles(self, tiles: TileSettings, source: Source) -> Detections:
+        def detect(images: Sequence[tuple[torch.Tensor, int, int]]) -> list[TileDetections]:
+            results = self._detect_whole([Prepared(*image, source=None) for image in images])
+            return [TileDetections(x.boxes, x.scores, x.classes) for x in results]
+
+        with open_picture(source, self.reader) as picture:
+            found = tiles.detect(picture, self.reader, detect, batch=self.batch_size, progress=self.progress)
+            size = picture.height, picture.width
+            return Detections(*found, self.class_names, *size, source, picture.georeference)
+
+    def _detect_whole(self, images: Sequence[Prepared]) -> list[Detections]:
         results: list[Detections | None] = [None] * len(images)
         of_size: dict[torch.Size, list[int]] = {}
         for i, image in enumerate(images):

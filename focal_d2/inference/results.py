@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from focal_d2.data.pictures import write_picture
+from focal_d2.data.rasters import Georeference
 from focal_d2.errors import UserError
 from focal_d2.inference.draw import draw_detections
 from focal_d2.inference.sources import Source, in_colours
@@ -25,6 +27,7 @@ from focal_d2.storage.files import write_aside
 COLUMNS = ("image", "xmin", "ymin", "xmax", "ymax", "label", "score")
 # Decimals in texts: of pixels, and of scores.
 PIXEL_DECIMALS, SCORE_DECIMALS = 2, 5
+_DEGREE_DECIMALS = 8  # a millimetre
 
 
 class Detection(NamedTuple):
@@ -54,6 +57,7 @@ class Detections:
         height: of the image, in pixels.
         width: the same.
         source: the image as the predictor was given it: a path, an array or a Pillow image.
+        georeference: where the image is on the Earth, of a TIFF file that was read in tiles and says so.
     """
 
     boxes: np.ndarray
@@ -63,6 +67,7 @@ class Detections:
     height: int
     width: int
     source: Source | None = None
+    georeference: Georeference | None = None
 
     def __len__(self) -> int:
         """Return D."""
@@ -85,6 +90,7 @@ class Detections:
             self.height,
             self.width,
             self.source,
+            self.georeference,
         )
 
     def __repr__(self) -> str:
@@ -140,12 +146,40 @@ class Detections:
         writer.writerow(COLUMNS)
         writer.writerows(csv_rows(self.file, *self.rounded(), self.class_names))
         if path is not None:
-            data = text.getvalue().encode("utf-8", "surrogateescape")
-            try:
-                write_aside(str(path), lambda file: file.write(data))
-            except OSError as error:
-                raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+            _write_text(path, text.getvalue())
         return text.getvalue()
+
+    def to_geojson(self, path: str | Path | None = None) -> dict[str, Any]:
+        """Return the detections as a GeoJSON FeatureCollection (RFC 7946), and write it.
+
+        Args:
+            path: of the file; None: no file is written.
+
+        Returns:
+            A polygon in longitude and latitude (WGS 84) for each box, with the properties label and score.
+
+        Raises:
+            UserError: if the image has no georeference, or the file can't be written.
+        """
+        if self.georeference is None:
+            raise UserError(f"{self.file or 'the image'} has no georeference; GeoJSON needs one")
+        x0, y0, x1, y1 = self.boxes.astype(float).T
+        # Counter-clockwise on a map with north up.
+        rings = np.stack([x0, y1, x1, y1, x1, y0, x0, y0, x0, y1], axis=1).reshape(-1, 2)
+        places = self.georeference.to_degrees(rings).round(_DEGREE_DECIMALS).reshape(-1, 5, 2).tolist()
+        _, scores, _ = self.rounded()
+        features = [
+            {
+                "type": "Feature",
+                "geometry": {"type": "Polygon", "coordinates": [ring]},
+                "properties": {"label": name, "score": score},
+            }
+            for ring, name, score in zip(places, self.names, scores, strict=True)
+        ]
+        collection = {"type": "FeatureCollection", "features": features}
+        if path is not None:
+            _write_text(path, json.dumps(collection))
+        return collection
 
     def to_supervision(self) -> Any:
         """Return `supervision.Detections`, with the names of the classes in `data["class_name"]`.
@@ -192,6 +226,14 @@ class Detections:
         if path is not None:
             write_picture(Path(path), picture)
         return picture
+
+
+def _write_text(path: str | Path, text: str) -> None:
+    data = text.encode("utf-8", "surrogateescape")
+    try:
+        write_aside(str(path), lambda file: file.write(data))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def coco_result(image_id: int, box: Sequence[float], score: float, label: int) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
-from torch import nn
 
 from focal_d2.data.augmentations import Resize, TurnTransform
 from focal_d2.data.mapper import build_reader
@@ -99,25 +98,19 @@ class AugmentedViews:
         return moved
 
 
-def use_augmented_views(cfg: CfgNode, model: nn.Module) -> None:
-    """Let a FocalRetinaNet detect as `TEST.AUG.*` says, from now on; other models stay as they are.
-
-    Args:
-        cfg: full config.
-        model: without `DistributedDataParallel`.
+def build_augmented_views(cfg: CfgNode) -> AugmentedViews | None:
+    """Read `TEST.AUG.*`; None if it is not enabled.
 
     Raises:
         UserError: for an `INPUT.FORMAT` that does not exist.
     """
-    if not isinstance(model, FocalRetinaNet):
-        return
-    model.views = None
     augmentation, test = cfg.TEST.AUG, cfg.TEST.FOCAL
-    if augmentation.ENABLED:
-        model.views = AugmentedViews(
-            build_reader(cfg),
-            sizes=list(augmentation.MIN_SIZES),
-            max_size=augmentation.MAX_SIZE,
-            flip=augmentation.FLIP,
-            turns=test.AUG_TURNS,
-        )
+    if not augmentation.ENABLED:
+        return None
+    return AugmentedViews(
+        build_reader(cfg),
+        sizes=list(augmentation.MIN_SIZES),
+        max_size=augmentation.MAX_SIZE,
+        flip=augmentation.FLIP,
+        turns=test.AUG_TURNS,
+    )

@@ -24,7 +24,7 @@ from focal_d2.config.unread_keys import _COUNTERPARTS, is_unused, unread_keys
 from focal_d2.data import check_datasets, register_datasets
 from focal_d2.engine import FocalTrainer, load_config
 from focal_d2.engine.setup import set_up_job
-from focal_d2.inference.test_time import use_augmented_views
+from focal_d2.inference.views import use_views
 from focal_d2.modeling.build import resolve_device
 from tests.conftest import make_resnet_cfg
 from tests.engine.runs import run_main
@@ -38,7 +38,9 @@ READ_OTHERWISE = {"VERSION"}
 # The loader and the mapper read these, but no RetinaNet uses what they load for it.
 FOR_OTHER_DETECTORS = {"MODEL.MASK_ON", "MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS"}
 # Their range is checked with every architecture; only FocalRetinaNet uses the values.
-CHECKED = {"TEST.AUG.MIN_SIZES", "TEST.AUG.MAX_SIZE", "TEST.FOCAL.AUG_TURNS"}
+CHECKED = {"TEST.AUG.MIN_SIZES", "TEST.AUG.MAX_SIZE", "TEST.FOCAL.AUG_TURNS"} | {
+    f"TEST.FOCAL.TILES.{name}" for name in ("ENABLED", "WINDOW", "OVERLAP", "MERGE")
+}
 # What makes trainer, loader and mapper read more.
 MORE = [
     {
@@ -93,7 +95,7 @@ def reads_of_jobs(settings: dict[str, object], **overrides: object) -> set[str]:
         cfg = recorded(reads, **{**settings, **overrides, **more})
         FocalTrainer(cfg)
         FocalTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])
-    use_augmented_views(recorded(reads, TEST__AUG__ENABLED=True, **overrides), trainer.offered)
+    use_views(recorded(reads, TEST__AUG__ENABLED=True, **overrides), trainer.offered)
     build_model(recorded(reads, MODEL__BACKBONE__NAME="build_retinanet_resnet_fpn_backbone", **overrides))
     rotated = recorded(reads, MODEL__ANCHOR_GENERATOR__NAME="RotatedAnchorGenerator")
     build_anchor_generator(rotated, [ShapeSpec(stride=8)] * 5)

@@ -10,14 +10,14 @@ from PIL import Image
 
 from focal_d2.data import FocalDatasetMapper, register_datasets
 from focal_d2.engine.trainer import FocalTrainer
-from focal_d2.inference.test_time import use_augmented_views
+from focal_d2.inference.views import use_views
 from tests.conftest import make_cfg
 
 
 def make_model(**overrides):
     cfg = make_cfg(MODEL__RETINANET__SCORE_THRESH_TEST=0.01, TEST__AUG__ENABLED=True, **overrides)
     model = build_model(cfg).eval()
-    use_augmented_views(cfg, model)
+    use_views(cfg, model)
     return cfg, model
 
 
@@ -152,5 +152,5 @@ def test_each_view_keeps_a_limited_number_of_candidates():
 def test_other_models_stay_as_they_are():
     cfg = make_cfg(MODEL__META_ARCHITECTURE="RetinaNet", TEST__AUG__ENABLED=True)
     model = build_model(cfg)
-    use_augmented_views(cfg, model)
+    use_views(cfg, model)
     assert not hasattr(model, "views")

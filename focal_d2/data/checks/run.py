@@ -100,7 +100,9 @@ def check_against_config(
         limits["MODEL.RETINANET.TOPK_CANDIDATES_TEST"] = cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST
     # A training image that is cropped is never seen with all of its boxes.
     whole = {} if cfg.INPUT.CROP.ENABLED or cfg.INPUT.FOCAL.BOX_CROP.SIZE else train
-    findings = check_limits({**whole, **test}, limits)
+    # Of a picture that is detected in tiles, the limits count for each tile.
+    in_tiles = cfg.TEST.FOCAL.TILES.ENABLED
+    findings = check_limits({**whole, **({} if in_tiles else test)}, limits)
     findings += check_pixels({**train, **test}, cfg.INPUT.FOCAL.MAX_PIXELS)
     for name, table in train.items():
         findings += check_crops(name, table, large_windows(cfg, table.sizes))

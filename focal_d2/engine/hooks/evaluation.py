@@ -17,7 +17,7 @@ from detectron2.utils import comm
 
 from focal_d2.data.datasets import is_annotated, known_class_names
 from focal_d2.detectron2_compat import EvaluationHooks
-from focal_d2.engine.evaluators import goal_of
+from focal_d2.engine.evaluators import detection_limits, goal_of
 from focal_d2.errors import UserError
 from focal_d2.evaluation import metric_names
 from focal_d2.evaluation.operating_point import OPERATING_POINT, OperatingPoint, point_of
@@ -255,7 +255,7 @@ def check_best(cfg: CfgNode) -> None:
         if not is_annotated(dataset):
             continue  # it has predictions but no metrics
         prefix = "" if len(datasets) == 1 else f"{dataset}/"
-        known = metric_names(list(test.MAX_DETS) or max(100, cfg.TEST.DETECTIONS_PER_IMAGE), classes)
+        known = metric_names(detection_limits(cfg), classes)
         names += [f"{prefix}bbox/{name}" for name in known]
         names += [f"{prefix}operating_point/{name}" for name in ("f1", "precision", "recall")]
     if not names:
