@@ -13,7 +13,7 @@ def test_neon_trees_says_what_it_made(wheel, tmp_path, monkeypatch, capsys):  # 
     root = tmp_path / "datasets"
     assert run_command(monkeypatch, "data", "neon_trees", "--root", root, "--wheel", wheel) == 0
     lines = capsys.readouterr().out.splitlines()
-    splits = ("train", "val", "test", "other")
+    splits = ("train", "val", "test", "other", "val_whole", "test_whole")
     assert [line.split(":")[0] for line in lines] == [f"neon_trees_{split}" for split in splits]
     assert lines[3].startswith("neon_trees_other: 2 images, ")
     assert str(root) in lines[3]

@@ -23,7 +23,7 @@ class Embedded(NamedTuple):
 
 
 SETS = {
-    "neon_trees": Embedded(("train", "val", "test", "other"), ["tree"], False),
+    "neon_trees": Embedded(("train", "val", "test", "other", "val_whole", "test_whole"), ["tree"], False),
     "digits": Embedded(("train", "test"), [str(k) for k in range(10)], True),
 }
 

@@ -7,7 +7,8 @@ the package is neither installed nor imported.
 
 Splits are made by place, not by tile, with a gap of 2 % between them. Of each YELL picture the right 33 % is
 the test set. Of the left 65 %, the upper 73 % is the training set and the lower 25 % the validation set.
-Another forest (OSBS, SOAP) is a second test set.
+Another forest (OSBS, SOAP) is a second test set. The places of the validation and test sets are also there as
+whole pictures, for detection in tiles.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ SPLITS, CLASSES, _ = SETS["neon_trees"]
 
 _YELL = ("2019_YELL_2_528000_4978000_image_crop2", "2019_YELL_2_541000_4977000_image_crop")
 _OTHER = ("OSBS_029", "SOAP_061")
-_PICTURES = {"train": _YELL, "val": _YELL, "test": _YELL, "other": _OTHER}
+_PICTURES = {split: _OTHER if split == "other" else _YELL for split in SPLITS}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How the pictures are cut; cached tiles of another recipe are replaced."""
 
-    version: int = 2
+    version: int = 3
     tile: int = 400  # pixels
     train_stride: int = 200  # pixels: train tiles overlap by at least half
     train_until: float = 0.65  # share of a picture's width, of train and val
@@ -89,7 +90,7 @@ def prepare(root: Path, wheel: Path | None = None, recipe: Recipe = Recipe()) ->
         recipe: how to cut.
 
     Returns:
-        The folder, with {train,val,test,other}.json in COCO format and a folder of PNG tiles for each.
+        The folder, with a JSON file in COCO format and a folder of PNG files for each split.
 
     Raises:
         UserError: if the wheel can be neither fetched nor read.
@@ -131,12 +132,12 @@ def tiles_of(split: str, width: int, height: int, recipe: Recipe) -> list[Tile]:
         lefts = _overlapping(0, left_part, recipe)
         tops = _overlapping(0, int(height * recipe.train_above), recipe)
         return [Tile(x, y, x + recipe.tile, y + recipe.tile) for y in tops for x in lefts]
-    if split == "val":
-        xs = _adjoining(0, left_part, recipe.tile)
-        ys = _adjoining(int(height * recipe.val_below), height, recipe.tile)
-    else:
-        xs = _adjoining(int(width * recipe.test_from), width, recipe.tile)
-        ys = _adjoining(0, height, recipe.tile)
+    below, right = int(height * recipe.val_below), int(width * recipe.test_from)
+    place = Tile(0, below, left_part, height) if split.startswith("val") else Tile(right, 0, width, height)
+    if split.endswith("_whole"):
+        return [place]
+    xs = _adjoining(place.left, place.right, recipe.tile)
+    ys = _adjoining(place.top, place.bottom, recipe.tile)
     return [Tile(x0, y0, x1, y1) for y0, y1 in itertools.pairwise(ys) for x0, x1 in itertools.pairwise(xs)]
 
 

@@ -95,6 +95,18 @@ def test_splits_share_no_place(width, height):
         assert seen[rows, columns].min() == 1  # and none is left out
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_whole_pictures_show_the_place_of_the_tiles(split):
+    tiles = tiles_of(split, 2299, 2472, Recipe())
+    (whole,) = tiles_of(f"{split}_whole", 2299, 2472, Recipe())
+    assert whole == (
+        min(t.left for t in tiles),
+        min(t.top for t in tiles),
+        max(t.right for t in tiles),
+        max(t.bottom for t in tiles),
+    )
+
+
 def test_test_tiles_are_those_of_the_first_recipe():
     # Results that were measured before there was a validation split can be compared on this set.
     tiles = tiles_of("test", 1249, 1035, Recipe())
