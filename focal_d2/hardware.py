@@ -56,6 +56,27 @@ def cpu_facts() -> dict[str, str]:
     return facts
 
 
+def available_memory() -> int | None:
+    """Return the bytes of main memory that a process can still take, by Linux and its control group.
+
+    Returns:
+        None on another system.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        if limit.isdecimal():
+            free.append(max(0, int(limit) - int(used)))
+    except (OSError, ValueError):
+        pass  # no control group of version 2
+    return min(free, default=None)
+
+
 class Gpu(NamedTuple):
     """A GPU, as NVIDIA's driver describes it."""
 

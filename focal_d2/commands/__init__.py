@@ -6,6 +6,7 @@ this package) are in `run` and not at the top of the module, so that `--help` an
 
 # Name -> description in `focal-d2 --help`.
 COMMANDS = {
+    "new": "make a config from a folder of images and annotations",
     "train": "train a detector; --resume continues a training",
     "eval": "evaluate a checkpoint on the test sets",
     "predict": "detect objects in images and draw them",

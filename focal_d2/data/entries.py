@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -22,11 +23,11 @@ from focal_d2.errors import UserError
 # Keys that an entry can have, beside those of its format.
 _KEYS = ("NAME", "FORMAT", "ANNOTATIONS", "CLASSES", "KEEP", "OTHERS", "NAMES")
 _OF_FORMAT = {
-    "coco": ("IMAGES", "OUTSIDE"),
-    "csv": ("IMAGES", "OUTSIDE", "COLUMNS"),
+    "coco": ("IMAGES", "OUTSIDE", "LIST"),
+    "csv": ("IMAGES", "OUTSIDE", "COLUMNS", "LIST"),
     "voc": ("IMAGES", "OUTSIDE", "LIST"),
     "yolo": ("IMAGES", "LIST", "ROWS"),
-    "yolo with a data.yaml": ("SPLIT", "OUTSIDE", "ROWS"),
+    "yolo with a data.yaml": ("SPLIT", "OUTSIDE", "ROWS", "LIST"),
 }
 _NEEDED = ("NAME", "IMAGES", "ANNOTATIONS", "SPLIT")
 # Of a NAME: file systems take names of 255 bytes, and names of files may add to it.
@@ -160,8 +161,10 @@ def read_entry(entry: dict[str, Any]) -> Table:
     options: dict[str, Any] = {}
     if entry.get("CLASSES") is not None:
         options["classes"] = class_names(entry["CLASSES"])
-    if "LIST" in entry:
-        options["chosen"] = read_list(entry["LIST"])
+    listed = read_list(entry["LIST"]) if "LIST" in entry else None
+    in_folder = style in ("voc", "yolo") and not is_yaml(path)
+    if listed is not None and in_folder:
+        options["chosen"] = listed
     options |= {key.lower(): entry[key] for key in ("SPLIT", "ROWS", "COLUMNS") if key in entry}
     try:
         table = READERS[style](path, images_of(entry), **options)
@@ -172,6 +175,26 @@ def read_entry(entry: dict[str, Any]) -> Table:
         # These formats are read from folders, of which only a few files were looked at for `kind`.
         reason = f"; {error}" if style in ("voc", "yolo") and os.path.isdir(path) else ""
         raise UserError(f"{path} {kind} (FORMAT is {style}{reason})") from error
+    if listed is not None and not in_folder:
+        table = _listed_images(table, listed, entry)
     if entry.get("KEEP") is not None:
         table = table.keep(class_names(entry["KEEP"], "KEEP"), ignore_others=entry.get("OTHERS") == "ignored")
     return table.by_name()
+
+
+def _listed_images(table: Table, names: Sequence[str], entry: dict[str, Any]) -> Table:
+    """Return the table with the listed images only, for formats whose annotations are one file.
+
+    Raises:
+        UserError: for a name that is no image of the annotations.
+    """
+    images = images_of(entry)
+    position = {os.path.abspath(path): i for i, path in enumerate(table.file_names)}
+    chosen = []
+    for name in names:
+        # A data.yaml may have images outside its folder, which `images` refuses.
+        path = os.path.abspath(images.path(name)[0] or os.path.join(images.root, name))
+        if path not in position:
+            raise UserError(f"LIST: {short(name)} is no image of {entry['ANNOTATIONS']}, at {path}")
+        chosen.append(position[path])
+    return table.of_images(list(dict.fromkeys(chosen)))

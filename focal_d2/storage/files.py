@@ -82,13 +82,17 @@ def read_data(path: str, *, limit: int) -> bytes:
         return file.read()
 
 
-def create_file(path: str | os.PathLike[str]) -> IO[bytes]:
+def create_file(path: str | os.PathLike[str], *, replace: bool = True) -> IO[bytes]:
     """Open a regular file for writing: a new one, or an old one that is emptied.
 
+    Args:
+        path: of the file.
+        replace: False refuses a file that is there.
+
     Raises:
-        OSError: if it can't be opened, or is no regular file.
+        OSError: if it can't be opened, is no regular file, or must not be replaced.
     """
-    handle = _open(path, os.O_WRONLY | os.O_CREAT)
+    handle = _open(path, os.O_WRONLY | os.O_CREAT | (0 if replace else os.O_EXCL))
     os.ftruncate(handle, 0)
     return os.fdopen(handle, "wb")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -45,7 +46,7 @@ def test_register_again_replaces(coco_dataset):
     [
         ({"NAME": "coco_2017_val"}, r"DATASETS.FOCAL\[0\].NAME .*another dataset"),
         ({"FOLDER": "x"}, r"DATASETS.FOCAL\[0\] has FOLDER; of format coco .* NAME, FORMAT, IMAGES"),
-        ({"LIST": "x"}, "has LIST; of format coco"),
+        ({"ROWS": "polygons"}, "has ROWS; of format coco"),
         ({"IMAGES": 3}, "IMAGES is 3; it must be a text"),
         ({"ANNOTATIONS": None}, "ANNOTATIONS is None; it must be a text"),
         ({"FORMAT": "xml"}, r'FORMAT is "xml"; legal values: coco, csv, voc, yolo'),
@@ -376,3 +377,35 @@ def test_a_data_file_is_an_entry_without_images(tmp_path, monkeypatch, root, sty
         UserError, match=r"FOCAL\[0\] has no SPLIT; it must be train, val, test or another key"
     ):
         register_datasets([entry])
+
+
+@pytest.mark.parametrize("style", ["coco", "csv", "data.yaml"])
+def test_list_chooses_images_of_a_single_file(tmp_path, style):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    for name in "abc":
+        cv2.imwrite(str(tmp_path / f"images/{name}.png"), np.zeros((10, 10, 3), np.uint8))
+        (tmp_path / f"labels/{name}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    images = [{"id": i, "file_name": f"{x}.png", "height": 10, "width": 10} for i, x in enumerate("abc")]
+    boxes = [{"image_id": i, "category_id": 1, "bbox": [4, 4, 2, 2]} for i in range(3)]
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "x"}]}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    rows = [f"{x}.png,4,4,6,6,x" for x in "abc"]
+    (tmp_path / "boxes.csv").write_text("\n".join(["image,xmin,ymin,xmax,ymax,label", *rows]))
+    (tmp_path / "data.yaml").write_text("train: images\nnames: [x]\n")
+    folder = {"IMAGES": str(tmp_path / "images")}
+    entry, prefix = {
+        "coco": ({**folder, "ANNOTATIONS": str(tmp_path / "boxes.json")}, ""),
+        "csv": ({**folder, "FORMAT": "csv", "ANNOTATIONS": str(tmp_path / "boxes.csv")}, ""),
+        "data.yaml": ({"ANNOTATIONS": str(tmp_path / "data.yaml"), "SPLIT": "train"}, "images/"),
+    }[style]
+    chosen = tmp_path / "list.txt"
+    chosen.write_text(f"{prefix}c.png\n{prefix}a.png\n{prefix}c.png\n")
+    register_datasets([{"NAME": "listed", "LIST": str(chosen), **entry}])
+    table = load_table("listed").whole()
+    assert [Path(x).name for x in table.file_names] == ["a.png", "c.png"]
+    assert table.boxes.tolist() == [[4, 4, 2, 2]] * 2
+    chosen.write_text("d.png\n")
+    register_datasets([{"NAME": "listed", "LIST": str(chosen), **entry}])
+    with pytest.raises(UserError, match=r"LIST: 'd\.png' is no image of .*, at .*/d\.png"):
+        load_table("listed")

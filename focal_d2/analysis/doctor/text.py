@@ -22,15 +22,19 @@ _MOST_CLASSES = 20
 
 def as_text(report: Report) -> str:
     """Write the report for a terminal: first the errors and warnings, then the facts."""
-    parts = [summary(report)]
-    parts += [_finding(finding) for finding in report.findings if finding.severity != NOTE]
-    parts += [_datasets(report), _classes(report)]
+    parts = [findings_text(report), _datasets(report), _classes(report)]
     if report.anchors:
         parts.append(_anchors(report.anchors))
     if report.memory:
         parts.append(memory_line(report.memory))
     parts.append("\n".join(["Notes", *(f"- {note}" for note in notes(report))]) if notes(report) else "")
     return "\n\n".join(part for part in parts if part)
+
+
+def findings_text(report: Report) -> str:
+    """Write the errors and warnings, and how many there are."""
+    found = [_finding(finding) for finding in report.findings if finding.severity != NOTE]
+    return "\n\n".join([summary(report), *found])
 
 
 def summary(report: Report) -> str:

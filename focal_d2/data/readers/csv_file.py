@@ -77,6 +77,24 @@ def read_csv(
     return rows.table()
 
 
+def image_names(annotations: str) -> list[str]:
+    """Return the names of a file's images, each once, as they are written.
+
+    Returns:
+        []: if the file is no table, or lacks a column that `read_csv` needs, under the names that it knows.
+    """
+    try:
+        text = read_text(annotations)
+        separator = _separator(text)
+        lines = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
+        rows = [fields for fields in lines if any(field.strip() for field in fields)]
+        columns, is_header = _column_positions(annotations, rows[0] if rows else [], {}, separator)
+    except (UserError, csv.Error):
+        return []
+    position = columns["image"]
+    return list(dict.fromkeys(x[position].strip() for x in rows[is_header:] if len(x) > position))
+
+
 def _separator(text: str) -> str:
     """Return what parts the first line that is not blank into most fields."""
     line = next((x for x in text.splitlines() if x.strip()), "")

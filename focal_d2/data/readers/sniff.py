@@ -141,6 +141,18 @@ def describe(path: str, style: str) -> str | None:
     return kind.text if kind and kind.style != style else None
 
 
+def kind_of_file(path: str) -> Kind | None:
+    """Return what a file of annotations is, with the FORMAT that reads it if there is one.
+
+    Returns:
+        None for any other file, and for one that cannot be read.
+    """
+    try:
+        return _file(path, _FORMATS)
+    except UserError:
+        return None
+
+
 def _folder(path: str, style: str) -> Kind | None:
     """Tell a folder by its files: the first of each ending, the most frequent endings first.
 
