@@ -37,7 +37,7 @@ from focal_d2.analysis.new.text import as_yaml
 from focal_d2.analysis.new.weights import Start, choose_weights
 from focal_d2.annotations import Table
 from focal_d2.data.checks.kinds import ERROR
-from focal_d2.engine.load_config import load_config
+from focal_d2.load_config import load_config
 from focal_d2.errors import UserError, first_few
 from focal_d2.hardware import available_memory
 from focal_d2.modeling.anchors import build_layout

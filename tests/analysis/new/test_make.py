@@ -39,8 +39,8 @@ TINY = Start(
 MEASURED = Trial(seconds=2.9, rates=[1e-4, 1e-3, 1e-2], losses=[3.0, 2.0, 1.0], test_seconds=1e-5)
 
 
-# Levels, flips, whether images without boxes are left out, sizes, classes, sets: where the folders differ, the
-# configs do.
+# Levels, flips, whether images without boxes are left out, sizes, classes, sets: where the folders differ,
+# the configs do.
 CHOSEN = {
     "yolo": ("p2-p6", "horizontal", False, True, [104, 111, 119, 126, 133], 3, [1, 1, 0]),
     "voc": ("p3-p7", "horizontal", False, True, [105, 112, 120, 128, 135], 1, [1, 1, 0]),
