@@ -205,6 +205,7 @@ OPENED_ELSEWHERE = {
     "focal_d2/commands/info.py": "a source file of a package",
     "focal_d2/hardware.py": "/proc and /sys",
     "focal_d2/data/rasters.py": "a regular file: its first bytes were read by open_data",
+    "focal_d2/export/run.py": "it runs without this package, on files of its user",
 }
 _OPENS = {
     "open",
