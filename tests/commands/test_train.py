@@ -26,9 +26,9 @@ def test_options_are_detectron2s_and_ours():
     assert theirs.pop("--dist-url") != (automatic := ours.pop("--dist-url"))
     assert "auto" in str(automatic)
     assert ours.items() >= theirs.items()
-    assert ours.keys() - theirs.keys() == {"--trust-files", "--allow-download", "--import"}
+    assert ours.keys() - theirs.keys() == {"--trust-files", "--allow-download", "--import", "--minutes"}
     of_eval = {"--dist-url", "--detections", "--operating-point"}
-    assert options(command_parser("eval")).keys() == ours.keys() - {"--eval-only"} | of_eval
+    assert options(command_parser("eval")).keys() == ours.keys() - {"--eval-only", "--minutes"} | of_eval
 
 
 def test_eval_gives_the_figures_of_the_training(job, tmp_path, monkeypatch, capsys):
@@ -52,6 +52,27 @@ def test_a_config_of_the_package_trains_in_any_folder(job, tmp_path, monkeypatch
     given = ["--config-file", name, *overrides, "SOLVER.STEPS", "()", "MODEL.WEIGHTS", ""]
     assert run_command(monkeypatch, "train", *given, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()") == 0
     assert (tmp_path / "out/model_final.pth").is_file()
+
+
+def test_minutes_limit_the_iterations(job, tmp_path, monkeypatch, capsys):
+    config, _ = job
+    given = ["--config-file", config, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()"]
+    assert run_command(monkeypatch, "train", "--minutes", 5, *given) == 0
+    assert "on this machine: 2 of 2 iterations" in capsys.readouterr().err
+    assert (tmp_path / "out/model_final.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--minutes", 0], "--minutes is 0; it must be above 0"),
+        (["--minutes", "nan"], "--minutes is nan; it must be above 0"),
+        (["--minutes", 5, "--resume"], "--minutes is for a training of one process from its start"),
+    ],
+)
+def test_minutes_that_cannot_be_are_named(job, monkeypatch, capsys, given, message):
+    assert run_command(monkeypatch, "train", *given, "--config-file", job[0]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_mistake_names_the_command(monkeypatch, capsys):

@@ -37,9 +37,9 @@ from focal_d2.analysis.new.text import as_yaml
 from focal_d2.analysis.new.weights import Start, choose_weights
 from focal_d2.annotations import Table
 from focal_d2.data.checks.kinds import ERROR
-from focal_d2.load_config import load_config
 from focal_d2.errors import UserError, first_few
 from focal_d2.hardware import available_memory
+from focal_d2.load_config import load_config
 from focal_d2.modeling.anchors import build_layout
 from focal_d2.modeling.build import build_without_memory, building
 from focal_d2.storage.files import create_file
