@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from focal_d2.analysis.new.make import make_config
     from focal_d2.analysis.study import check_seeds
 
-    logging.getLogger("detectron2").addHandler(logging.NullHandler())
+    for name in ("detectron2", "fvcore"):  # their warnings are about the trial, whose model is thrown away
+        logging.getLogger(name).addHandler(logging.NullHandler())
     (seed,) = check_seeds([args.seed], "--seed")
     made = make_config(
         str(args.folder),

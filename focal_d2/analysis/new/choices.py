@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from focal_d2.analysis.new.facts import Direction, Facts
 
 # Pixels along the side of a square that a training image may fill: what a device computes in reasonable time.
-BUDGETS = {"cpu": 320, "cuda": 1024}
+BUDGETS = {"cpu": 256, "cuda": 1024}
 # A side that a level finds well, in cells of its stride: two.
 _CELLS = 2
 # Enlarging images costs time with the square of the factor; P2 costs about as much as this factor.
@@ -28,6 +28,8 @@ _BRIGHTNESS, _PERSPECTIVE = 0.5, 0.3
 _DETECTIONS = 100  # detectron2's limit, of an image
 _CANDIDATES = 1000  # and of a level
 
+_WHOLE, _TILE = 2048, 512  # pixels: sides of images that are evaluated whole, and of tiles of larger ones
+
 _LARGEST_BATCH = {"cpu": 4, "cuda": 16}
 _OF_MEMORY = 0.5
 
@@ -38,6 +40,7 @@ FEW_ITERATIONS = 200
 _EVALUATIONS = 10
 # The learning rate is at most this much below the rate of the lowest loss, and below the recipe's.
 _BELOW_BEST, _MOST_LOWERED = 3.0, 5.0
+_LEAST_STEPS = 20  # of a range test: the losses of single batches differ by more than a few steps teach
 _FOR_EVALUATION = 0.1
 _STARTUP = 20.0  # seconds of a training before its first step and after its last
 
@@ -105,7 +108,7 @@ def choose_resolution(facts: Facts, device: str) -> Resolution:
     if long_edge * scale <= budget * 1.25:
         keys = _whole(facts, scale)
         return Resolution(_resolution(sizes, why, "whole images", keys, level), scale, None, level)
-    crop = _round_up(min(max(4 * facts.side[0.75] * scale, 0.8 * budget), budget))
+    crop = budget
     if large * scale > _MOST_OF_CROP * crop:
         crop = _round_up(min(large * scale / _MOST_OF_CROP, 2 * budget))
         if large * scale > crop:
@@ -256,6 +259,29 @@ def choose_limits(most_boxes: int) -> Choice:
     return Choice("detections", keys, f"an image has {most_boxes} boxes; detectron2's limit is {_DETECTIONS}")
 
 
+def choose_tiles(longest_edge: int, resolution: Resolution, large: float) -> Choice:
+    """Detect in tiles where images of evaluation are too large to be computed whole.
+
+    Args:
+        longest_edge: of the images to validate and to test on.
+        resolution: of training.
+        large: the longer side of large objects, in pixels.
+    """
+    if longest_edge <= _WHOLE or resolution.scale != 1 or resolution.crop is None:
+        return Choice("tiles", {}, "")
+    overlap = min(max(_TILE // 4, _round_to(large, _STEP)), _TILE // 2)
+    keys = {
+        "TEST.FOCAL.TILES.ENABLED": True,
+        "TEST.FOCAL.TILES.WINDOW": _TILE,
+        "TEST.FOCAL.TILES.OVERLAP": overlap,
+    }
+    reason = (
+        f"images of evaluation have up to {longest_edge} pixels, and whole ones of more than {_WHOLE} take much "
+        f"memory; tiles overlap by {overlap} pixels, as boxes have up to {large:.0f} (95 %)"
+    )
+    return Choice("tiles", keys, reason)
+
+
 def _round_to(value: float, step: int) -> int:
     return math.ceil(value / step) * step
 
@@ -307,6 +333,9 @@ def choose_rate(rates: Sequence[float], losses: Sequence[float], recipe: float) 
         losses: of each step; the test ended if they are fewer, because the loss was not finite or had risen.
         recipe: the recipe's rate.
     """
+    if len(losses) < _LEAST_STEPS:
+        reason = f"the recipe's; a range test needs {_LEAST_STEPS} steps, and {len(losses)} steps are too few"
+        return Choice("learning rate", {"SOLVER.BASE_LR": recipe}, reason)
     best = rates[lowest_loss(losses)]
     rate = float(f"{min(recipe, max(best / _BELOW_BEST, recipe / _MOST_LOWERED)):.2g}")
     reason = (

@@ -28,6 +28,7 @@ from focal_d2.analysis.new.choices import (
     choose_rate,
     choose_resolution,
     choose_schedule,
+    choose_tiles,
 )
 from focal_d2.analysis.new.facts import Facts, direction_of, facts_of
 from focal_d2.analysis.new.find import find_sources
@@ -261,11 +262,14 @@ def _first_choices(
     }
     run = {"SEED": seed, "OUTPUT_DIR": f"output/{files.config.stem}", "MODEL.DEVICE": "auto"}
     workers = min(max(1, (os.cpu_count() or 1) - 1), 8) if device == "cuda" else 1
+    resolution = choose_resolution(facts, device)
+    held_out = [x.table.sizes.max() for x in sets.datasets if x.use != "train" and len(x.table)]
     return [
         Choice("run", run, ""),
         Choice("split", datasets, sets.reason),
         Choice("starting weights", begin.recipe.keys, f"{begin.reason}; {begin.recipe.source}"),
-        choose_resolution(facts, device).choice,
+        resolution.choice,
+        choose_tiles(int(max(held_out)), resolution, facts.longest[0.95]),
         *choose_flips(
             facts,
             direction_of(sets.all_train, sets.looked),

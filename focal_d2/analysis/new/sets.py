@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from focal_d2.analysis.new.facts import Looked, look, map_extents
 from focal_d2.analysis.new.find import Source
@@ -202,9 +203,15 @@ def _counts(table: Table) -> np.ndarray:
 
 
 def dataset_name(folder: str) -> str:
-    """Return a folder's name as the beginning of datasets' names: letters, digits, dots, - and _."""
+    """Return a folder's name as the beginning of datasets' names: letters, digits, dots, - and _.
+
+    It begins with "my_" if datasets of detectron2 or of this package have these names already.
+    """
     last = os.path.basename(os.path.abspath(folder))
-    return re.sub(r"[^\w.-]+", "_", last, flags=re.ASCII).strip("._")[:_LONGEST_NAME] or "mine"
+    name = re.sub(r"[^\w.-]+", "_", last, flags=re.ASCII).strip("._")[:_LONGEST_NAME] or "mine"
+    taken = [x for x in (f"{name}_{use}" for use in _SIDE_NAMES.values()) if x in DatasetCatalog]
+    others = [x for x in taken if not MetadataCatalog.get(x).get("from_focal_yaml", False)]
+    return f"my_{name}" if others else name
 
 
 def _stems(table: Table) -> list[str]:

@@ -15,6 +15,7 @@ from focal_d2.analysis.new.choices import (
     choose_rate,
     choose_resolution,
     choose_schedule,
+    choose_tiles,
     lowest_loss,
 )
 from focal_d2.analysis.new.facts import Direction, Facts
@@ -78,10 +79,10 @@ def test_tiny_objects_get_a_larger_scale_or_p2(small, scale, level):
 
 
 def test_large_images_of_large_objects_are_reduced():
-    # Boxes of 80 pixels may shrink to 24: images of 1000 pixels to 320.
-    chosen = choose_resolution(facts(small=80.0, large=300.0, height=1000, width=1000), "cpu")
-    assert (chosen.scale, chosen.crop) == (0.32, None)
-    assert chosen.choice.keys["INPUT.MIN_SIZE_TEST"] == 320
+    # Boxes of 100 pixels may shrink to 24: images of 1000 pixels to 256.
+    chosen = choose_resolution(facts(small=100.0, large=300.0, height=1000, width=1000), "cpu")
+    assert (chosen.scale, chosen.crop) == (0.256, None)
+    assert chosen.choice.keys["INPUT.MIN_SIZE_TEST"] == 256
     assert choose_resolution(facts(small=80.0, large=300.0, height=1000, width=1000), "cuda").scale == 1.0
 
 
@@ -97,10 +98,21 @@ def test_large_images_of_small_objects_are_cropped():
     assert dense.choice.keys["INPUT.MIN_SIZE_TRAIN"] == [224, 240, 256, 272, 288]  # as the demo has
 
 
+def test_large_images_are_evaluated_in_tiles():
+    crops = choose_resolution(facts(height=3000, width=3000), "cpu")
+    assert choose_tiles(2048, crops, 60.0).keys == {}
+    assert choose_tiles(3000, crops, 150.0).keys == {
+        "TEST.FOCAL.TILES.ENABLED": True,
+        "TEST.FOCAL.TILES.WINDOW": 512,
+        "TEST.FOCAL.TILES.OVERLAP": 160,
+    }
+    assert choose_tiles(3000, choose_resolution(facts(), "cpu"), 60.0).keys == {}
+
+
 def test_crops_hold_the_largest_objects():
     chosen = choose_resolution(facts(small=30.0, large=900.0, height=3000, width=3000), "cpu")
-    assert chosen.crop == 640
-    assert chosen.scale == pytest.approx(640 / 900)
+    assert chosen.crop == 512
+    assert chosen.scale == pytest.approx(512 / 900)
 
 
 @pytest.mark.parametrize(
@@ -166,12 +178,20 @@ def test_the_batch_fits_into_half_of_the_memory():
 
 
 def test_the_rate_is_the_recipes_unless_the_test_is_lower():
-    rates = [1e-5, 1e-4, 1e-3, 1e-2]
-    assert choose_rate(rates, [4.0, 3.0, 2.0, 1.0], 1e-3).keys["SOLVER.BASE_LR"] == 1e-3
-    assert choose_rate(rates, [4.0, 3.0, 1.0, 9.0], 1e-3).keys["SOLVER.BASE_LR"] == 3.3e-4
-    chosen = choose_rate(rates, [4.0, 1.0, 9.0], 1e-3)
+    rates = [1e-5 * 1.3**i for i in range(30)]  # to 0.02
+    falling = np.linspace(4, 1, 30).tolist()
+    assert choose_rate(rates, falling, 1e-3).keys["SOLVER.BASE_LR"] == 1e-3
+    # It rises after step 19, whose rate is 0.00146: a third; or after step 14, 0.0004: a fifth of 0.001.
+    assert choose_rate(rates, [*falling[:20], 9.0], 1e-3).keys["SOLVER.BASE_LR"] == 4.9e-4
+    chosen = choose_rate(rates, [*falling[:15], *[9.0] * 7], 1e-3)
     assert chosen.keys["SOLVER.BASE_LR"] == 2e-4
-    assert "a range test of 3 steps from 1e-05 up" in chosen.reason
+    assert "a range test of 22 steps from 1e-05 up" in chosen.reason
+
+
+def test_a_short_test_says_nothing_of_the_rate():
+    chosen = choose_rate([1e-5, 1e-4, 1e-3], [4.0, 1.0, 9.0], 1e-3)
+    assert chosen.keys["SOLVER.BASE_LR"] == 1e-3
+    assert "3 steps are too few" in chosen.reason
 
 
 def test_the_lowest_loss_is_that_of_a_moving_average():

@@ -12,6 +12,7 @@ from focal_d2.analysis.new import make
 from focal_d2.analysis.new.make import make_config
 from focal_d2.analysis.new.probe import Trial, rates_of, steps_within
 from focal_d2.analysis.new.recipes import FROM_SCRATCH, Recipe
+from focal_d2.analysis.new.sets import dataset_name
 from focal_d2.analysis.new.weights import Start
 from focal_d2.annotations import Table
 from focal_d2.data.datasets import load_table
@@ -282,3 +283,11 @@ def test_georeferenced_tiles_are_cut_by_their_place(tmp_path):
         {"val": "qw", "train": "".join(sorted("rtzuiop"))},
         {"val": "op", "train": "".join(sorted("qwertzu"))},
     )
+
+
+def test_names_of_other_datasets_are_not_taken(tmp_path):
+    assert [dataset_name(f"{tmp_path}/{x}") for x in ("coco_2017", "my fields!", "...")] == [
+        "my_coco_2017",
+        "my_fields",
+        "mine",
+    ]
