@@ -43,14 +43,14 @@ _LEFT_OUT = ("detectron2/_C", "tools/")
 
 def main() -> None:
     """Make the pack anew."""
+    datasets = Path(os.environ.get("DETECTRON2_DATASETS", REPOSITORY / "datasets"))
+    if not (datasets / "neon_trees").is_dir():
+        raise SystemExit(f"{datasets} has no neon_trees: run `focal-d2 data neon_trees`")
     shutil.rmtree(PACK, ignore_errors=True)
     wheels = PACK / "wheels"
     wheels.mkdir(parents=True)
     copy_repository(PACK / "repository")
     fetch_wheels(wheels)
-    datasets = Path(os.environ.get("DETECTRON2_DATASETS", REPOSITORY / "datasets"))
-    if not (datasets / "neon_trees").is_dir():
-        raise SystemExit(f"{datasets} has no neon_trees: run `focal-d2 data neon_trees`")
     quality = repack_pictures(datasets / "neon_trees", PACK / "datasets" / "neon_trees")
     size = check_size([PACK, *tracked_files()])
     command = start_command()

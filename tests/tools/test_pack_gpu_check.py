@@ -68,6 +68,28 @@ def test_wheel_loses_what_is_for_another_python(tmp_path):
     assert list(tmp_path.iterdir()) == [wheel]
 
 
+def test_pack_has_all_and_says_how_to_start_it(monkeypatch, tmp_path, capsys):
+    script = tmp_path / "tools/start_gpu_check.sh"
+    script.parent.mkdir()
+    script.write_text("exit 0")
+    monkeypatch.setattr(pack, "PACK", tmp_path / "pack")
+    monkeypatch.setattr(pack, "tracked_files", lambda: [script])
+    monkeypatch.setattr(pack, "fetch_wheels", lambda folder: (folder / "a.whl").write_bytes(bytes(1 << 20)))
+    monkeypatch.setattr(pack, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    with pytest.raises(SystemExit, match=f"{tmp_path} has no neon_trees: run `focal-d2 data neon_trees`"):
+        pack.main()
+    assert not (tmp_path / "pack").exists()
+    write_dataset(tmp_path / "neon_trees")
+    pack.main()
+    files = {str(x.relative_to(tmp_path / "pack")) for x in (tmp_path / "pack").rglob("*.*") if x.is_file()}
+    pictures = {"datasets/neon_trees/" + x for x in ("recipe.json", "train.json", "train/a.jpg")}
+    assert files == {"repository/tools/start_gpu_check.sh", "wheels/a.whl", *pictures}
+    out = capsys.readouterr().out
+    assert "1.0 MiB with the repository beside it; pictures in JPEG quality 95" in out
+    assert out.rstrip().endswith('bash pack/repository/tools/start_gpu_check.sh "$OUT" 9')
+
+
 def test_command_starts_a_script_that_the_pack_has():
     command = pack.start_command()
     assert len(command) <= 2000

@@ -44,6 +44,7 @@ _DEMO_AP50, _DEMO_MARGIN = 50.2, 5.0
 
 def measurements(check: Check) -> Iterator[Measurement]:
     """Yield the measurements of this part."""
+    (check.folder / _LOG_FILE).unlink(missing_ok=True)  # trainings append to it
     half = ["SOLVER.FOCAL.EMA", "0.99", "SOLVER.FOCAL.ACCUMULATE", "2"]
     if check.on_gpu:
         half += ["MODEL.FOCAL.AMP.DTYPE", "float16"]

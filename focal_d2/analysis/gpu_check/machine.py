@@ -16,7 +16,7 @@ import shutil
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ _PACKAGES = (
 )  # fmt: skip
 _COMPILERS = ("gcc", "cc", "clang")
 _SECONDS = 60.0  # that a launch may take
+_GRACE = 10.0  # and beyond the part's time, at the end of which it must not be left alone on the GPU
 
 
 def measurements(check: Check) -> Iterator[Measurement]:
@@ -44,8 +45,14 @@ def measurements(check: Check) -> Iterator[Measurement]:
     yield Measurement("first launch without a compiler", partial(_launch, check, ""))
 
 
+def _stream(function: Callable[..., Iterator[Any]], check: Check, *arguments: Any) -> Iterator[Any]:
+    """Yield what a function yields in a process that has not used the GPU."""
+    seconds = min(_SECONDS, max(0.0, check.seconds_left()) + _GRACE)
+    return stream(function, check, *arguments, seconds=seconds, method="fork")
+
+
 def _versions(check: Check) -> list[Line]:
-    (facts,) = stream(_device_facts, check, seconds=_SECONDS, method="fork")
+    (facts,) = _stream(_device_facts, check)
     return [Line("device", facts.pop("name"), details=facts | _package_versions())]
 
 
@@ -85,7 +92,7 @@ def _compiler() -> list[Line]:
 def _launch(check: Check, path: str) -> list[Line]:
     """Compute a loss twice with the kernel, where the process finds programs in `path`."""
     name = "first launch" if path else "first launch without a compiler"
-    (facts,) = stream(_first_launches, check, path, seconds=_SECONDS, method="fork")
+    (facts,) = _stream(_first_launches, check, path)
     used = "the kernel" if facts["has_kernels"] else "PyTorch"
     return [
         Line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ def write_results(folder: Path, header: dict[str, Any], results: Sequence[PartRe
         header: what was measured on: "device", "rehearsal", "minutes".
         results: of the parts so far.
     """
-    content = {**header, "parts": [_as_dict(result) for result in results]}
-    texts = {JSON_FILE: json.dumps(content, indent=1, default=str), TABLE_FILE: as_table(header, results)}
+    content = _without_nan({**header, "parts": [_as_dict(result) for result in results]})
+    texts = {
+        JSON_FILE: json.dumps(content, indent=1, default=str, allow_nan=False),
+        TABLE_FILE: as_table(header, results),
+    }
     for name, text in texts.items():
         data = f"{text}\n".encode()
         write_aside(str(folder / name), lambda file, data=data: file.write(data))  # type: ignore[misc]
@@ -35,6 +39,15 @@ def write_results(folder: Path, header: dict[str, Any], results: Sequence[PartRe
 def _as_dict(result: PartResult) -> dict[str, Any]:
     lines = [line._asdict() for line in result.lines]
     return {**result._asdict(), "lines": lines, "passed": result.passed}
+
+
+def _without_nan(x: Any) -> Any:
+    """Return lists, dicts and numbers with NaN and infinity as text: JSON has no such numbers."""
+    if isinstance(x, dict):
+        return {str(key): _without_nan(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_without_nan(value) for value in x]
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def as_table(header: dict[str, Any], results: Sequence[PartResult]) -> str:
