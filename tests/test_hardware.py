@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import stat
 
-from focal_d2.hardware import Gpu, list_gpus, parse_gpus
+from focal_d2.hardware import Gpu, available_memory, list_gpus, parse_gpus
 
 H100 = "NVIDIA H100 80GB HBM3, 81559 MiB, 9.0, 550.54.15\n"
 
@@ -26,3 +26,25 @@ def test_list_gpus_asks_nvidia_smi(tmp_path, monkeypatch):
         program.write_text(script)
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         assert len(list_gpus()) == count
+
+
+def test_available_memory_is_the_least_of_machine_and_control_group(monkeypatch):
+    texts = {
+        "/proc/meminfo": "MemTotal: 200 kB\nMemAvailable: 100 kB\n",
+        "/sys/fs/cgroup/memory.max": "80000\n",
+        "/sys/fs/cgroup/memory.current": "30000\n",
+    }
+
+    def read(path):
+        if str(path) in texts:
+            return texts[str(path)]
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("pathlib.Path.read_text", read)
+    assert available_memory() == 50_000
+    texts["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert available_memory() == 102_400
+    del texts["/sys/fs/cgroup/memory.max"]
+    assert available_memory() == 102_400
+    texts.clear()
+    assert available_memory() is None

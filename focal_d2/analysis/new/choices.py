@@ -11,6 +11,7 @@ from focal_d2.analysis.new.facts import Direction, Facts
 
 # Pixels along the side of a square that a training image may fill: what a device computes in reasonable time.
 BUDGETS = {"cpu": 256, "cuda": 1024}
+_ABOVE_BUDGET = 1.5  # whole images may be so much longer: they need no crops
 # A side that a level finds well, in cells of its stride: two.
 _CELLS = 2
 # Enlarging images costs time with the square of the factor; P2 costs about as much as this factor.
@@ -100,12 +101,12 @@ def choose_resolution(facts: Facts, device: str) -> Resolution:
             why += "; smaller ones will be missed"
     elif needed > 1:
         scale, why = needed, f"images × {needed:.2f}, because two cells of P3 are 16 pixels"
-    elif long_edge <= budget * 1.25:
+    elif long_edge <= budget * _ABOVE_BUDGET:
         why = "images as they are"
     else:
         scale = min(1.0, max(budget / long_edge, _SHRUNK / small))
         why = f"images × {scale:.2f}: small boxes keep {small * scale:.0f} pixels" if scale < 1 else ""
-    if long_edge * scale <= budget * 1.25:
+    if long_edge * scale <= budget * _ABOVE_BUDGET:
         keys = _whole(facts, scale)
         return Resolution(_resolution(sizes, why, "whole images", keys, level), scale, None, level)
     crop = budget
@@ -115,9 +116,7 @@ def choose_resolution(facts: Facts, device: str) -> Resolution:
             scale = crop / large
             why += f"; reduced to × {scale:.2f}, so that large boxes ({large:.0f} pixels) fit into a crop"
     keys, how = _cropped(facts, scale, crop)
-    what = (
-        f"crops of {crop} pixels, {how}, because images above {budget} pixels take too long here ({device})"
-    )
+    what = f"crops of {crop} pixels, {how}; {budget} pixels are what a step on a {device} gets (a guess)"
     return Resolution(_resolution(sizes, why, what, keys, level), scale, crop, level)
 
 
@@ -276,8 +275,8 @@ def choose_tiles(longest_edge: int, resolution: Resolution, large: float) -> Cho
         "TEST.FOCAL.TILES.OVERLAP": overlap,
     }
     reason = (
-        f"images of evaluation have up to {longest_edge} pixels, and whole ones of more than {_WHOLE} take much "
-        f"memory; tiles overlap by {overlap} pixels, as boxes have up to {large:.0f} (95 %)"
+        f"images of evaluation have up to {longest_edge} pixels, and whole ones of more than {_WHOLE} take "
+        f"much memory; tiles overlap by {overlap} pixels, as boxes have up to {large:.0f} (95 %)"
     )
     return Choice("tiles", keys, reason)
 
@@ -389,11 +388,11 @@ def choose_schedule(
     passes = iterations * batch / images
     reason = (
         f"{timed}: {seconds:.2g} s an iteration and {evaluation:.2g} s an evaluation, so {minutes:g} minutes "
-        f"are {within} iterations with {evaluations} evaluations"
+        f"are {within} iterations with {evaluations} evaluation{'' if evaluations == 1 else 's'}"
     )
     if most < within:
         reason += f"; no more than {_MOST_PASSES} passes over {images} images, or {_LEAST_OF_MOST} (a guess)"
-    reason += f"; {passes:.0f} passes over the images"
+    reason += f"; {passes:.2g} passes over the images"
     if iterations < FEW_ITERATIONS:
         reason += f"; fewer than {FEW_ITERATIONS} iterations teach little: give more --minutes"
     keys: dict[str, Any] = {

@@ -368,10 +368,16 @@ def _last_choices(
             batch=cfg.SOLVER.IMS_PER_BATCH,
             images=sum(len(x) for x in sets.tables("train").values()),
             evaluation=trial.test_seconds * images,
-            timed=f"timed on this machine ({device}, {torch.get_num_threads()} threads)",
+            timed=f"timed on this machine ({device}, {torch.get_num_threads()} threads{_busy()})",
         ),
         _best_metric(list(validation)),
     ]
+
+
+def _busy() -> str:
+    """Say how busy other programs keep the machine, if they do: without them training would be faster."""
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    return f"; busy with other programs: a load of {load:.1f} on {cores} cores" if load > 1.5 * cores else ""
 
 
 def _header(folder: str, output: str, minutes: float, made: Made) -> list[str]:

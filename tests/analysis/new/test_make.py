@@ -133,6 +133,7 @@ def check_tiles(made):
 
 def test_the_same_folder_and_seed_give_the_same_files(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "available_memory", lambda: 10**10)
+    monkeypatch.setattr(make, "_busy", lambda: "")
     monkeypatch.setattr(make, "_MOST_CLASSES", 1)  # more are in a file
     csv_table(tmp_path / "data")
     texts = []
