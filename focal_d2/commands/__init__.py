@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a detector; --resume continues a training",
     "eval": "evaluate a checkpoint on the test sets",
     "predict": "detect objects in images and draw them",
+    "serve": "serve a local page and a JSON endpoint that detect objects in a picture",
     "export": "write a detector as ONNX or TorchScript, and check that it detects the same",
     "doctor": "examine the datasets and settings of a config before training",
     "anchors": "propose anchor sizes and aspect ratios that fit the training set",

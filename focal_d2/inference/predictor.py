@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -161,6 +162,27 @@ class Predictor:
         if isinstance(images, (list, tuple)):
             return list(self.stream(images))
         return self.detect([self.prepare(images)])[0]
+
+    def in_tiles(self) -> Predictor | None:
+        """Return a predictor of the same model that detects in tiles (`TEST.FOCAL.TILES`).
+
+        Returns:
+            None if the model has no tiles, or the config resizes images and does not say the size of a tile.
+        """
+        test = self.cfg.TEST.FOCAL
+        resizes = self.cfg.INPUT.MIN_SIZE_TEST and not self.cfg.TEST.AUG.ENABLED
+        if not isinstance(self.model, FocalRetinaNet) or (resizes and not test.TILES.WINDOW):
+            return None
+        other = copy.copy(self)
+        other.cfg = self.cfg.clone()
+        other.cfg.TEST.FOCAL.TILES.ENABLED = True
+        other._tiles = TileSettings.from_config(other.cfg, self.model)
+        return other
+
+    @property
+    def window(self) -> int:
+        """Side of a tile in pixels; 0 without tiles."""
+        return self._tiles.window if self._tiles else 0
 
     def stream(self, images: Iterable[Source]) -> Iterator[Detections]:
         """Yield the detections of each image in order; memory does not grow with their number.
