@@ -27,6 +27,8 @@ from focal_d2.modeling.folding import BATCH_NORMS
 
 # Every validation makes the same random draws, so that a curve shows the model and not the draws.
 _SEED = 0
+# The features and predictions of `FocalRetinaNet.network`.
+_Outputs = tuple[list[Tensor], list[list[Tensor]]]
 # Layers that work differently in training and in evaluation, and compute no loss.
 _LAYERS = (
     *BATCH_NORMS,
@@ -91,19 +93,30 @@ class ModelWithLosses(nn.Module):
 
     def forward(self, batch: list[dict[str, Any]]) -> Any:
         """Add the losses of a batch, whose images have "instances"; return what the model detects."""
+        outputs: list[_Outputs] = []
+        hook = None
+        # What the head of such a model returns in evaluation is what losses are computed from.
+        if isinstance(self.model, FocalRetinaNet) and type(self.model).forward is FocalRetinaNet.forward:
+            hook = self.model.head.register_forward_hook(lambda _, x, y: outputs.append((x[0], y)))
+        try:
+            detections = self.model(batch)
+        finally:
+            if hook is not None:
+                hook.remove()
         # Each process has other images and another number of them: no sum over processes is made here. The
         # metrics that the model puts into the event storage are not those of a training step.
         with torch.no_grad(), alone(), EventStorage():
-            self._add_losses(batch)
-        return self.model(batch)
+            # A model with several views of an image calls its head for each.
+            self._add_losses(batch, outputs[0] if len(outputs) == 1 else None)
+        return detections
 
-    def _add_losses(self, batch: list[dict[str, Any]]) -> None:
+    def _add_losses(self, batch: list[dict[str, Any]], outputs: _Outputs | None) -> None:
         (model,) = self._copies
         self._sums["images"] += len(batch)
         if isinstance(model, FocalRetinaNet):
             self._sums["positives"] += float(model.count_positives(batch))
             with model.loss_normalizer.held(1.0):
-                losses = model(batch)
+                losses = model(batch) if outputs is None else model.losses(batch, lambda _: outputs)
         else:
             losses = model(batch)
             losses = {"loss": losses} if isinstance(losses, Tensor) else losses

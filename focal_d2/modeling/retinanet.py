@@ -215,6 +215,14 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
                 if self.views is not None:
                     return self.views(self, batched_inputs)
                 return super().forward(batched_inputs)
+        return self.losses(batched_inputs, self.network)
+
+    def losses(
+        self,
+        batched_inputs: list[dict[str, Any]],
+        network: Callable[[ImageList], tuple[list[Tensor], list[list[Tensor]]]],
+    ) -> dict[str, Tensor]:
+        """Return the losses of images, see `forward`; `network` is the method, or has its results."""
         if not all("instances" in x for x in batched_inputs) or not batched_inputs:
             raise UserError("training needs images with instances, which this batch does not have")
         images = self.preprocess_image(batched_inputs)
@@ -223,7 +231,7 @@ class FocalRetinaNet(DetectorHooks, RetinaNet):
         anchors = self.anchors_for(images)
         targets = self.label_anchors(anchors, *boxes)
         with self.precision():
-            features, predictions = self.network(images)
+            features, predictions = network(images)
         actual = self._anchors_of(features)
         if actual is not anchors:  # a backbone that rounds its sizes another way
             anchors, targets = actual, self.label_anchors(actual, *boxes)

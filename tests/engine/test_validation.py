@@ -240,7 +240,17 @@ def batch(images: int) -> list[dict]:
     return samples
 
 
-def test_losses_of_single_images_are_those_of_one_batch():
+def count_calls(monkeypatch, module: type, calls: list[int]) -> None:
+    forward = module.forward
+
+    def counted(self, *args):
+        calls[0] += 1
+        return forward(self, *args)
+
+    monkeypatch.setattr(module, "forward", counted)
+
+
+def test_losses_of_single_images_are_those_of_one_batch(monkeypatch):
     model = build_model(make_cfg(MODEL__FPN__NORM="BN", MODEL__FOCAL__LOSS__NORMALIZER="paper"))
     samples = batch(3)
     with EventStorage():
@@ -248,13 +258,16 @@ def test_losses_of_single_images_are_those_of_one_batch():
     before = {k: x.clone() for k, x in model.state_dict().items()}
     called = []
     handle = model.register_forward_pre_hook(lambda module, _: called.append(module.training))
-    measured = ModelWithLosses(model)
+    measured, passes = ModelWithLosses(model), [0]
     model.eval()
+    count_calls(monkeypatch, type(model.backbone), passes)
     for sample in samples:
         (output,) = measured([sample])
         assert "instances" in output
     handle.remove()
+    monkeypatch.undo()
     assert called == [False] * 3  # hooks see the evaluation only
+    assert passes == [3]  # detections and losses come from one pass
     assert equal(before, model.state_dict())
     model.training = True  # the model itself only: batch norm works as in evaluation
     with torch.no_grad(), EventStorage():
