@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from focal_d2.analysis.new.facts import Direction, Facts
 
 # Pixels along the side of a square that a training image may fill: what a device computes in reasonable time.
@@ -86,10 +88,8 @@ def choose_resolution(facts: Facts, device: str) -> Resolution:
         facts: of the training images.
         device: "cpu" or "cuda".
     """
-    small, large, budget = facts.side[0.1], facts.longest[0.95], BUDGETS[device]
-    long_edge, scale, level = facts.longest_edge, 1.0, 3
-    sizes = f"images of {facts.short_edge} × {facts.long_edge} pixels (medians), boxes of {small:.0f} to "
-    sizes += f"{facts.side[0.95]:.0f} pixels (10 and 95 %)"
+    small, large, long_edge, sizes = _sides(facts)
+    budget, scale, level = BUDGETS[device], 1.0, 3
     needed = _CELLS * 2**3 / small
     if needed > _INSTEAD_OF_P2:
         level = 2
@@ -120,6 +120,26 @@ def choose_resolution(facts: Facts, device: str) -> Resolution:
     return Resolution(_resolution(sizes, why, what, keys, level), scale, crop, level)
 
 
+def _sides(facts: Facts) -> tuple[float, float, int, str]:
+    """Return the sides of small and of large objects and of images, before they are scaled, and a sentence.
+
+    Photographs of many sizes are brought to one: their sides are those in an image of the median size.
+    """
+    small, large = facts.side[0.1], facts.longest[0.95]
+    sizes = f"images of {facts.short_edge} × {facts.long_edge} pixels (medians), boxes of {small:.0f} to "
+    sizes += f"{facts.side[0.95]:.0f} pixels (10 and 95 %)"
+    if not facts.scale_free:
+        return small, large, facts.longest_edge, sizes
+    edge = facts.short_edge
+    small, large = facts.share[0.1] * edge, facts.longest_share[0.95] * edge
+    sizes += (
+        "; boxes vary less in shares of their images than in pixels (standard deviations of logarithms "
+        f"{facts.spread[1]:.2f} and {facts.spread[0]:.2f}), so that images get one shorter edge: at {edge} "
+        f"pixels, boxes have {small:.0f} and more (10 %)"
+    )
+    return small, large, _longest(facts, 1 / _JITTER[-1]), sizes
+
+
 def _resolution(sizes: str, why: str, what: str, keys: dict[str, Any], level: int) -> Choice:
     if level == 2:
         keys["MODEL.FOCAL.FPN.LEVELS"] = "p2-p6"
@@ -136,20 +156,21 @@ def _edges(edge: float) -> list[int]:
 
 
 def _test_size(facts: Facts, scale: float) -> dict[str, Any]:
-    if scale == 1:
+    if scale == 1 and not facts.scale_free:
         return {"INPUT.MIN_SIZE_TEST": 0}
     edge = round(facts.short_edge * scale)
     return {"INPUT.MIN_SIZE_TEST": edge, "INPUT.MAX_SIZE_TEST": _longest(facts, scale)}
 
 
 def _longest(facts: Facts, scale: float) -> int:
-    """Return the longest side after a resize by the shorter edge; the elongated images decide."""
-    ratio = max(max(h / w, w / h) for h, w in zip(facts.heights.tolist(), facts.widths.tolist(), strict=True))
-    return math.ceil(facts.short_edge * scale * _JITTER[-1] * min(ratio, 4.0))
+    """Return the longest side after a resize by the shorter edge; nearly the most elongated images decide."""
+    longer, shorter = np.maximum(facts.heights, facts.widths), np.minimum(facts.heights, facts.widths)
+    ratio = float(np.quantile(longer / shorter, 0.95))
+    return math.ceil(facts.short_edge * scale * _JITTER[-1] * ratio)
 
 
 def _whole(facts: Facts, scale: float) -> dict[str, Any]:
-    if scale == 1 and not facts.uniform:
+    if scale == 1 and not facts.uniform and not facts.scale_free:
         return {
             "INPUT.MIN_SIZE_TRAIN": [0],
             "INPUT.FOCAL.SCALE_JITTER": [_JITTER[0], 1.0],
@@ -166,7 +187,7 @@ def _cropped(facts: Facts, scale: float, crop: int) -> tuple[dict[str, Any], str
     """Return the keys of crops, and where they are placed: at random if most hold boxes anyway."""
     in_files = round(crop / scale)
     boxes = facts.boxes_per_pixel * in_files**2
-    if boxes >= 1 and (scale == 1 or facts.uniform):
+    if boxes >= 1 and (scale == 1 or facts.uniform) and not facts.scale_free:
         keys = {
             "INPUT.CROP.ENABLED": True,
             "INPUT.CROP.TYPE": "absolute",
@@ -176,7 +197,7 @@ def _cropped(facts: Facts, scale: float, crop: int) -> tuple[dict[str, Any], str
         }
         return keys, f"anywhere (they hold {boxes:.1f} boxes on average)"
     keys = {"INPUT.FOCAL.BOX_CROP.SIZE": [crop, crop], **_test_size(facts, scale)}
-    if scale == 1:
+    if scale == 1 and not facts.scale_free:
         keys |= {"INPUT.MIN_SIZE_TRAIN": [0], "INPUT.FOCAL.SCALE_JITTER": [_JITTER[0], _JITTER[-1]]}
     else:
         keys |= {

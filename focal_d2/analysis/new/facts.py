@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,9 @@ class Facts:
     widths: np.ndarray = field(repr=False)  # (N,)
     side: dict[float, float]  # quantile -> √(width · height) of the boxes
     longest: dict[float, float]  # quantile -> the longer side
+    share: dict[float, float]  # quantile -> the side divided by the shorter edge of its image
+    longest_share: dict[float, float]  # quantile -> the longer side divided by that edge
+    spread: tuple[float, float]  # standard deviations of the logarithms of sides, and of these shares
     aspect: tuple[float, float]  # 5 and 95 % quantiles of height / width
     most_boxes: int  # in an image
 
@@ -78,6 +82,11 @@ class Facts:
         return bool(shorter.max() <= 1.1 * shorter.min())
 
     @property
+    def scale_free(self) -> bool:
+        """Whether boxes vary less in shares of their images than in pixels, as in photographs."""
+        return not self.uniform and self.spread[1] < self.spread[0]
+
+    @property
     def boxes_per_pixel(self) -> float:
         """Boxes divided by the area of all images."""
         return float(self.boxes / (self.heights.astype(float) * self.widths).sum())
@@ -94,6 +103,7 @@ class Facts:
             "longest_edge": self.longest_edge,
             "side": {f"{q:g}": round(x, 2) for q, x in self.side.items()},
             "longer_side": {f"{q:g}": round(x, 2) for q, x in self.longest.items()},
+            "share_of_shorter_edge": {f"{q:g}": round(x, 4) for q, x in self.share.items()},
             "aspect": [round(x, 3) for x in self.aspect],
             "most_boxes": self.most_boxes,
         }
@@ -104,6 +114,8 @@ def facts_of(table: Table) -> Facts:
     objects = table.objects
     extent = table.boxes[objects, 2:]
     side, aspect = np.sqrt(extent.prod(axis=1)), extent[:, 1] / extent[:, 0]
+    longest = extent.max(axis=1)
+    edge = table.sizes[table.image[objects]].min(axis=1)
     per_image = np.bincount(table.image[objects], minlength=len(table))
     labels = np.bincount(table.labels[objects], minlength=len(table.classes))
     low, high = np.quantile(aspect, (0.05, 0.95)).tolist()
@@ -115,7 +127,10 @@ def facts_of(table: Table) -> Facts:
         heights=table.sizes[:, 0],
         widths=table.sizes[:, 1],
         side=dict(zip(_SIDES, np.quantile(side, _SIDES).tolist(), strict=True)),
-        longest=dict(zip(_SIDES, np.quantile(extent.max(axis=1), _SIDES).tolist(), strict=True)),
+        longest=dict(zip(_SIDES, np.quantile(longest, _SIDES).tolist(), strict=True)),
+        share=dict(zip(_SIDES, np.quantile(side / edge, _SIDES).tolist(), strict=True)),
+        longest_share=dict(zip(_SIDES, np.quantile(longest / edge, _SIDES).tolist(), strict=True)),
+        spread=(float(np.log(side).std()), float(np.log(side / edge).std())),
         aspect=(low, high),
         most_boxes=int(per_image.max()),
     )
@@ -127,7 +142,7 @@ class Looked:
 
     Attributes:
         shared: pairs of images with equal pixels, moved or not.
-        searched: whether such pairs were searched for; False if the images are too large for that.
+        searched: whether moved pixels were searched for; False if the images are too large for that.
         exact: whether images are of formats that keep pixels, so that pairs can be found.
         alike: see `likeness`; None for less than three images.
         brightness: see `Direction`; NaN without images.
@@ -154,29 +169,40 @@ def look(table: Table, *, search: bool, max_pixels: int | None, seed: int = 0) -
         seed: of the pairs that are compared at random.
     """
     pixels = table.sizes.astype(float).prod(axis=1)
+    whole = search
     search = search and pixels.sum() <= _MOST_PIXELS
     sample = np.unique(np.linspace(0, len(table) - 1, min(len(table), _SAMPLE)).astype(int)).tolist()
     # Neighbours in the sample must be neighbours by name.
     block = list(range(min(len(table), _SAMPLE)))
+    looked_at = {*sample, *block}
     one_in = max(1, int(np.median(pixels)) // HASHES)
-    chosen = range(len(table)) if search else sorted({*sample, *block})
+    chosen = range(len(table)) if whole else sorted(looked_at)
     hashes = [(np.zeros(0, np.uint64), np.zeros((0, 2), np.int64))] * len(table)
     shapes = [(0, 0)] * len(table)
     thumbnails: dict[int, np.ndarray] = {}
+    first: dict[bytes, int] = {}  # of the images with the same pixels
+    equal: list[tuple[int, int]] = []
     for i in chosen:
         try:
             grey = read_with_pillow(table.file_names[i], "L", max_pixels=max_pixels)[..., 0]
         except UNREADABLE:
             continue
-        thumbnails[i] = thumbnail(grey)
+        if whole:
+            key = str(grey.shape).encode()
+            digest = hashlib.blake2b(grey.tobytes(), digest_size=16, key=key).digest()
+            if first.setdefault(digest, i) != i:
+                equal.append((first[digest], i))
+        if i in looked_at:
+            thumbnails[i] = thumbnail(grey)
         if search:
             hashes[i], shapes[i] = window_hashes(grey, one_in), (grey.shape[0], grey.shape[1])
+    overlapping = overlapping_pairs(hashes, shapes) if search else []
     in_order = [thumbnails[i] for i in block if i in thumbnails]
     rng = np.random.default_rng(seed)
     seen = [thumbnails[i] for i in sample if i in thumbnails]
     lossy = [x.lower().endswith(_LOSSY) for x in table.file_names]
     return Looked(
-        shared=overlapping_pairs(hashes, shapes) if search else [],
+        shared=sorted({*equal, *overlapping}),
         searched=search,
         exact=search and not any(lossy),
         alike=likeness(np.array(in_order), rng) if len(in_order) > 2 else None,

@@ -176,7 +176,7 @@ def divide(parts: Sequence[Part], name: str, *, seed: int, max_pixels: int) -> S
         proposal = propose_split(places, _counts(table), shares, seed=seed)
         reason = proposal.reason
         if not looked.searched:
-            notes.append("overlaps by pixels were not searched for: the images have too many pixels for that")
+            notes.append("only equal images were searched for, and no overlaps: there are too many pixels")
         whole = f"cut from {first_few(part.source.path for part in train)}"
         reason = f"{_sizes(proposal.sides)}, {whole}; {reason}"
         datasets += _by_side(train, proposal.sides, name)

@@ -34,6 +34,9 @@ def facts(*, small=20.0, large=60.0, height=200, width=300, count=10, boxes=100,
         widths=np.full(count, width),
         side=sides,
         longest=sides,
+        share={q: x / min(height, width) for q, x in sides.items()},
+        longest_share={q: x / min(height, width) for q, x in sides.items()},
+        spread=(0.3, 0.5),
         aspect=(0.7, 1.4),
         most_boxes=12,
     )
@@ -107,6 +110,30 @@ def test_large_images_are_evaluated_in_tiles():
         "TEST.FOCAL.TILES.OVERLAP": 160,
     }
     assert choose_tiles(3000, choose_resolution(facts(), "cpu"), 60.0).keys == {}
+
+
+def test_photographs_of_many_sizes_are_brought_to_one():
+    # Boxes are a tenth to a half of the shorter edge, whose median is 600: 60 pixels or more. They may shrink
+    # to 24, and images of 600 × 800 to 240 × 320.
+    heights, widths = np.array([300, 600, 3000]), np.array([400, 800, 4000])
+    shares = dict(zip(QUANTILES, (0.1, 0.1, 0.2, 0.3, 0.4, 0.5), strict=True))
+    photographs = facts(
+        small=30.0,
+        large=1500.0,
+        heights=heights,
+        widths=widths,
+        share=shares,
+        longest_share=shares,
+        spread=(1.2, 0.4),
+    )
+    chosen = choose_resolution(photographs, "cpu")
+    assert (chosen.scale, chosen.crop) == (0.4, None)
+    assert chosen.choice.keys["INPUT.MIN_SIZE_TEST"] == 240
+    assert "boxes vary less in shares of their images than in pixels" in chosen.choice.reason
+    # Where sides in pixels vary less, such as in pictures from above, the scale is kept, and crops are taken.
+    pictures = replace(photographs, spread=(0.3, 1.0), longest=dict.fromkeys(QUANTILES, 90.0))
+    kept = choose_resolution(pictures, "cpu")
+    assert (kept.scale, kept.crop) == (0.8, 256)
 
 
 def test_crops_hold_the_largest_objects():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from focal_d2.analysis.new import make
+from focal_d2.analysis.new.facts import look
 from focal_d2.analysis.new.make import make_config
 from focal_d2.analysis.new.probe import Trial, rates_of, steps_within
 from focal_d2.analysis.new.recipes import FROM_SCRATCH, Recipe
@@ -16,6 +17,7 @@ from focal_d2.analysis.new.sets import dataset_name
 from focal_d2.analysis.new.weights import Start
 from focal_d2.annotations import Table
 from focal_d2.data.datasets import load_table
+from focal_d2.data.entries import read_entry
 from focal_d2.engine import load_config
 from focal_d2.engine.job import run
 from focal_d2.errors import UserError
@@ -292,3 +294,14 @@ def test_names_of_other_datasets_are_not_taken(tmp_path):
         "my_fields",
         "mine",
     ]
+
+
+def test_copies_of_an_image_stay_on_one_side_also_of_many_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr("focal_d2.analysis.new.facts._MOST_PIXELS", 1)
+    folder = csv_table(tmp_path / "data")
+    for old, other in zip("bcdef", "hijkl", strict=True):
+        (folder / f"scene{other}.png").write_bytes((folder / f"scene{old}.png").read_bytes())
+    table = read_entry({"FORMAT": "csv", "IMAGES": "data", "ANNOTATIONS": "data/boxes.csv"})
+    looked = look(table, search=True, max_pixels=None)
+    assert looked.shared == [(i, i + 6) for i in range(1, 6)]
+    assert not looked.searched
