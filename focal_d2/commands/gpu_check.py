@@ -3,7 +3,8 @@
 OUTPUT gets gpu_check.json and gpu_check.md, written after each figure, and the files that parts write. With
 `--device cpu` the command rehearses: all parts run at small sizes, and nothing is measured.
 
-Exit status: 1 if a part that had time gave no figure, 2 if the results could not be written.
+Exit status: 1 if a part that had time, or all parts together, gave no figure; 2 if the results could not be
+written.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from focal_d2.commands.cli import Parser
 from focal_d2.console import tell, write
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     rehearsal = args.device == "cpu"
     start = time.monotonic()
     _prepare(args.output)
-    header = {"device": find_device(args.device), "rehearsal": rehearsal, "minutes": args.minutes}
+    header: dict[str, Any] = {"device": "", "rehearsal": rehearsal, "minutes": args.minutes}
     shown = 0  # lines that are on the terminal
     failure: OSError | None = None  # of the last attempt to write
 
@@ -93,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         shown = len(lines)
 
     with ended_by_sigterm():
+        header["device"] = find_device(args.device)
         results = run_parts(
             args.parts or list(PARTS),
             device=args.device,
@@ -105,4 +108,5 @@ def run(args: argparse.Namespace) -> int:
         tell(REHEARSAL_NOTE)
     if failure is not None:
         raise UserError(f"{args.output}: {failure}")
-    return int(any(result.gave_nothing for result in results))
+    some_figure = any(line.value is not None for result in results for line in result.lines)
+    return int(not some_figure or any(result.gave_nothing for result in results))

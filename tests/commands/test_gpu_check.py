@@ -52,6 +52,13 @@ def test_exit_status_says_whether_a_part_gave_nothing(lines, status, monkeypatch
     assert (tmp_path / "new/gpu_check.json").is_file()
 
 
+def test_no_time_for_any_part_is_no_success(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(run, "stream", lambda *_, **__: iter(["a CPU"]))
+    arguments = ["--device", "cpu", "--minutes", "0.01", "--output", tmp_path]
+    assert run_command(monkeypatch, "gpu-check", *arguments) == 1
+    assert "not started: 1 s are left, and it needs 5" in capsys.readouterr().out
+
+
 def test_a_folder_that_cannot_be_written_is_named_before_the_device_is_asked(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(run, "stream", None)
     (tmp_path / "file").write_text("")
