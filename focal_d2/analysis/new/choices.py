@@ -88,7 +88,16 @@ def choose_resolution(facts: Facts, device: str) -> Resolution:
         facts: of the training images.
         device: "cpu" or "cuda".
     """
-    small, large, long_edge, sizes = _sides(facts)
+    chosen = _resolution_at(facts, device, by_edge=facts.scale_free)
+    if not facts.uniform and not facts.scale_free and chosen.scale != 1:
+        # No key scales images of different sizes by one factor.
+        chosen = _resolution_at(facts, device, by_edge=True)
+    return chosen
+
+
+def _resolution_at(facts: Facts, device: str, *, by_edge: bool) -> Resolution:
+    """See `choose_resolution`; `by_edge`: the shorter edge of all images is brought to one length."""
+    small, large, long_edge, sizes = _sides(facts, by_edge=by_edge)
     budget, scale, level = BUDGETS[device], 1.0, 3
     needed = _CELLS * 2**3 / small
     if needed > _INSTEAD_OF_P2:
@@ -107,7 +116,7 @@ def choose_resolution(facts: Facts, device: str) -> Resolution:
         scale = min(1.0, max(budget / long_edge, _SHRUNK / small))
         why = f"images × {scale:.2f}: small boxes keep {small * scale:.0f} pixels" if scale < 1 else ""
     if long_edge * scale <= budget * _ABOVE_BUDGET:
-        keys = _whole(facts, scale)
+        keys = _whole(facts, scale, by_edge=by_edge)
         return Resolution(_resolution(sizes, why, "whole images", keys, level), scale, None, level)
     crop = budget
     if large * scale > _MOST_OF_CROP * crop:
@@ -115,28 +124,33 @@ def choose_resolution(facts: Facts, device: str) -> Resolution:
         if large * scale > crop:
             scale = crop / large
             why += f"; reduced to × {scale:.2f}, so that large boxes ({large:.0f} pixels) fit into a crop"
-    keys, how = _cropped(facts, scale, crop)
+    keys, how = _cropped(facts, scale, crop, by_edge=by_edge)
     what = f"crops of {crop} pixels, {how}; {budget} pixels are what a step on a {device} gets (a guess)"
     return Resolution(_resolution(sizes, why, what, keys, level), scale, crop, level)
 
 
-def _sides(facts: Facts) -> tuple[float, float, int, str]:
+def _sides(facts: Facts, *, by_edge: bool) -> tuple[float, float, int, str]:
     """Return the sides of small and of large objects and of images, before they are scaled, and a sentence.
 
-    Photographs of many sizes are brought to one: their sides are those in an image of the median size.
+    Where images are brought to one shorter edge, sides are those in an image of the median size.
     """
     small, large = facts.side[0.1], facts.longest[0.95]
     sizes = f"images of {facts.short_edge} × {facts.long_edge} pixels (medians), boxes of {small:.0f} to "
     sizes += f"{facts.side[0.95]:.0f} pixels (10 and 95 %)"
-    if not facts.scale_free:
+    if not by_edge:
         return small, large, facts.longest_edge, sizes
     edge = facts.short_edge
     small, large = facts.share[0.1] * edge, facts.longest_share[0.95] * edge
-    sizes += (
-        "; boxes vary less in shares of their images than in pixels (standard deviations of logarithms "
-        f"{facts.spread[1]:.2f} and {facts.spread[0]:.2f}), so that images get one shorter edge: at {edge} "
-        f"pixels, boxes have {small:.0f} and more (10 %)"
-    )
+    if facts.scale_free:
+        sizes += (
+            "; boxes vary less in shares of their images than in pixels (standard deviations of logarithms "
+            f"{facts.spread[1]:.2f} and {facts.spread[0]:.2f})"
+        )
+    if not facts.uniform:
+        sizes += (
+            "; images of different sizes get one shorter edge: at its median, boxes have "
+            f"{small:.0f} pixels and more (10 %)"
+        )
     return small, large, _longest(facts, 1 / _JITTER[-1]), sizes
 
 
@@ -155,8 +169,8 @@ def _edges(edge: float) -> list[int]:
     return [round(edge * factor) for factor in _JITTER]
 
 
-def _test_size(facts: Facts, scale: float) -> dict[str, Any]:
-    if scale == 1 and not facts.scale_free:
+def _test_size(facts: Facts, scale: float, *, by_edge: bool) -> dict[str, Any]:
+    if scale == 1 and not by_edge:
         return {"INPUT.MIN_SIZE_TEST": 0}
     edge = round(facts.short_edge * scale)
     return {"INPUT.MIN_SIZE_TEST": edge, "INPUT.MAX_SIZE_TEST": _longest(facts, scale)}
@@ -169,35 +183,35 @@ def _longest(facts: Facts, scale: float) -> int:
     return math.ceil(facts.short_edge * scale * _JITTER[-1] * ratio)
 
 
-def _whole(facts: Facts, scale: float) -> dict[str, Any]:
-    if scale == 1 and not facts.uniform and not facts.scale_free:
+def _whole(facts: Facts, scale: float, *, by_edge: bool) -> dict[str, Any]:
+    if scale == 1 and not facts.uniform and not by_edge:
         return {
             "INPUT.MIN_SIZE_TRAIN": [0],
             "INPUT.FOCAL.SCALE_JITTER": [_JITTER[0], 1.0],
-            **_test_size(facts, scale),
+            **_test_size(facts, scale, by_edge=by_edge),
         }
     return {
         "INPUT.MIN_SIZE_TRAIN": _edges(facts.short_edge * scale),
         "INPUT.MAX_SIZE_TRAIN": _longest(facts, scale),
-        **_test_size(facts, scale),
+        **_test_size(facts, scale, by_edge=by_edge),
     }
 
 
-def _cropped(facts: Facts, scale: float, crop: int) -> tuple[dict[str, Any], str]:
+def _cropped(facts: Facts, scale: float, crop: int, *, by_edge: bool) -> tuple[dict[str, Any], str]:
     """Return the keys of crops, and where they are placed: at random if most hold boxes anyway."""
     in_files = round(crop / scale)
     boxes = facts.boxes_per_pixel * in_files**2
-    if boxes >= 1 and (scale == 1 or facts.uniform) and not facts.scale_free:
+    if boxes >= 1 and not by_edge:
         keys = {
             "INPUT.CROP.ENABLED": True,
             "INPUT.CROP.TYPE": "absolute",
             "INPUT.CROP.SIZE": [in_files, in_files],
             "INPUT.MIN_SIZE_TRAIN": _edges(crop),
-            **_test_size(facts, scale),
+            **_test_size(facts, scale, by_edge=by_edge),
         }
         return keys, f"anywhere (they hold {boxes:.1f} boxes on average)"
-    keys = {"INPUT.FOCAL.BOX_CROP.SIZE": [crop, crop], **_test_size(facts, scale)}
-    if scale == 1 and not facts.scale_free:
+    keys = {"INPUT.FOCAL.BOX_CROP.SIZE": [crop, crop], **_test_size(facts, scale, by_edge=by_edge)}
+    if scale == 1 and not by_edge:
         keys |= {"INPUT.MIN_SIZE_TRAIN": [0], "INPUT.FOCAL.SCALE_JITTER": [_JITTER[0], _JITTER[-1]]}
     else:
         keys |= {

@@ -131,9 +131,14 @@ def test_photographs_of_many_sizes_are_brought_to_one():
     assert chosen.choice.keys["INPUT.MIN_SIZE_TEST"] == 240
     assert "boxes vary less in shares of their images than in pixels" in chosen.choice.reason
     # Where sides in pixels vary less, such as in pictures from above, the scale is kept, and crops are taken.
-    pictures = replace(photographs, spread=(0.3, 1.0), longest=dict.fromkeys(QUANTILES, 90.0))
+    sides = dict.fromkeys(QUANTILES, 24.0)
+    pictures = replace(photographs, spread=(0.3, 1.0), side=sides, longest=sides)
     kept = choose_resolution(pictures, "cpu")
-    assert (kept.scale, kept.crop) == (0.8, 256)
+    assert (kept.scale, kept.crop, kept.choice.keys["INPUT.MIN_SIZE_TEST"]) == (1.0, 256, 0)
+    # Unless they need another scale, which only a length of the edge can give.
+    reduced = choose_resolution(replace(photographs, spread=(0.3, 1.0)), "cpu")
+    assert (reduced.scale, reduced.crop) == (0.4, None)
+    assert "images of different sizes get one shorter edge" in reduced.choice.reason
 
 
 def test_crops_hold_the_largest_objects():
