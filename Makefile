@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DETECTRON2 ?= wheel
 DETECTRON2_COMMIT := a59f0563
 SEED ?= 0
-DEMO_CONFIG := configs/neon_trees/focal_retinanet_R_18_FPN_demo.yaml
+DEMO_CONFIG := configs/neon_trees/focal_retinanet_Lite0_FPN_demo.yaml
 DEMO_OUTPUT ?= output/neon_trees_demo
 
 .PHONY: help install data demo test lint format clean
@@ -29,7 +29,7 @@ data: $(VENV)/.installed ## fetch the aerial pictures and cut them into tiles un
 	$(BIN)/focal-d2 data neon_trees
 
 demo: data ## train, evaluate and draw detections on real images (CPU: about ten minutes in all)
-	$(BIN)/focal-d2 train --config-file $(DEMO_CONFIG) SEED $(SEED) OUTPUT_DIR $(DEMO_OUTPUT)
+	$(BIN)/focal-d2 train --minutes 6 --config-file $(DEMO_CONFIG) SEED $(SEED) OUTPUT_DIR $(DEMO_OUTPUT)
 	$(BIN)/focal-d2 predict --config-file $(DEMO_OUTPUT)/config.yaml --dataset neon_trees_test \
 	  --output $(DEMO_OUTPUT)/pictures MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth
 	@echo

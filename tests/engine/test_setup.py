@@ -14,7 +14,7 @@ from focal_d2.engine.setup import set_up_job
 from focal_d2.modeling.build import building
 from tests.conftest import REPOSITORY, make_resnet_cfg
 
-DEMO = str(REPOSITORY / "configs/neon_trees/focal_retinanet_R_18_FPN_demo.yaml")
+DEMO = str(REPOSITORY / "configs/neon_trees/focal_retinanet_R_18_FPN_plain.yaml")
 CPU = ["MODEL.DEVICE", "cpu"]
 
 

@@ -30,7 +30,7 @@ from focal_d2.data.pixels import write_image
 from focal_d2.engine.job import run as run_job
 from focal_d2.storage.weights import read_torch
 
-_CONFIG = "neon_trees/focal_retinanet_R_18_FPN_demo.yaml"
+_CONFIG = "neon_trees/focal_retinanet_R_18_FPN_plain.yaml"
 _CROP = 256  # pixels, of the demo's config
 _MADE, _MADE_SIZE = "gpu_check_made", 64  # the rehearsal's dataset, and the side of its pictures
 _WORKERS = 8

@@ -1,6 +1,6 @@
 """The values that training starts from: one table for each kind of starting weights.
 
-They are those of configs/neon_trees/focal_retinanet_R_18_FPN_demo.yaml, which learns from 75 images without
+They are those of configs/neon_trees/focal_retinanet_R_18_FPN_plain.yaml, which learns from 75 images without
 pretrained weights. What depends on the data is chosen in `focal_d2.analysis.new.choices`.
 """
 

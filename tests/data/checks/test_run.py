@@ -47,7 +47,7 @@ def test_the_demo_s_trees_give_no_line():
         load_table("neon_trees_train")
     except UserError as error:
         pytest.skip(str(error))
-    config = REPOSITORY / "configs/neon_trees/focal_retinanet_R_18_FPN_demo.yaml"
+    config = REPOSITORY / "configs/neon_trees/focal_retinanet_R_18_FPN_plain.yaml"
     assert annotation_warnings(load_config(str(config)), training=True) == []
 
 
