@@ -30,14 +30,15 @@ data: $(VENV)/.installed ## fetch the aerial pictures and cut them into tiles un
 
 demo: data ## train, evaluate and draw detections on real images (CPU: about ten minutes in all)
 	$(BIN)/focal-d2 train --minutes 6 --config-file $(DEMO_CONFIG) SEED $(SEED) OUTPUT_DIR $(DEMO_OUTPUT)
-	$(BIN)/focal-d2 predict --config-file $(DEMO_OUTPUT)/config.yaml --dataset neon_trees_test \
-	  --output $(DEMO_OUTPUT)/pictures MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth
+	rm -rf $(DEMO_OUTPUT)/predictions
+	$(BIN)/focal-d2 predict --model $(DEMO_OUTPUT)/model_final.pth --dataset neon_trees_test \
+	  --output $(DEMO_OUTPUT)/predictions
 	@echo
 	@echo "Checkpoint, log and metrics: $(DEMO_OUTPUT)/"
-	@echo "Detections beside ground truth: $(DEMO_OUTPUT)/pictures/"
+	@echo "Detections beside ground truth: $(DEMO_OUTPUT)/predictions/pictures/"
 	@echo "Next:"
 	@echo "  $(BIN)/focal-d2 eval --config-file $(DEMO_OUTPUT)/config.yaml OUTPUT_DIR output/other_forest MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth DATASETS.TEST '(\"neon_trees_other\",)'"
-	@echo "  $(BIN)/focal-d2 predict --config-file $(DEMO_OUTPUT)/config.yaml --input YOUR_IMAGE_OR_FOLDER --output output/predictions MODEL.WEIGHTS $(DEMO_OUTPUT)/model_final.pth"
+	@echo "  $(BIN)/focal-d2 predict --model $(DEMO_OUTPUT)/model_final.pth YOUR_IMAGE_OR_FOLDER --output output/predictions"
 	@echo "  $(BIN)/focal-d2 train --config-file $(DEMO_OUTPUT)/config.yaml --resume SOLVER.MAX_ITER 1200"
 
 test: $(VENV)/.installed ## run the tests, on two cores

@@ -12,7 +12,7 @@ from focal_d2.config.architectures import class_key
 from focal_d2.data.datasets import known_class_names
 from focal_d2.storage.card import ModelCard
 
-_SECTIONS = ("MODEL", "INPUT", "TEST")
+_SECTIONS = ("VERSION", "MODEL", "INPUT", "TEST")
 # Which file and which machine, and what that machine compiles.
 _OF_THE_RUN = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.FOCAL.COMPILE", "TEST.EXPECTED_RESULTS")
 

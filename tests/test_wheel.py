@@ -37,5 +37,6 @@ def test_sdist_and_its_wheel_have_the_configs_and_the_command(tmp_path):
         (entry_points,) = (archive.read(x).decode() for x in names if x.endswith("entry_points.txt"))
     configs = {x.removeprefix("focal_d2/configs/") for x in names if x.startswith("focal_d2/configs/")}
     assert configs == set(packaged_configs())
-    assert {x for x in names if x.endswith("page.html")} == {"focal_d2/analysis/doctor/page.html", "focal_d2/serve/page.html"}
+    pages = {"focal_d2/analysis/doctor/page.html", "focal_d2/serve/page.html"}
+    assert {x for x in names if x.endswith("page.html")} == pages
     assert "focal-d2 = focal_d2.__main__:main" in entry_points

@@ -9,7 +9,7 @@ COMMANDS = {
     "new": "make a config from a folder of images and annotations",
     "train": "train a detector; --resume continues a training",
     "eval": "evaluate a checkpoint on the test sets",
-    "predict": "detect objects in images and draw them",
+    "predict": "detect objects in images, folders and videos",
     "serve": "serve a local page and a JSON endpoint that detect objects in a picture",
     "export": "write a detector as ONNX or TorchScript, and check that it detects the same",
     "doctor": "examine the datasets and settings of a config before training",

@@ -31,7 +31,8 @@ def run_command(name: str, arguments: Sequence[str] | None = None, *, program: s
     """
     parser = command_parser(name, program=program)
     with command_line(parser.prog):
-        args = parser.parse_args(arguments)
+        parse = parser.parse_intermixed_args if parser.intermixed else parser.parse_args
+        args = parse(arguments)
         if getattr(args, "config_file", None):
             # Before imports that take seconds.
             check_config_file(find_config(args.config_file), args.config_file)
@@ -82,10 +83,15 @@ def command_line(program: str) -> Iterator[None]:
 class Parser(argparse.ArgumentParser):
     """The parser of the commands: Python's, with three differences.
 
+    Attributes:
+        intermixed: options may stand between and after the other arguments.
+
     A description keeps its line breaks. The error about an option among the KEY VALUE pairs names the option.
     `~` becomes the user's folder in `--config-file` and in options of the type `Path`, because a shell does
     not replace it in `--output=~/x`.
     """
+
+    intermixed = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """See `argparse.ArgumentParser`."""

@@ -32,7 +32,7 @@ from focal_d2.evaluation.backends import (
 )
 from focal_d2.evaluation.errors import analyse, finite
 from focal_d2.evaluation.ground_truth import read_ground_truth
-from focal_d2.evaluation.operating_point import BEST_F1, Goal, OperatingPoint
+from focal_d2.evaluation.operating_point import BEST_F1, SCORE_OF, Goal, OperatingPoint
 from focal_d2.storage.files import write_aside
 
 logger = logging.getLogger(__name__)
@@ -178,9 +178,14 @@ class FocalCOCOEvaluator(COCOHooks, COCOEvaluator):
             goal=self._goal,
             score=None if point is None else point.score,
         )
+        chosen = dict(analysis["operating_point"])
+        scores = {f"{SCORE_OF}{name}": x for name, x in chosen.pop("per_class").items()}
         self.results["operating_point"] = {
-            name: math.nan if x is None else x for name, x in analysis["operating_point"].items()
+            **{name: math.nan if x is None else x for name, x in chosen.items()},
+            **scores,
         }
+        if point is not None:
+            analysis["operating_point"]["per_class"] = dict(point.per_class)
         analysis["operating_point"] |= {
             "goal": self._goal.in_words(analysis["operating_point"]) if point is None else point.goal,
             "chosen_on": self._name if point is None else point.chosen_on,

@@ -12,9 +12,10 @@ The file is one JSON object; a figure that is not defined is null, and lists of 
     coco                   the evaluator's metrics, per cent, and ARs, ARm, ARl: recall by size
     per_class              a list of {name, boxes, detections, AP, AP50, AP75, AR, voc_AP50}, per cent
     voc                    {iou, mAP}: VOC's average precision at IoU 0.5, per cent
-    operating_point        {score, precision, recall, f1, goal, chosen_on, validation}: what detections from
-                           this score on reach over all classes at IoU 0.5; what the score was chosen for, on
-                           which dataset, and whether that is one of DATASETS.VAL
+    operating_point        {score, precision, recall, f1, goal, chosen_on, validation, per_class}: what
+                           detections from this score on reach over all classes at IoU 0.5; what the score
+                           was chosen for, on which dataset, and whether that is one of DATASETS.VAL; and, by
+                           name, the scores of classes that have at least 50 boxes there
     image_averages         {iou, score, images, precision, recall}: means over the images with boxes, from
                            this score on, with detections and boxes assigned one to one
     confusion              {iou, score, matrix}: K + 1 rows of truth, columns of detections, background last
@@ -36,6 +37,7 @@ from focal_d2.evaluation.matching import BACKGROUND, MATCH, Pairs, best, in_orde
 from focal_d2.evaluation.operating_point import Goal, Tally, choose, figures_from
 
 RECALLS = np.linspace(0, 1, 101)
+FEWEST_BOXES = 50  # of a class that gets an operating point of its own
 # The kinds of error, in the order in which a wrong detection is tried.
 ERRORS = ("localisation", "classification", "duplicate", "background", "both", "missed")
 
@@ -52,7 +54,8 @@ def analyse(
 ) -> dict[str, Any]:
     """Compute what `analysis.json` holds, but for "dataset", "backend" and the evaluator's own metrics.
 
-    Of "operating_point" it returns the numbers only.
+    Of "operating_point" it returns the numbers only, and "per_class": name -> score of the classes that have
+    enough boxes for one of their own, if the score is chosen here and there are several classes.
 
     Args:
         truth: the ground truth.
@@ -74,6 +77,7 @@ def analyse(
     outcome = coco_outcome(truth, detections, pairs)
     counted = tally(truth, detections, outcome)
     point = choose(counted, goal) if score is None else figures_from(counted, score)
+    per_class = {} if score is not None else scores_of_classes(truth, detections, outcome, names, goal)
     score = math.inf if point["score"] is None else point["score"]
     precision = curves.precision[..., -1]
     at = {iou: precision[np.isclose(IOUS, iou)][0] for iou in (0.5, 0.75)}
@@ -89,7 +93,7 @@ def analyse(
         },
         "per_class": _per_class(truth, detections, curves, at, voc, names),
         "voc": {"iou": MATCH, "mAP": _percent(_mean(voc))},
-        "operating_point": point,
+        "operating_point": {**point, "per_class": per_class},
         "image_averages": image_averages(truth, detections, score, _in_ignored(truth, detections, pairs)),
         "confusion": {
             "iou": MATCH,
@@ -245,6 +249,26 @@ def tally(truth: Truth, detections: Detections, outcome: Outcome) -> Tally:
     order = np.argsort(-detections.scores, kind="stable")
     order = order[~outcome.ignored[order]]
     return Tally(detections.scores[order], outcome.matched[order] >= 0, int((~truth.ignored).sum()))
+
+
+def scores_of_classes(
+    truth: Truth, detections: Detections, outcome: Outcome, names: Sequence[str], goal: Goal
+) -> dict[str, float]:
+    """Choose a score for each class that has at least `FEWEST_BOXES` boxes; {} if there is one class only.
+
+    With fewer boxes the best score of a class is mostly chance.
+    """
+    scores = {}
+    numbers = np.bincount(truth.labels[~truth.ignored], minlength=truth.classes)
+    for k, name in enumerate(names if truth.classes > 1 else ()):
+        if numbers[k] < FEWEST_BOXES:
+            continue
+        kept = detections.labels == k
+        parts = Detections(*(x[kept] for x in detections)), Outcome(*(x[kept] for x in outcome))
+        chosen = choose(tally(truth, *parts)._replace(boxes=int(numbers[k])), goal)["score"]
+        if chosen is not None:
+            scores[name] = chosen
+    return scores
 
 
 def confusion_matrix(truth: Truth, detections: Detections, pairs: Pairs, score: float) -> np.ndarray:

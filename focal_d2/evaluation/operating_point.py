@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from focal_d2.errors import UserError, one_line
+from focal_d2.errors import UserError, first_few, one_line
 
 # Its name in checkpoints.
 OPERATING_POINT = "operating_point"
+# The beginning of the names of single classes' scores in an evaluator's results.
+SCORE_OF = "score-"
 
 
 class Goal(NamedTuple):
@@ -44,13 +46,20 @@ class OperatingPoint(NamedTuple):
     goal: str  # in words
     chosen_on: str  # the dataset's name
     validation: bool  # whether that was a dataset of `DATASETS.VAL`
+    # Scores of single classes that have enough boxes for one of their own, by name.
+    per_class: Mapping[str, float] = {}
 
     def __str__(self) -> str:
         test_set = "" if self.validation else ", a test set"
         return (
             f"score {self.score:.3g}, {self.goal} on {self.chosen_on}{test_set} (precision "
             f"{self.precision:.3f}, recall {self.recall:.3f}, F1 {self.f1:.3f} there)"
+            f"{self._scores_in_words()}"
         )
+
+    def _scores_in_words(self) -> str:
+        scores = [f"{name} {score:.3g}" for name, score in self.per_class.items()]
+        return f"; of single classes: {first_few(scores)}" if scores else ""
 
     @classmethod
     def from_dict(cls, content: Any) -> OperatingPoint | None:
@@ -61,11 +70,17 @@ class OperatingPoint(NamedTuple):
         """
         if content is None:
             return None
-        if not isinstance(content, dict) or content.keys() != set(cls._fields):
+        # Older checkpoints have no scores of single classes.
+        if not isinstance(content, dict) or {*content, "per_class"} != set(cls._fields):
             raise ValueError(f"the operating point is {one_line(content, 100)}")
         for name, x in content.items():
             if name == "validation":
                 legal = isinstance(x, bool)
+            elif name == "per_class":
+                legal = isinstance(x, dict) and all(
+                    isinstance(k, str) and isinstance(score, float) and 0 <= score <= 1
+                    for k, score in x.items()
+                )
             elif name in ("goal", "chosen_on"):
                 legal = isinstance(x, str) and x.isprintable()
             else:
@@ -147,7 +162,8 @@ def point_of(
     """Return the point that an evaluator has chosen; see `OperatingPoint`.
 
     Args:
-        figures: "score", "precision", "recall" and "f1" of its results; NaN where not defined.
+        figures: "score", "precision", "recall" and "f1" of its results, NaN where not defined; and "score-"
+            with the name of each class that has a score of its own.
         goal: what the score was chosen for.
         chosen_on: the dataset's name.
         validation: whether that is a dataset of `DATASETS.VAL`.
@@ -155,4 +171,6 @@ def point_of(
     if not all(map(math.isfinite, figures.values())):
         return None
     score, precision, recall, f1 = (float(figures[x]) for x in ("score", "precision", "recall", "f1"))
-    return OperatingPoint(score, precision, recall, f1, goal.in_words(figures), chosen_on, validation)
+    per_class = {x.removeprefix(SCORE_OF): float(figures[x]) for x in figures if x.startswith(SCORE_OF)}
+    words = goal.in_words(figures)
+    return OperatingPoint(score, precision, recall, f1, words, chosen_on, validation, per_class)

@@ -41,7 +41,7 @@ def example(channels: int) -> Tensor:
 
 
 def for_recording(cfg: CfgNode) -> CfgNode:
-    """Return the config with which a model is recorded: in float32, on the CPU, each picture whole and once."""
+    """Return the config with which a model is recorded: in float32, on the CPU, a picture whole and once."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.TEST.AUG.ENABLED = cfg.TEST.FOCAL.TILES.ENABLED = False

@@ -9,8 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from focal_d2.data.dataset_checks import check_files
-from focal_d2.data.pictures import list_images
 from focal_d2.errors import UserError
+from focal_d2.inference.inputs import find_inputs
 
 
 def choose_pictures(cfg: CfgNode, number: int, source: Path | None) -> list[Path]:
@@ -25,7 +25,7 @@ def choose_pictures(cfg: CfgNode, number: int, source: Path | None) -> list[Path
         UserError: if there are none.
     """
     if source is not None:
-        return _spread(list_images(source), number)
+        return _spread([Path(file) for file in find_inputs([str(source)]).files], number)
     for key in ("VAL", "TRAIN"):
         if cfg.DATASETS[key]:
             return _of_datasets(cfg, key, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,7 +24,8 @@ COLOURS = (
     (0, 158, 115),  # bluish green
     (0, 114, 178),  # blue
 )
-TRUTH = (255, 255, 255)  # of boxes that annotations have
+TRUTH = COLOURS[1]  # of boxes that annotations have
+_GAP = 8  # pixels between annotations and detections
 
 # Sides of an image, in pixels, that a pixel of line width and of the letters' height stand for.
 _SIDE_OF_LINE, _SIDE_OF_LETTERS = 600, 45
@@ -72,9 +74,9 @@ def draw_detections(
 ) -> np.ndarray:
     """Draw boxes on a copy of an image.
 
-    A label has the class and the score, or the score alone if there is one class. It is drawn above its box,
-    or inside at the top, where it is not much wider than the box and covers no other label; labels of the
-    best detections come first.
+    A label has the class and the score, or the score alone if there is one class or no room for both. It is
+    drawn above its box, or inside at the top, where it is not much wider than the box and covers no other
+    label; labels of the best detections come first.
 
     Args:
         image: (H, W, 3) uint8 BGR.
@@ -112,14 +114,18 @@ def draw_detections(
     return np.ascontiguousarray(np.asarray(picture)[:, :, ::-1])
 
 
-def _texts(scores: np.ndarray | None, classes: Sequence[int], class_names: Sequence[str]) -> list[str]:
+def _texts(
+    scores: np.ndarray | None, classes: Sequence[int], class_names: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """Return for each detection the texts that a label may have, the best one first."""
     names = [escaped(class_names[k]) if len(class_names) > 1 else "" for k in classes]
     numbers = [""] * len(names) if scores is None else [f"{score:.2f}" for score in scores]
-    return [f"{name} {number}".strip() for name, number in zip(names, numbers, strict=True)]
+    texts = zip(names, numbers, strict=True)
+    return [tuple(dict.fromkeys(x for x in (f"{n} {number}".strip(), number) if x)) for n, number in texts]
 
 
 def _place(
-    texts: Sequence[str],
+    texts: Sequence[Sequence[str]],
     corners: Sequence[Sequence[int]],
     font: ImageFont.FreeTypeFont,
     line: int,
@@ -131,15 +137,13 @@ def _place(
     cells: dict[tuple[int, int], list[_Label]] = {}  # the labels that touch a cell of the image
     side = 4 * letters
     labels: list[_Label | None] = []
-    for text, (x0, y0, x1, y1) in zip(texts, corners, strict=True):
-        long = int(font.getlength(text)) + letters // 2
+    for choices, (x0, y0, x1, y1) in zip(texts, corners, strict=True):
         labels.append(None)
-        if not text or long > _WIDEST * (x1 - x0 + line):
-            continue
-        left = max(0, min(x0 - line // 2, width - long))
-        for top in (y0 - line // 2 - letters, y0 + line):
+        for text, top in itertools.product(choices, (y0 - line // 2 - letters, y0 + line)):
+            long = int(font.getlength(text)) + letters // 2
+            left = max(0, min(x0 - line // 2, width - long))
             label = _Label(text, left, top, left + long, top + letters)
-            if top < 0 or label.bottom > min(height, y1):
+            if long > _WIDEST * (x1 - x0 + line) or top < 0 or label.bottom > min(height, y1):
                 continue
             near = [
                 (column, row)
@@ -159,3 +163,17 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
     assert isinstance(font, ImageFont.FreeTypeFont)
     return font
+
+
+def draw_truth(image: np.ndarray, boxes: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """Draw the boxes of annotations on a copy of an image, and put it to the left of a picture.
+
+    Args:
+        image: (H, W, 3) uint8 BGR.
+        boxes: (M, 4) XYXY.
+        picture: (H, W, 3) uint8 BGR.
+    """
+    classes = np.zeros(len(boxes), np.int64)
+    truth = draw_detections(image, boxes, None, classes, [""], colour=TRUTH)
+    gap = np.full((image.shape[0], _GAP, 3), 255, np.uint8)
+    return np.hstack([truth, gap, picture])

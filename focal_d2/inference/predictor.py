@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -18,8 +19,8 @@ from focal_d2.config.architectures import CLASS_KEYS, class_key
 from focal_d2.data.augmentations import Resize
 from focal_d2.data.datasets import known_class_names
 from focal_d2.data.mapper import build_reader
-from focal_d2.errors import UserError
-from focal_d2.evaluation.operating_point import saved_point
+from focal_d2.errors import UserError, first_few
+from focal_d2.evaluation.operating_point import OperatingPoint, saved_point
 from focal_d2.inference.feed import ahead
 from focal_d2.inference.results import Detections
 from focal_d2.inference.sources import Source, read_source
@@ -66,8 +67,8 @@ class Predictor:
     Attributes:
         cfg: the config.
         model: detectron2's model, in evaluation mode.
-        threshold: the lowest score of the detections that are returned; the model itself returns none below
-            `SCORE_THRESH_TEST`.
+        thresholds: (K,) the lowest score of the detections of each class that are returned; the model itself
+            returns none below `SCORE_THRESH_TEST`. They may be changed.
         operating_point: of the checkpoint; None if it has none.
         class_names: K names.
         batch_size: the most images that are computed together.
@@ -79,7 +80,7 @@ class Predictor:
         self,
         model: CfgNode | str | Path,
         *,
-        threshold: float | None = None,
+        threshold: float | Mapping[str, float] | None = None,
         batch_size: int | None = None,
         trust_files: bool = False,
         allow_download: bool = False,
@@ -91,8 +92,8 @@ class Predictor:
                 config with `MODEL.WEIGHTS` (see `focal_d2.engine.load_config`). The class names are the
                 checkpoint's; if it has none, those of the first dataset of `DATASETS.TEST`; if there is none
                 with as many classes, numbers.
-            threshold: see the attributes; None: that of the checkpoint's operating point, or 0 if there is
-                none. A line of the log says which.
+            threshold: see `thresholds`: a number for all classes, or one a class, by its name. None: those of
+                the checkpoint's operating point, or 0 if there is none. A line of the log says which.
             batch_size: see the attributes; None: 8 on a CPU, and on a GPU what its memory takes, at most 64.
             trust_files: let the checkpoint import and run code.
             allow_download: let `MODEL.WEIGHTS` be an address outside detectron2's stores.
@@ -123,11 +124,10 @@ class Predictor:
             self.model, partial=False, trust_files=trust_files, allow_download=allow_download
         ).load(cfg.MODEL.WEIGHTS)
         self.operating_point = saved_point(content, cfg.MODEL.WEIGHTS)
-        self.threshold = threshold if threshold is not None else 0.0
-        if threshold is None and self.operating_point is not None:
-            self.threshold = self.operating_point.score
-            logger.info(f"threshold: {self.operating_point}, from {cfg.MODEL.WEIGHTS}")
         self.class_names = _class_names(cfg, saved_card(content, cfg.MODEL.WEIGHTS))
+        if threshold is None and self.operating_point is not None:
+            logger.info(f"threshold: {self.operating_point}, from {cfg.MODEL.WEIGHTS}")
+        self.thresholds = _thresholds(threshold, self.operating_point, self.class_names)
         self.progress: Callable[[int, int], None] = lambda done, tiles: None
         self._tiles, size = None, cfg.INPUT.MIN_SIZE_TEST
         if isinstance(self.model, FocalRetinaNet):
@@ -146,7 +146,7 @@ class Predictor:
     def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[Detections]: ...
 
     def __call__(self, images: Source | list[Any] | tuple[Any, ...]) -> Detections | list[Detections]:
-        """Detect objects with scores of at least `threshold`.
+        """Detect objects with scores of at least `thresholds`.
 
         Args:
             images: an image, or a list of them: a file; pixels as OpenCV reads them, (H, W, 3) uint8 in BGR
@@ -271,6 +271,7 @@ class Predictor:
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
         outputs = self.model(inputs)
+        limits = torch.from_numpy(np.asarray(self.thresholds, np.float32))
         if measured and self._fits is not None:
             each = max(1, torch.cuda.max_memory_allocated(device) - before)
             room = _SHARE_OF_GPU * torch.cuda.get_device_properties(device).total_memory - before
@@ -282,7 +283,7 @@ class Predictor:
                     "instances"
                 )
             instances = output["instances"].to("cpu")
-            instances = instances[instances.scores >= self.threshold]
+            instances = instances[instances.scores >= limits[instances.pred_classes]]
             yield (
                 i,
                 Detections(
@@ -295,6 +296,26 @@ class Predictor:
                     image.source,
                 ),
             )
+
+
+def _thresholds(
+    threshold: float | Mapping[str, float] | None, point: OperatingPoint | None, class_names: Sequence[str]
+) -> np.ndarray:
+    """Return the threshold of each class, (K,) float32; see `Predictor`.
+
+    Raises:
+        UserError: for a class that there is not.
+    """
+    others = 0.0  # of classes that are not named
+    if threshold is None:
+        others, threshold = (0.0, {}) if point is None else (point.score, point.per_class)
+    elif not isinstance(threshold, Mapping):
+        others, threshold = threshold, {}
+    elif unknown := [name for name in threshold if name not in class_names]:
+        raise UserError(
+            f"threshold: no class is called {first_few(unknown)}; they are {first_few(class_names)}"
+        )
+    return np.array([threshold.get(name, others) for name in class_names], np.float32)
 
 
 def _class_names(cfg: CfgNode, card: ModelCard | None) -> list[str]:

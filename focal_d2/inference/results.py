@@ -26,7 +26,7 @@ from focal_d2.storage.files import write_aside
 # detections be corrected and trained on.
 COLUMNS = ("image", "xmin", "ymin", "xmax", "ymax", "label", "score")
 # Decimals in texts: of pixels, and of scores.
-PIXEL_DECIMALS, SCORE_DECIMALS = 2, 5
+PIXEL_DECIMALS, SCORE_DECIMALS = 2, 6
 _DEGREE_DECIMALS = 8  # a millimetre
 
 

@@ -176,7 +176,7 @@ def build_app(predictor: Predictor, limits: Limits, *, hosts: list[str]) -> Fast
             "class_names": list(predictor.class_names),
             "threshold": 0.3 if point is None else point.score,
             "threshold_from": "" if point is None else str(point),
-            "lowest_score": predictor.threshold,
+            "lowest_score": float(min(predictor.thresholds)),
             "megabytes": limits.megabytes,
         }
 

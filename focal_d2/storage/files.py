@@ -7,6 +7,7 @@ devices already has an effect.
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import os
 import secrets
@@ -95,6 +96,22 @@ def create_file(path: str | os.PathLike[str], *, replace: bool = True) -> IO[byt
     handle = _open(path, os.O_WRONLY | os.O_CREAT | (0 if replace else os.O_EXCL))
     os.ftruncate(handle, 0)
     return os.fdopen(handle, "wb")
+
+
+def open_records(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a regular file for reading and for writing at its end, and lock it until this process ends.
+
+    Raises:
+        BlockingIOError: if another process has locked it.
+        OSError: if it can't be opened, or is no regular file.
+    """
+    file = os.fdopen(_open(path, os.O_RDWR | os.O_CREAT), "r+b")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:

@@ -122,7 +122,6 @@ def test_faster_rcnn_predicts(faster_rcnn, tmp_path, monkeypatch, capsys):
     arguments = [
         "--config-file",
         config,
-        "--input",
         tmp_path / "train/images",
         "--output",
         tmp_path / "drawn",

@@ -93,8 +93,8 @@ def test_class_and_file_names(hostile_job, tmp_path, monkeypatch, capfd):
     run_command(monkeypatch, "doctor", *arguments)
     check("".join(capfd.readouterr()))
     weights = ["MODEL.WEIGHTS", tmp_path / "out/earlier_1/model_final.pth"]
-    predict = ["--input", images, "--output", tmp_path / "pictures", *arguments, *weights]
-    assert run_command(monkeypatch, "predict", *predict) == 2
+    predict = [images, "--output", tmp_path / "pictures", *arguments, *weights]
+    assert run_command(monkeypatch, "predict", *predict) == 1
     check("".join(capfd.readouterr()))
 
 

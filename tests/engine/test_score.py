@@ -34,7 +34,7 @@ def test_detections_of_a_file_are_evaluated(files, tmp_path, monkeypatch, capsys
     assert first["coco"]["AP"] == pytest.approx(100)
     assert first["operating_point"] == {
         **{"score": 0.9 - 0.17, "precision": 1.0, "recall": 1.0, "f1": 1.0},
-        **{"goal": "best F1", "chosen_on": "squares_train", "validation": False},
+        **{"goal": "best F1", "chosen_on": "squares_train", "validation": False, "per_class": {}},
     }
     assert "| squares_train | 100.00 |" in capsys.readouterr().out
 

@@ -89,8 +89,11 @@ def test_image(job_file, tmp_path, monkeypatch, capfd, kind, backend):
     out, err = capfd.readouterr()
     assert says in out
     assert "Traceback" not in err
-    predict = ["--input", image.parent, "--output", tmp_path / "pictures", *arguments]
-    assert says in said(capfd, run_command(monkeypatch, "predict", *predict))
+    assert run_command(monkeypatch, "predict", image.parent, "--json", *arguments) == 1
+    out, err = capfd.readouterr()
+    assert says in err  # it is named, and the other images are done
+    assert "Traceback" not in err
+    assert sum('"boxes"' in line for line in out.splitlines()) == 5
 
 
 @pytest.mark.parametrize("kind", SOME)
@@ -101,7 +104,7 @@ def test_weights(job_file, tmp_path, monkeypatch, capfd, kind):
     (image,) = list(tmp_path.glob("train/images/0.png"))
     assert says in said(capfd, run_main(monkeypatch, *arguments))
     assert says in said(capfd, run_main(monkeypatch, "--eval-only", *arguments))
-    predict = ["--input", image, "--output", tmp_path / "pictures", *arguments]
+    predict = [image, "--json", *arguments]
     assert says in said(capfd, run_command(monkeypatch, "predict", *predict))
     (tmp_path / "nonfinite_0000001").mkdir()
     says = put(tmp_path / "nonfinite_0000001/step_rank0.pth", kind)
@@ -145,11 +148,11 @@ def test_page_anchors_and_pictures(job_file, tmp_path, monkeypatch, capfd, kind)
     assert says in said(capfd, run_command(monkeypatch, "doctor", *arguments, "--html", tmp_path / "page"))
     output = ["--output", tmp_path / "page"]
     assert says in said(capfd, run_command(monkeypatch, "anchors", *arguments, *output))
-    (tmp_path / "pictures").mkdir()
-    says = put(tmp_path / "pictures/0.png", kind)
+    (tmp_path / "pictures/pictures").mkdir(parents=True)
+    says = put(tmp_path / "pictures/pictures/0.png", kind)
     output = ["--output", tmp_path / "pictures", "MODEL.WEIGHTS", weights_of(job_file, tmp_path)]
     images = tmp_path / "train/images"
-    assert says in said(capfd, run_command(monkeypatch, "predict", "--input", images, *arguments, *output))
+    assert says in said(capfd, run_command(monkeypatch, "predict", images, *arguments, *output))
 
 
 def test_predictions(job_file, tmp_path, monkeypatch):

@@ -261,15 +261,15 @@ def test_a_format_that_trains_evaluates_predicts_and_is_examined(
     evaluated = json.loads(
         (tmp_path / "out/inference" / data.name / "coco_instances_results.json").read_text()
     )
-    given = ["--config-file", config, "--input", data.images, "--output", tmp_path / "drawn"]
+    given = ["--config-file", config, data.images, "--output", tmp_path / "drawn"]
     wanted = ["--json", "--threshold", 0, "MODEL.WEIGHTS", tmp_path / "out/model_final.pth"]
     capsys.readouterr()
     assert run_command(monkeypatch, "predict", *given, *wanted) == 0
     predicted = [json.loads(x) for x in capsys.readouterr().out.splitlines() if x.startswith("{")]
     assert [x["scores"] for x in predicted] == [
-        pytest.approx([y["score"] for y in evaluated if y["image_id"] == i]) for i in range(6)
+        pytest.approx([y["score"] for y in evaluated if y["image_id"] == i], abs=1e-6) for i in range(6)
     ]
-    assert cv2.imread(str(tmp_path / "drawn/0.png")).shape == (64, 64, 3)
+    assert cv2.imread(str(tmp_path / "drawn/pictures/0.png")).shape == (64, 64, 3)
     assert run_command(monkeypatch, "doctor", *given[:2], "DATASETS.TEST", "()") == 0
     assert "Memory of a training step" in capsys.readouterr().out
 

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from focal_d2 import UserError
+from focal_d2.evaluation.backends import Detections, Truth
+from focal_d2.evaluation.errors import FEWEST_BOXES, coco_outcome, scores_of_classes
+from focal_d2.evaluation.matching import in_order, overlaps
 from focal_d2.evaluation.operating_point import (
     BEST_F1,
     Goal,
@@ -114,3 +117,39 @@ def test_saved_point_is_what_was_saved():
 def test_a_damaged_point_is_refused(damage):
     with pytest.raises(UserError, match="a.pth is damaged: the operating point"):
         saved_point({"operating_point": damage}, "a.pth")
+
+
+def test_classes_with_many_boxes_get_scores_of_their_own():
+    """Class 0 is found surely, class 1 unsurely, and class 2 has too few boxes to say."""
+    numbers = [FEWEST_BOXES, FEWEST_BOXES, FEWEST_BOXES - 1]
+    labels = np.repeat([0, 1, 2], numbers)
+    boxes = np.array([[20.0 * i, 0, 10, 10] for i in range(len(labels))])
+    on_one = np.zeros(len(labels), int)
+    truth = Truth(1, 3, on_one, boxes, labels, boxes[:, 2] * 10, on_one.astype(bool))
+    scores = np.array([0.9, 0.2, 0.5])[labels]
+    wrong = np.array([[0.0, 500, 10, 10]] * 60)  # of class 0, less sure than the right ones
+    found = Detections(
+        np.zeros(len(labels) + 60, int),
+        np.concatenate([boxes, wrong]),
+        np.concatenate([labels, np.zeros(60, int)]),
+        np.concatenate([scores, np.full(60, 0.6)]),
+    )
+    truth, found = in_order(truth, found)
+    outcome = coco_outcome(truth, found, overlaps(truth, found))
+    names = ["sure", "unsure", "rare"]
+    assert scores_of_classes(truth, found, outcome, names, BEST_F1) == {"sure": 0.9, "unsure": 0.2}
+    assert scores_of_classes(truth._replace(classes=1), found, outcome, ["all"], BEST_F1) == {}
+
+
+def test_scores_of_classes_travel_in_the_point():
+    figures = {"score": 0.5, "precision": 0.8, "recall": 0.4, "f1": 0.53, "score-tree": 0.3}
+    point = point_of(figures, BEST_F1, chosen_on="mine_val", validation=True)
+    assert point is not None
+    assert point.per_class == {"tree": 0.3}
+    assert saved_point({"operating_point": point._asdict()}, "a.pth") == point
+    older = {name: x for name, x in point._asdict().items() if name != "per_class"}
+    assert saved_point({"operating_point": older}, "a.pth") == point._replace(per_class={})
+    assert str(point).endswith("F1 0.530 there); of single classes: tree 0.3")
+    for damage in ([], {"tree": 2.0}, {"tree": "0.3"}, {1: 0.3}):
+        with pytest.raises(UserError, match="a.pth is damaged: the operating point's per_class is"):
+            saved_point({"operating_point": {**point._asdict(), "per_class": damage}}, "a.pth")

@@ -147,7 +147,7 @@ def arguments(program: str, place: Place, *overrides: str, **changes: Any) -> li
         case "resume":
             return [*base, "--resume", "SOLVER.MAX_ITER", "3", *overrides]
         case "predict":
-            pictures = ["--input", str(place.input / "data/images"), "--output", str(place.out / "pictures")]
+            pictures = [str(place.input / "data/images"), "--output", str(place.out / "pictures")]
             return [*base, *pictures, *weights, *overrides]
         case "doctor":
             return [*base, *overrides]
@@ -1593,7 +1593,7 @@ def terminal() -> Groups:
         "an option": ("train", lambda p: [f"--{text}"]),
         "a loss": ("train", lambda p: job(p, MODEL__FOCAL__LOSS__NAME=text)),
         "a file of weights": ("train", lambda p: job(p, MODEL__WEIGHTS=f"{text}.pth")),
-        "a folder of images": ("predict", lambda p: [*job(p), "--input", text, "--output", str(p.out / "x")]),
+        "a folder of images": ("predict", lambda p: [*job(p), text, "--output", str(p.out / "x")]),
         "a dataset": ("predict", lambda p: [*job(p), "--dataset", text, "--output", str(p.out / "x")]),
         "a folder of steps": ("replay", lambda p: [text]),
         "a grid": ("study", lambda p: [*job(p), "--grid", text, "--output", str(p.out / "x")]),

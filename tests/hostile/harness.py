@@ -35,8 +35,8 @@ STUBS = (
 PROGRAMS = {x: x for x in ("train", "eval", "predict", "doctor", "study", "replay", "anchors")} | {
     "resume": "train"
 }
-# Exit statuses beside 0 and 2: the doctor finds errors, a step is not finite no more.
-MAY_BE_ONE = ("doctor", "replay")
+# Exit statuses beside 0 and 2: the doctor finds errors, a step is not finite no more, an image can't be read.
+MAY_BE_ONE = ("doctor", "predict", "replay")
 
 # What Python tells of itself: programs that are started, and files that are made or changed.
 _STARTS = (

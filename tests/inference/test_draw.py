@@ -4,7 +4,15 @@ import itertools
 
 import numpy as np
 
-from focal_d2.inference.draw import COLOURS, _font, _place, _texts, draw_detections, line_width
+from focal_d2.inference.draw import (
+    COLOURS,
+    _font,
+    _place,
+    _texts,
+    draw_detections,
+    draw_truth,
+    line_width,
+)
 
 GREY = np.full((200, 300, 3), 128, np.uint8)
 
@@ -60,12 +68,17 @@ def test_draw_takes_no_boxes_and_boxes_beyond_the_image():
 
 def places(boxes, texts, size=(200, 300)):
     font = _font(10)
-    return _place(texts, np.asarray(boxes).tolist(), font, 1, *size)
+    return _place(
+        [x if isinstance(x, tuple) else (x,) for x in texts], np.asarray(boxes).tolist(), font, 1, *size
+    )
 
 
 def test_labels_stay_where_there_is_room():
     narrow = places([[50, 50, 60, 120]], ["a long name 0.50"])
     assert narrow == [None]
+    shorter = places([[50, 50, 90, 120]], [("a long name 0.50", "0.50")])[0]
+    assert shorter is not None
+    assert shorter.text == "0.50"
     inside = places([[50, 0, 150, 120]], ["tree 0.50"])[0]  # no room above
     assert inside is not None
     assert inside.top >= 0
@@ -86,6 +99,18 @@ def test_labels_of_many_boxes_do_not_cover_each_other():
 
 def test_texts_have_what_tells_detections_apart():
     scores = np.array([0.876, 0.5])
-    assert _texts(scores, [0, 1], ["tree", "a\x1b[31m"]) == ["tree 0.88", "a\\x1b[31m 0.50"]
-    assert _texts(scores, [0, 0], ["tree"]) == ["0.88", "0.50"]
-    assert _texts(None, [0, 1], ["tree", "car"]) == ["tree", "car"]
+    assert _texts(scores, [0, 1], ["tree", "a\x1b[31m"]) == [
+        ("tree 0.88", "0.88"),
+        ("a\\x1b[31m 0.50", "0.50"),
+    ]
+    assert _texts(scores, [0, 0], ["tree"]) == [("0.88",), ("0.50",)]
+    assert _texts(None, [0, 1], ["tree", "car"]) == [("tree",), ("car",)]
+    assert _texts(None, [0], [""]) == [()]
+
+
+def test_truth_is_drawn_on_the_left():
+    image = np.zeros((40, 40, 3), np.uint8)
+    picture = draw_truth(image, np.array([[5, 5, 20, 30]]), image)
+    assert picture.shape == (40, 88, 3)
+    assert picture[:, :40].max() > 200
+    assert picture[:, 48:].max() == image.max() == 0

@@ -182,17 +182,29 @@ def test_predictor_returns_what_reaches_the_operating_point_of_the_checkpoint(cf
     cfg, path = cfg_and_image
     caplog.set_level(logging.INFO, "focal_d2")
     predictor = Predictor(cfg)
-    assert (predictor.operating_point, predictor.threshold) == (None, 0.0)
+    assert predictor.operating_point is None
+    assert predictor.thresholds.tolist() == [0, 0, 0]
     scores = predictor(path).scores
     point = OperatingPoint(float(scores[3]), 0.8, 0.4, 0.53, "best F1", "mine_val", True)
     content = torch.load(cfg.MODEL.WEIGHTS, weights_only=True)
     torch.save({**content, "operating_point": point._asdict()}, cfg.MODEL.WEIGHTS)
     assert "threshold" not in caplog.text
     predictor = Predictor(cfg)
-    assert (predictor.operating_point, predictor.threshold) == (point, point.score)
+    assert predictor.operating_point == point
+    assert predictor.thresholds.tolist() == [np.float32(point.score)] * 3
     np.testing.assert_array_equal(predictor(path).scores, scores[scores >= scores[3]])
     assert f"threshold: {point}, from {cfg.MODEL.WEIGHTS}" in caplog.text
     np.testing.assert_array_equal(Predictor(cfg, threshold=0.0)(path).scores, scores)
+    # Classes with a score of their own, and thresholds by name.
+    own = point._replace(per_class={"class1": 0.5, "of another set": 0.1})
+    torch.save({**content, "operating_point": own._asdict()}, cfg.MODEL.WEIGHTS)
+    assert Predictor(cfg).thresholds.tolist() == pytest.approx([point.score, 0.5, point.score])
+    predictor = Predictor(cfg, threshold={"class0": 1.0, "class2": 1.0})
+    assert set(predictor(path).names) == {"class1"}
+    with pytest.raises(
+        UserError, match="threshold: no class is called tree; they are class0, class1, class2"
+    ):
+        Predictor(cfg, threshold={"tree": 0.5})
     torch.save({**content, "operating_point": "0.5"}, cfg.MODEL.WEIGHTS)
     with pytest.raises(UserError, match=r"model.pth is damaged: the operating point is 0.5"):
         Predictor(cfg)

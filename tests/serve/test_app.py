@@ -29,7 +29,7 @@ class Stub:
     """A predictor that finds one box, and may take as long as a test wants."""
 
     class_names = ("tree",)
-    threshold = 0.0
+    thresholds = (0.0,)
     operating_point = None
     window = 0
 

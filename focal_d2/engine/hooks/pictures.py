@@ -11,8 +11,8 @@ from detectron2.engine import HookBase
 from detectron2.evaluation import inference_context
 from torch import nn
 
-from focal_d2.data.pictures import draw_detections
 from focal_d2.data.pixels import to_rgb
+from focal_d2.inference.draw import draw_detections, draw_truth
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class TrainingPictures(HookBase):
 
 @torch.no_grad()
 def draw_example(model: nn.Module, example: dict[str, Any], input_format: str) -> np.ndarray | None:
-    """Draw ground truth (left, green) beside the best detections (right, yellow).
+    """Draw ground truth (left) beside the best detections (right).
 
     Args:
         model: detector in training; it is in training again when this returns.
@@ -85,7 +85,9 @@ def draw_example(model: nn.Module, example: dict[str, Any], input_format: str) -
     if "instances" not in output:
         return None
     truth = example["instances"].gt_boxes.tensor.cpu().numpy()
-    detected = output["instances"].pred_boxes.tensor[: max(_FEWEST, len(truth))].cpu().numpy()
-    rgb = to_rgb(example["image"].permute(1, 2, 0).cpu().numpy(), input_format)
-    bgr = draw_detections(rgb[:, :, ::-1], detected, truth)
+    detected = output["instances"][: max(_FEWEST, len(truth))].to("cpu")
+    bgr = to_rgb(example["image"].permute(1, 2, 0).cpu().numpy(), input_format)[:, :, ::-1]
+    boxes, scores = detected.pred_boxes.tensor.numpy(), detected.scores.numpy()
+    picture = draw_detections(bgr, boxes, scores, detected.pred_classes.numpy(), [""])
+    bgr = draw_truth(bgr, truth, picture)
     return np.ascontiguousarray(bgr[:, :, ::-1].transpose(2, 0, 1))

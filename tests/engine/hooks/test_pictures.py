@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from focal_d2.data.pixels import from_array
 from focal_d2.engine import FocalTrainer, load_config
 from focal_d2.engine.hooks.pictures import TrainingPictures, draw_example
+from focal_d2.inference.draw import COLOURS, TRUTH
 from tests.conftest import make_cfg
 
 
@@ -54,7 +55,8 @@ def test_draw_example_has_truth_on_the_left_and_detections_on_the_right(input_fo
         def forward(self, inputs):
             assert not self.training
             boxes = torch.tensor([[20.0, 20, 40, 30], *[[50.0, 2, 60, 8]] * 30])
-            return [{"instances": Instances((40, 64), pred_boxes=Boxes(boxes))}]
+            others = {"scores": torch.full((31,), 0.5), "pred_classes": torch.zeros(31, dtype=torch.long)}
+            return [{"instances": Instances((40, 64), pred_boxes=Boxes(boxes), **others)}]
 
     pixels = from_array(np.full((40, 64, 3), [10, 20, 200], np.uint8), input_format)
     instances = Instances((40, 64), gt_boxes=Boxes(torch.tensor([[4.0, 6, 30, 36]])))
@@ -68,8 +70,8 @@ def test_draw_example_has_truth_on_the_left_and_detections_on_the_right(input_fo
         2 if input_format in "HSV YCbCr" else 0
     )
     # Lines are smoothed, so they keep a little of the image's red.
-    assert np.abs(picture[:, 20, 4] - np.array([80, 255, 80])).max() < 40  # ground truth, green
-    assert np.abs(picture[:, 20, 64 + 8 + 30] - np.array([255, 220, 0])).max() < 40  # a detection, yellow
+    assert np.abs(picture[:, 20, 4] - np.array(TRUTH)).max() < 40
+    assert np.abs(picture[:, 20, 64 + 8 + 30] - np.array(COLOURS[0])).max() < 40
     assert np.array_equal(picture[:, 20, 64 + 8 + 4], picture[:, 1, 1])
 
 
