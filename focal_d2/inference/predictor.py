@@ -72,6 +72,7 @@ class Predictor:
         operating_point: of the checkpoint; None if it has none.
         class_names: K names.
         batch_size: the most images that are computed together.
+        tiles: how pictures are cut (`TEST.FOCAL.TILES`); None: they are not.
         progress: called after each batch of tiles (`TEST.FOCAL.TILES`) with their number so far, and that of
             all tiles of the picture.
     """
@@ -129,9 +130,9 @@ class Predictor:
             logger.info(f"threshold: {self.operating_point}, from {cfg.MODEL.WEIGHTS}")
         self.thresholds = _thresholds(threshold, self.operating_point, self.class_names)
         self.progress: Callable[[int, int], None] = lambda done, tiles: None
-        self._tiles, size = None, cfg.INPUT.MIN_SIZE_TEST
+        self.tiles, size = None, cfg.INPUT.MIN_SIZE_TEST
         if isinstance(self.model, FocalRetinaNet):
-            self._tiles = TileSettings.from_config(cfg, self.model)
+            self.tiles = TileSettings.from_config(cfg, self.model)
             self.model.views = build_augmented_views(cfg)
             size = 0 if self.model.views else size  # views are made of the original image
         self._resize = Resize(size, cfg.INPUT.MAX_SIZE_TEST)
@@ -176,13 +177,13 @@ class Predictor:
         other = copy.copy(self)
         other.cfg = self.cfg.clone()
         other.cfg.TEST.FOCAL.TILES.ENABLED = True
-        other._tiles = TileSettings.from_config(other.cfg, self.model)
+        other.tiles = TileSettings.from_config(other.cfg, self.model)
         return other
 
     @property
     def window(self) -> int:
         """Side of a tile in pixels; 0 without tiles."""
-        return self._tiles.window if self._tiles else 0
+        return self.tiles.window if self.tiles else 0
 
     def stream(self, images: Iterable[Source]) -> Iterator[Detections]:
         """Yield the detections of each image in order; memory does not grow with their number.
@@ -209,7 +210,7 @@ class Predictor:
         Raises:
             UserError: as `__call__`.
         """
-        if self._tiles is not None:
+        if self.tiles is not None:
             return Prepared(torch.empty(0), 0, 0, image)
         pixels = read_source(image, self.reader)
         resized = self.reader.augmentation_input(pixels)
@@ -224,9 +225,9 @@ class Predictor:
         Args:
             images: results of `prepare`.
         """
-        if self._tiles is None:
+        if self.tiles is None:
             return self._detect_whole(images)
-        return [self._detect_in_tiles(self._tiles, x.source) for x in images if x.source is not None]
+        return [self._detect_in_tiles(self.tiles, x.source) for x in images if x.source is not None]
 
     def _detect_in_tiles(self, tiles: TileSettings, source: Source) -> Detections:
         def detect(images: Sequence[tuple[torch.Tensor, int, int]]) -> list[TileDetections]:

@@ -147,7 +147,7 @@ def test_sizes_that_do_not_fit_are_named(make_predictor, overrides, message):
 
 def test_the_window_of_images_that_are_not_resized(make_predictor):
     predictor = make_predictor(tiles={"WINDOW": 0})
-    assert (predictor._tiles.window, predictor._tiles.overlap, predictor._tiles.scale) == (512, 128, 1.0)
+    assert (predictor.tiles.window, predictor.tiles.overlap, predictor.tiles.scale) == (512, 128, 1.0)
 
 
 def test_evaluation_of_whole_pictures(tmp_path, monkeypatch):

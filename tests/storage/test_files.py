@@ -191,7 +191,6 @@ OPENED_ELSEWHERE = {
     "focal_d2/modeling/build.py": "a source file of a package",
     "focal_d2/analysis/doctor/page.py": "our own template",
     "focal_d2/analysis/benchmark/evaluation.py": "writes a folder of its own",
-    "focal_d2/commands/gpu_check.py": "writes an output folder of its own",
     "focal_d2/analysis/gpu_check/kernels.py": "the tests, and a log in a folder of its own",
     "focal_d2/analysis/gpu_check/demo.py": "the logs and files of jobs in a folder of its own",
     "focal_d2/analysis/study/runs.py": "what was written just now",
@@ -204,6 +203,7 @@ OPENED_ELSEWHERE = {
     "focal_d2/commands/configs.py": "a config of the package",
     "focal_d2/commands/info.py": "a source file of a package",
     "focal_d2/hardware.py": "/proc and /sys",
+    "focal_d2/serve/app.py": "a file of the package, and its own temporary one",
     "focal_d2/data/rasters.py": "a regular file: its first bytes were read by open_data",
     "focal_d2/export/run.py": "it runs without this package, on files of its user",
 }
