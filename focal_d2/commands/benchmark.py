@@ -20,6 +20,7 @@ BENCHMARKS = {
     "assign": "labels of all anchors, and the boxes that they are matched to",
     "step": "a training step without the optimizer",
     "inference": "from the head's output to detections, and the whole way from images",
+    "export": "from images to detections with the files of focal-d2 export, on a CPU",
     "postprocessing": "from the head's output to detections, at several thresholds",
     "input": "from a file to the model's input, in one worker",
     "memory": "most memory of a training step beyond weights and buffers",

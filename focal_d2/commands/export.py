@@ -13,7 +13,7 @@ from pathlib import Path
 
 from focal_d2.commands.cli import Parser, add_config_options, add_trust_flag, positive
 from focal_d2.console import tell, write
-from focal_d2.errors import UserError, escaped
+from focal_d2.errors import escaped
 
 
 def add_options(parser: Parser) -> None:
@@ -62,7 +62,7 @@ def add_options(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the files, and compare them."""
     from focal_d2.engine import load_config
-    from focal_d2.export import Exporter, choose_pictures, training_pictures
+    from focal_d2.export import Exporter, check_validation_sets, choose_pictures, training_pictures
 
     trust = {"trust_files": args.trust_files, "allow_download": args.allow_download}
     cfg = load_config(args.config_file, args.opts, **trust)
@@ -71,8 +71,7 @@ def run(args: argparse.Namespace) -> int:
     calibration = []
     if "int8" in formats:
         calibration = training_pictures(cfg, args.calibration)
-        if not cfg.DATASETS.VAL:
-            raise UserError("DATASETS.VAL is empty: the loss in AP of int8 is measured there")
+        check_validation_sets(cfg)
     folder = args.output or Path(cfg.OUTPUT_DIR) / "export"
     exporter = Exporter(cfg, folder, threshold=args.threshold, **trust)
     tell(f"in float32; the threshold of run.py is {exporter.threshold:.3g}")

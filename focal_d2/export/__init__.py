@@ -6,6 +6,6 @@ nothing of this package.
 """
 
 from focal_d2.export.exporter import FORMATS, Exporter
-from focal_d2.export.pictures import choose_pictures, training_pictures
+from focal_d2.export.pictures import check_validation_sets, choose_pictures, training_pictures
 
-__all__ = ["FORMATS", "Exporter", "choose_pictures", "training_pictures"]
+__all__ = ["FORMATS", "Exporter", "check_validation_sets", "choose_pictures", "training_pictures"]

@@ -15,8 +15,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances, pairwise_iou
 
+from focal_d2.errors import UserError, reason
 from focal_d2.evaluation import FocalCOCOEvaluator
 from focal_d2.export.run import Detections, Detector, read_image
+from focal_d2.storage.files import check_regular
 
 # Detections are the same if their class is, their boxes overlap so much, and their scores differ so little.
 _IOU, _SCORE = 0.999, 1e-4
@@ -90,7 +92,7 @@ def compare(
         pictures: image files.
         limits: of the model.
     """
-    parts = [compare_detections(eager(path), other([read_image(path)])[0], limits) for path in pictures]
+    parts = [compare_detections(eager(path), other([read_picture(path)])[0], limits) for path in pictures]
     if not parts:
         raise ValueError("no picture to compare on")
     pictures_, detections, fewest, different, at_limit, scores, ious = zip(*parts, strict=True)
@@ -125,6 +127,19 @@ def compare_detections(one: Detections, other: Detections, limits: Limits) -> Ag
     )
 
 
+def read_picture(path: str | Path) -> np.ndarray:
+    """Read an image as `run.py` does.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    try:
+        check_regular(path)
+        return read_image(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read image {path}: {reason(error)}") from error
+
+
 def average_precision(detector: Detector, dataset: str, cfg: CfgNode) -> float:
     """Return a file's AP in per cent on a registered dataset; its threshold must be 0."""
     evaluator = FocalCOCOEvaluator(
@@ -135,7 +150,7 @@ def average_precision(detector: Detector, dataset: str, cfg: CfgNode) -> float:
     )
     evaluator.reset()
     for record in DatasetCatalog.get(dataset):
-        (detections,) = detector([read_image(record["file_name"])])
+        (detections,) = detector([read_picture(record["file_name"])])
         instances = Instances((record["height"], record["width"]))
         instances.pred_boxes = Boxes(torch.from_numpy(detections.boxes))
         instances.scores = torch.from_numpy(detections.scores)

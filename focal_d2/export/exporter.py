@@ -89,8 +89,8 @@ class Exporter:
             require("onnxruntime")  # run.py needs it, and so does the comparison
             model, precision = self._recorded, "float32"
             if format_name == "int8":
-                detector = run.Detector(_no_model, self.metadata(precision))
-                images = (detector.prepare(run.read_image(x))[None] for x in calibration)
+                tensors = (self.predictor.prepare(str(x)).tensor for x in calibration)
+                images = (x.permute(1, 2, 0).unsqueeze(0).contiguous().numpy() for x in tensors)
                 model, precision = quantise(model, images), "int8"
             save_onnx(model, path, self.metadata(precision))
             source = read_file(run.__file__, limit=_LARGEST_SOURCE)
@@ -142,7 +142,3 @@ class Exporter:
         """Return what the model in Python detects in a picture, with all scores."""
         found = self.predictor(path)
         return run.Detections(found.boxes, found.scores, found.classes)
-
-
-def _no_model(images: Any) -> Any:
-    raise RuntimeError("this detector only prepares images")

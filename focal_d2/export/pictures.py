@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from focal_d2.data.dataset_checks import check_files
+from focal_d2.data.datasets import is_annotated
 from focal_d2.errors import UserError
 from focal_d2.inference.inputs import find_inputs
 
@@ -41,6 +42,20 @@ def training_pictures(cfg: CfgNode, number: int) -> list[Path]:
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: int8 is calibrated on training images")
     return _of_datasets(cfg, "TRAIN", number)
+
+
+def check_validation_sets(cfg: CfgNode) -> None:
+    """Check that AP can be measured on `DATASETS.VAL`.
+
+    Raises:
+        UserError: if it is empty, or a dataset is missing or has no annotations.
+    """
+    if not cfg.DATASETS.VAL:
+        raise UserError("DATASETS.VAL is empty: the loss in AP of int8 is measured there")
+    for name in cfg.DATASETS.VAL:
+        check_files("DATASETS.VAL", name)
+        if not is_annotated(name):
+            raise UserError(f'DATASETS.VAL: dataset "{name}" has no annotations to measure AP with')
 
 
 def _of_datasets(cfg: CfgNode, key: str, number: int) -> list[Path]:

@@ -34,7 +34,7 @@ def options(*more):
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=runs_bfloat16)])
-@pytest.mark.parametrize("what", benchmark.BENCHMARKS)
+@pytest.mark.parametrize("what", [x for x in benchmark.BENCHMARKS if x != "export"])
 def test_each_measures_both_and_a_limit(what, precision, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, what, *options("--precision", precision, "--json"))
     assert code == 0
@@ -50,6 +50,17 @@ def test_each_measures_both_and_a_limit(what, precision, monkeypatch, capsys):
             assert row["speedup"] == row["detectron2"] / row["ours"]
             assert row["over_limit"] == row["ours"] / row["limit"]
     assert ("ours_bytes" in row and row["ours_bytes"] is not None) == (what in ("loss", "assign", "memory"))
+
+
+def test_export_measures_every_format(monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    tiny = ["MODEL.BACKBONE.NAME", "TinyPyramid", "MODEL.BACKBONE.FREEZE_AT", 0]
+    code, out, _ = run(monkeypatch, capsys, "export", *options("--json"), *tiny)
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert [x["name"] for x in rows] == [f"{x}, 1 images" for x in ("TorchScript", "ONNX", "ONNX with int8")]
+    assert all(x["speedup"] > 0 and x["over_limit"] > 0 for x in rows)
+    assert len({x["limit"] for x in rows}) == len({x["detectron2"] for x in rows}) == 1
 
 
 def results_of(monkeypatch, capsys, *argv) -> list[dict]:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from focal_d2.export.check import Limits, Loss, compare_detections
+from focal_d2 import UserError
+from focal_d2.export.check import Limits, Loss, compare_detections, read_picture
 from focal_d2.export.run import Detections
 
 LIMITS = Limits(0.05, 4)
@@ -63,3 +67,10 @@ def test_loss_of_ap_is_compared_with_the_largest(after, agrees):
     loss = Loss(41.0, after, 1.0, "mine_val")
     assert loss.agrees == agrees
     assert ("the file is removed" in str(loss)) != agrees
+
+
+@pytest.mark.parametrize(("make", "why"), [(os.mkfifo, "pipe"), (Path.touch, "not an image")])
+def test_a_picture_that_is_none_is_refused(tmp_path, make, why):
+    make(tmp_path / "x.png")
+    with pytest.raises(UserError, match=f"cannot read image .*x.png: .*{why}"):
+        read_picture(tmp_path / "x.png")

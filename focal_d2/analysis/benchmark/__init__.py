@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 
 from focal_d2.analysis.benchmark.assignment import time_assign
 from focal_d2.analysis.benchmark.evaluation import time_evaluation
+from focal_d2.analysis.benchmark.exported import time_export
 from focal_d2.analysis.benchmark.inference import time_inference
 from focal_d2.analysis.benchmark.input import time_input
 from focal_d2.analysis.benchmark.loss import time_loss
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, Callable[[CfgNode, Setting], list[Row]]] = {
     "assign": time_assign,
     "step": time_step,
     "inference": time_inference,
+    "export": time_export,
     "postprocessing": time_postprocessing,
     "input": time_input,
     "memory": measure_memory,
