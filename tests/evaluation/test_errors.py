@@ -284,8 +284,9 @@ def test_tally_orders_detections_by_score_and_leaves_out_ignored_ones():
 def test_all_figures_are_those_of_a_score_that_was_chosen_elsewhere():
     scene_of_two = scene([(0, 0, BOX), (1, 0, BOX)], [(0, 0, BOX, 0.9), (1, 0, BOX, 0.5), (1, 0, FAR, 0.2)])
     chosen = figures(*scene_of_two)
-    assert chosen["operating_point"] == {"score": 0.5, "precision": 1, "recall": 1, "f1": 1}
+    assert chosen["operating_point"] == {"score": 0.5, "precision": 1, "recall": 1, "f1": 1, "per_class": {}}
     given = figures(*scene_of_two, score=0.7)
+    assert given["operating_point"].pop("per_class") == {}
     assert given["operating_point"] == pytest.approx(
         {"score": 0.7, "precision": 1, "recall": 0.5, "f1": 2 / 3}
     )
@@ -293,7 +294,7 @@ def test_all_figures_are_those_of_a_score_that_was_chosen_elsewhere():
     assert given["confusion"]["matrix"][0] == [1, 0, 0, 1]
     assert given["image_averages"]["recall"] == 0.5
     nothing = figures(*scene_of_two, score=0.95)["operating_point"]
-    assert nothing == {"score": 0.95, "precision": None, "recall": 0, "f1": 0}
+    assert nothing == {"score": 0.95, "precision": None, "recall": 0, "f1": 0, "per_class": {}}
 
 
 def test_match_takes_boxes_by_score_and_of_equal_overlaps_the_later():
