@@ -254,10 +254,7 @@ def tally(truth: Truth, detections: Detections, outcome: Outcome) -> Tally:
 def scores_of_classes(
     truth: Truth, detections: Detections, outcome: Outcome, names: Sequence[str], goal: Goal
 ) -> dict[str, float]:
-    """Choose a score for each class that has at least `FEWEST_BOXES` boxes; {} if there is one class only.
-
-    With fewer boxes the best score of a class is mostly chance.
-    """
+    """Choose a score for each of several classes that has `FEWEST_BOXES`; with fewer it is mostly chance."""
     scores = {}
     numbers = np.bincount(truth.labels[~truth.ignored], minlength=truth.classes)
     for k, name in enumerate(names if truth.classes > 1 else ()):

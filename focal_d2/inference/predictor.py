@@ -104,13 +104,7 @@ class Predictor:
                 detectron2 refuses the config.
         """
         if isinstance(model, (str, Path)):
-            path = os.fspath(model)
-            if not path.endswith(".pth"):
-                raise UserError(
-                    f"Predictor takes a checkpoint (.pth) or a config, not {path}; of a YAML file it takes "
-                    'load_config(FILE, ["MODEL.WEIGHTS", CHECKPOINT])'
-                )
-            model = load_config(path, trust_files=trust_files)
+            model = _config_of(os.fspath(model), trust_files=trust_files)
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be at least 1")
         self.reader = build_reader(model)
@@ -297,6 +291,16 @@ class Predictor:
                     image.source,
                 ),
             )
+
+
+def _config_of(path: str, *, trust_files: bool) -> CfgNode:
+    """Return the config in a checkpoint."""
+    if not path.endswith(".pth"):
+        raise UserError(
+            f"Predictor takes a checkpoint (.pth) or a config, not {path}; of a YAML file it takes "
+            'load_config(FILE, ["MODEL.WEIGHTS", CHECKPOINT])'
+        )
+    return load_config(path, trust_files=trust_files)
 
 
 def _thresholds(
