@@ -18,8 +18,6 @@ from focal_d2.commands.cli import Parser, add_import_flag, add_trust_flag, posit
 from focal_d2.console import tell, write
 from focal_d2.errors import UserError, escaped
 
-# The lowest score that is shown with a checkpoint that has no operating point.
-_WITHOUT_POINT = 0.3
 _FORMATS = ("pictures", "csv", "coco", "yolo")
 # How a config's key begins, or what it is; all that comes after it are KEY VALUE pairs.
 _KEY = re.compile(
@@ -140,6 +138,7 @@ def _prepare(args: argparse.Namespace, texts: list[str], overrides: list[str]) -
     from focal_d2.data.dataset_checks import check_datasets
     from focal_d2.data.datasets import ground_truth
     from focal_d2.engine import load_config
+    from focal_d2.evaluation.operating_point import SCORE_WITHOUT_POINT
     from focal_d2.inference import Predictor
     from focal_d2.inference.inputs import Inputs, find_inputs
     from focal_d2.inference.prediction_run import PredictionRun
@@ -169,8 +168,8 @@ def _prepare(args: argparse.Namespace, texts: list[str], overrides: list[str]) -
     if args.threshold is None:
         point = predictor.operating_point
         if point is None:
-            predictor.thresholds[:] = _WITHOUT_POINT
-        words = f"{point or f'score {_WITHOUT_POINT:g}, because the checkpoint has no operating point'}"
+            predictor.thresholds[:] = SCORE_WITHOUT_POINT
+        words = f"{point or f'score {SCORE_WITHOUT_POINT:g}, because the checkpoint has no operating point'}"
     prediction = PredictionRun(
         predictor,
         inputs,

@@ -140,7 +140,7 @@ class Cache(ABC):
         self.slots, self.memory = slots, memory
 
     def read(self, name: str, decode: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return an image (H, W, C), C-contiguous. Nobody else has that array.
+        """Return an image (H, W, C), C-contiguous. The array is the caller's own copy.
 
         Args:
             name: of its file.

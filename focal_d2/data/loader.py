@@ -335,7 +335,7 @@ def build_evaluation_loader(cfg: CfgNode, dataset_name: str, mapper: Callable[[A
 
 
 def _pins(cfg: CfgNode) -> bool:
-    """Return whether images go to pinned memory: a GPU then copies them while the host goes on."""
+    """Return whether images go to pinned memory: then the copy to a GPU does not block the host."""
     return torch.device(cfg.MODEL.DEVICE).type == "cuda"
 
 

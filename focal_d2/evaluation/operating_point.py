@@ -15,6 +15,8 @@ from focal_d2.errors import UserError, first_few, one_line
 
 # Its name in checkpoints.
 OPERATING_POINT = "operating_point"
+# The lowest score that programs show or return if the checkpoint has no operating point.
+SCORE_WITHOUT_POINT = 0.3
 # The beginning of the names of single classes' scores in an evaluator's results.
 SCORE_OF = "score-"
 

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 
 from focal_d2.data.pixels import FORMATS as CHANNELS
 from focal_d2.errors import UserError, reason
+from focal_d2.evaluation.operating_point import SCORE_WITHOUT_POINT
 from focal_d2.export import run
 from focal_d2.export.check import Agreement, Limits, Loss, average_precision, compare
 from focal_d2.export.graph import Graph, check_exportable, describe, for_recording
@@ -23,8 +24,6 @@ from focal_d2.storage.files import read_file, write_aside
 
 # Name of a format -> name of its file.
 FORMATS = {"onnx": "model.onnx", "torchscript": "model.ts", "int8": "model_int8.onnx"}
-# The lowest score that run.py returns if the checkpoint has no operating point.
-_WITHOUT_POINT = 0.3
 _LARGEST_SOURCE = 2**20
 
 
@@ -63,7 +62,7 @@ class Exporter:
             self.cfg, threshold=0.0, trust_files=trust_files, allow_download=allow_download
         )
         point = self.predictor.operating_point
-        self.threshold = threshold if threshold is not None else point.score if point else _WITHOUT_POINT
+        self.threshold = threshold if threshold is not None else point.score if point else SCORE_WITHOUT_POINT
         self._graph = Graph(self.predictor.model).eval()
         self._channels = CHANNELS[cfg.INPUT.FORMAT]
         try:

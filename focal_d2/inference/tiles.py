@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from focal_d2.annotations import box_areas
 from focal_d2.errors import UserError
 
 # A box that ends so near to the edge of its tile, in pixels, is cut off there: boxes are not exact.
@@ -286,5 +287,5 @@ def _overlaps(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     """Return for each two boxes, (n, m): IoU, and what they share as a share of `a` and of `b`."""
     low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
     shared = (high - low).clip(0).prod(-1)
-    area_a, area_b = ((x[:, 2:] - x[:, :2]).prod(-1).clip(1e-6) for x in (a, b))
+    area_a, area_b = (box_areas(x).clip(1e-6) for x in (a, b))
     return shared / (area_a[:, None] + area_b[None] - shared), shared / area_a[:, None], shared / area_b[None]

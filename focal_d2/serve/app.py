@@ -24,6 +24,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from focal_d2.data.image_files import UNREADABLE, upright_size, why_unreadable
 from focal_d2.errors import UserError
+from focal_d2.evaluation.operating_point import SCORE_WITHOUT_POINT
 from focal_d2.inference.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ def build_app(predictor: Predictor, limits: Limits, *, hosts: list[str]) -> Fast
     async def describe() -> dict[str, Any]:
         return {
             "class_names": list(predictor.class_names),
-            "threshold": 0.3 if point is None else point.score,
+            "threshold": SCORE_WITHOUT_POINT if point is None else point.score,
             "threshold_from": "" if point is None else str(point),
             "lowest_score": float(min(predictor.thresholds)),
             "megabytes": limits.megabytes,

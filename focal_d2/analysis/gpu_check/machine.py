@@ -46,7 +46,7 @@ def measurements(check: Check) -> Iterator[Measurement]:
 
 
 def _stream(function: Callable[..., Iterator[Any]], check: Check, *arguments: Any) -> Iterator[Any]:
-    """Yield what a function yields in a process that has not used the GPU."""
+    """Run a generator function in a new process, which has not used the GPU, and yield its results."""
     seconds = min(_SECONDS, max(0.0, check.seconds_left()) + _GRACE)
     return stream(function, check, *arguments, seconds=seconds, method="fork")
 
